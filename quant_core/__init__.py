@@ -1,0 +1,1 @@
+"""The engine: formats, algorithms and the streaming pipeline. Knows nothing of ComfyUI."""

@@ -1,0 +1,1 @@
+"""What is on disk: reading (source), writing (sink) and describing (metadata) checkpoint files."""

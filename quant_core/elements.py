@@ -1,0 +1,184 @@
+"""Element grids: the set of values one stored code can mean, before any scale.
+
+An element knows its grid (`values`), its largest magnitude (`max`), how to round to it, which two
+grid points bracket a value, and how codes are stored. It knows nothing of scales or tensors' names.
+All maths is float32; inputs are never changed in place.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FloatElement:
+    """An 8-bit float grid that torch can cast to (E4M3, E5M2), saturating.
+
+    encode clamps first, because torch's cast does not saturate: above the maximum it gives NaN (E4M3)
+    or Inf (E5M2). Rounding is to nearest, ties to even, as the cast does it.
+    Source: OCP OFP8 v1.0; the `fn` variant has no Inf.
+    """
+
+    name: str
+    dtype: torch.dtype
+    max: float
+    bits: int = 8
+
+    def values(self, device: torch.device | str = "cpu") -> Tensor:
+        return _float_grid(self.dtype, self.max).to(device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x: float32, any shape -> codes of dtype `self.dtype`, same shape."""
+        return x.clamp(-self.max, self.max).to(self.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Nearest grid value, float32."""
+        return self.decode(self.encode(x))
+
+    def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid neighbours lo <= clamp(x) <= hi, float32; equal where x lies on the grid."""
+        x = x.clamp(-self.max, self.max)
+        near = self.decode(x.to(self.dtype))
+        below = torch.where(near > x, _float_step(near, self.dtype, -1), near)
+        above = torch.where(near < x, _float_step(near, self.dtype, +1), near)
+        return below, above
+
+
+def _float_step(value: Tensor, dtype: torch.dtype, direction: int) -> Tensor:
+    """The next grid value below or above an on-grid value, by stepping the sign-magnitude code."""
+    raw = value.to(dtype).view(torch.uint8).to(torch.int16)
+    signed = torch.where(raw >= 128, -(raw - 128), raw) + direction
+    code = torch.where(signed < 0, -signed + 128, signed).to(torch.uint8)
+    return code.view(dtype).to(torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _float_grid(dtype: torch.dtype, largest: float) -> Tensor:
+    every = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype).to(torch.float32)
+    return torch.unique(every[every.abs() <= largest])   # drops NaN and Inf; sorted; -0 and 0 are one
+
+
+@dataclass(frozen=True, slots=True)
+class IntElement:
+    """The integers -max .. max (symmetric), stored as int8. Ties to even."""
+
+    name: str
+    max: float
+    bits: int
+    dtype: torch.dtype = torch.int8
+
+    def values(self, device: torch.device | str = "cpu") -> Tensor:
+        return torch.arange(-self.max, self.max + 1, dtype=torch.float32, device=device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.round().clamp_(-self.max, self.max).to(torch.int8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+    def round(self, x: Tensor) -> Tensor:
+        return x.round().clamp_(-self.max, self.max)
+
+    def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clamp(-self.max, self.max)
+        return x.floor(), x.ceil()
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookElement:
+    """Up to 16 arbitrary values; code i means table[i]. Stored as uint8 codes before packing.
+
+    table: in CODE order, not sorted. A value exactly between two neighbours goes to the lower one,
+    except with ties_to_even_code, where it goes to the code with an even number (E2M1's mantissa rule).
+    """
+
+    name: str
+    table: tuple[float, ...]
+    bits: int = 4
+    dtype: torch.dtype = torch.uint8
+    ties_to_even_code: bool = False
+
+    @property
+    def max(self) -> float:
+        return max(abs(v) for v in self.table)
+
+    def values(self, device: torch.device | str = "cpu") -> Tensor:
+        return _book(self.table, self.ties_to_even_code, str(device)).sorted_values
+
+    def encode(self, x: Tensor) -> Tensor:
+        book = _book(self.table, self.ties_to_even_code, str(x.device))
+        codes = book.codes[torch.bucketize(x, book.bounds, out_int32=True)]
+        return self._signed_zero(codes, x)
+
+    def _signed_zero(self, codes: Tensor, x: Tensor) -> Tensor:
+        if not self.ties_to_even_code:
+            return codes
+        # E2M1 has a -0 code; the sign bit is kept as hardware encoders keep it.
+        return codes | (torch.signbit(x).to(torch.uint8) << 3)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return _book(self.table, self.ties_to_even_code, str(codes.device)).table[codes.to(torch.int32)]
+
+    def round(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        grid = self.values(x.device)
+        x = x.clamp(float(grid[0]), float(grid[-1]))
+        above = torch.searchsorted(grid, x.contiguous()).clamp_(max=grid.numel() - 1)
+        hi = grid[above]
+        lo = torch.where(hi == x, hi, grid[(above - 1).clamp_(min=0)])
+        return lo, hi
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    table: Tensor          # f32 [n], code order
+    sorted_values: Tensor  # f32, ascending, distinct
+    codes: Tensor          # uint8: rank -> code
+    bounds: Tensor         # f32: x <= bounds[i] belongs to rank i
+
+
+@lru_cache(maxsize=64)
+def _book(table: tuple[float, ...], ties_to_even: bool, device: str) -> _Book:
+    values = torch.tensor(table, dtype=torch.float32)
+    ranked = sorted((value + 0.0, code) for code, value in enumerate(values.tolist()))     # + 0.0: -0 sorts as 0
+    if ties_to_even:
+        # One rank per value; the sign of a zero is put back by encode. Without this, a codebook's two zeros stay two
+        # ranks with the bound 0 between them, which is how bitsandbytes' FP4 gives tiny positive weights the code of -0.
+        ranked = [pair for i, pair in enumerate(ranked) if i == 0 or pair[0] != ranked[i - 1][0]]
+    grid = torch.tensor([value for value, _ in ranked], dtype=torch.float32)
+    codes = torch.tensor([code for _, code in ranked], dtype=torch.uint8)
+    bounds = (grid[:-1] + grid[1:]) / 2
+    if ties_to_even:
+        # bucketize sends x == bound to the lower rank; lower the bound by one ulp where the upper code is the even one.
+        upper_even = (codes[1:] % 2 == 0) & (codes[:-1] % 2 == 1)
+        bounds = torch.where(upper_even, torch.nextafter(bounds, torch.tensor(float("-inf"))), bounds)
+    return _Book(values.to(device), torch.unique(grid).to(device), codes.to(device), bounds.to(device))
+
+
+E4M3 = FloatElement("e4m3", torch.float8_e4m3fn, 448.0)
+E5M2 = FloatElement("e5m2", torch.float8_e5m2, 57344.0)
+INT8 = IntElement("int8", 127.0, 8)
+INT4 = IntElement("int4", 7.0, 4)
+
+# OCP Microscaling v1.0: sign, 2 exponent bits, 1 mantissa bit.
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = CodebookElement("e2m1", _E2M1_MAGNITUDES + tuple(-v for v in _E2M1_MAGNITUDES), ties_to_even_code=True)
+
+# NormalFloat4: equal-mass quantiles of N(0, 1) with an exact zero and +-1. QLoRA, arXiv 2305.14314, appendix E.
+NF4 = CodebookElement("nf4", (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0))
+
+# bitsandbytes' FP4: sign, 2 exponent bits, 1 mantissa bit with bias 2 and its own exponent order, divided by 12.
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = CodebookElement("fp4", tuple(v / 12.0 for v in _FP4_TWELFTHS) + tuple(0.0 - v / 12.0 for v in _FP4_TWELFTHS))

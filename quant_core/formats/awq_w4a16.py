@@ -1,0 +1,86 @@
+"""AWQ W4A16: unsigned 4-bit codes with a scale and a zero point per 64 input channels; activations stay 16-bit."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..elements import CodebookElement
+from ..format import Format, Runtime, TensorSpec, register
+from ..packing import pack_nibbles, unpack_nibbles
+from ..scales import Granularity, QParams, ScaleDtype, block_view, snap
+
+# value = (code - 8) * scale + zero
+UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))
+_SCALE_FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class AwqW4A16(Format):
+    """The only format with a zero point: `work - zero` is what lies on the grid."""
+
+    zero_policy: str = "a constant group gets scale 1e-30, that constant as its zero point, and code 8"
+
+    def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
+        n, k = shape
+        groups = k // self.group_size
+        return (TensorSpec("weight", torch.int8, (n, k // 2)),
+                TensorSpec("weight_scale", torch.bfloat16, (groups, n)),
+                TensorSpec("weight_zeros", torch.bfloat16, (groups, n)))
+
+    def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+        return {**super().config(shape, dtype), "group_size": self.group_size}
+
+    def absmax(self, work: Tensor) -> QParams:
+        """Here min-max: code 0 lands on the group's smallest weight, code 15 on its largest."""
+        view = block_view(work, self.block(tuple(work.shape)))
+        low, high = view.amin(dim=(1, 3)), view.amax(dim=(1, 3))
+        scale = snap(((high - low) / 15).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
+        # The middle of the 16 codes sits at -0.5: centre them on the group, so that bf16's rounding of the
+        # zero point costs both ends the same.
+        zero = snap((low + high) / 2 + scale / 2, ScaleDtype.BF16)
+        return QParams(scale, zero=zero)
+
+    def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
+        zero = like.zero if like is not None else torch.zeros_like(effective)
+        return QParams(snap(effective.clamp(min=_SCALE_FLOOR), ScaleDtype.BF16), zero=zero)
+
+    def _full(self, per_block: Tensor, work: Tensor) -> Tensor:
+        return per_block[:, None, :, None].expand(block_view(work, self.block(tuple(work.shape))).shape).reshape(work.shape)
+
+    def encode(self, work: Tensor, qp: QParams) -> Tensor:
+        return super().encode(work - self._full(qp.zero, work), qp)
+
+    def decode(self, codes: Tensor, qp: QParams) -> Tensor:
+        work = super().decode(codes, qp)
+        return work + self._full(qp.zero, work)
+
+    def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:
+        zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
+        return super().round_columns(columns - zero, qp, start, work_shape) + zero
+
+    def bracket_columns(self, columns: Tensor, qp: QParams, start: int,
+                        work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
+        lo, hi = super().bracket_columns(columns - zero, qp, start, work_shape)
+        return lo + zero, hi + zero
+
+    def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
+        return {"weight": pack_nibbles(codes, high_first=False).view(torch.int8),
+                "weight_scale": qp.scale.to(torch.bfloat16).T.contiguous(),
+                "weight_zeros": qp.zero.to(torch.bfloat16).T.contiguous()}
+
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
+        plain = lambda name: tensors[name].to(torch.float32).T.contiguous()  # noqa: E731
+        return (unpack_nibbles(tensors["weight"], high_first=False),
+                QParams(plain("weight_scale"), zero=plain("weight_zeros")))
+
+
+register(AwqW4A16(
+    name="awq_w4a16", on_disk="awq_w4a16", title="AWQ W4A16 (uint4 with zero point per 64)",
+    element=UINT4, granularity=Granularity.GROUP, group_size=64, group_sizes=(32, 64, 128), scale_dtype=ScaleDtype.BF16,
+    runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
+    # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
+    error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
+    source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",
+))

@@ -1,0 +1,13 @@
+"""FP4: bitsandbytes' 4-bit float codebook, absmax per 64 input channels."""
+from ..elements import FP4
+from ..format import Runtime, register
+from ..format_codebook import CodebookFormat
+from ..scales import Granularity
+
+register(CodebookFormat(
+    name="bnb_fp4", on_disk="bnb_fp4", title="FP4 (bitsandbytes)", quant_type="fp4",
+    element=FP4, granularity=Granularity.GROUP, group_size=64, group_sizes=(32, 64, 128),
+    runtime=Runtime("QuantPressFP4Layout", native_since=None),
+    error_bound=4 / 12 / 2 + 1e-5,                  # half the largest gap, between 8/12 and 1
+    source="bitsandbytes 0.50",
+))

@@ -1,0 +1,13 @@
+"""FP8 E4M3 with one scale per output channel."""
+from ..elements import E4M3
+from ..format import Runtime, register
+from ..format_plain import PlainFormat
+from ..scales import Granularity
+
+register(PlainFormat(
+    name="float8_e4m3fn_rowwise", on_disk="float8_e4m3fn_rowwise", title="FP8 E4M3 per row",
+    element=E4M3, granularity=Granularity.ROW, scale_rank="vector",
+    runtime=Runtime("QuantPressFP8RowwiseLayout", native_since=None, min_capability=(8, 9), quantizes_input=True),
+    error_bound=16 / 448 + 1e-5,
+    source="convert_to_quant's float8_e4m3fn_rowwise files",
+))

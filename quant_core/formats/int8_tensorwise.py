@@ -1,0 +1,29 @@
+"""INT8, one scale for the whole tensor."""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..elements import INT8
+from ..format import Runtime, register
+from ..format_plain import PlainFormat
+from ..scales import Granularity, QParams, SCALE_FLOOR
+
+
+@dataclass(frozen=True)
+class Int8TensorwiseFamily(PlainFormat):
+    """The variants of ComfyUI's `int8_tensorwise`: a block of zeros gets the scale floor, as comfy-kitchen writes it."""
+
+    zero_policy: str = "a block of zeros gets the scale 1e-30 and codes 0"
+
+    def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
+        return QParams(effective.clamp(min=SCALE_FLOOR))
+
+
+INT8_RUNTIME = Runtime("TensorWiseINT8Layout", native_since="0.29", min_capability=(7, 5), quantizes_input=True)
+INT8_SOURCE = "comfy-kitchen TensorWiseINT8Layout, eager encoders in float32"
+
+register(Int8TensorwiseFamily(
+    name="int8_tensorwise", on_disk="int8_tensorwise", title="INT8 per tensor",
+    element=INT8, granularity=Granularity.TENSOR, scale_rank="scalar",
+    runtime=INT8_RUNTIME, error_bound=0.5 / 127 + 1e-5, source=INT8_SOURCE,
+))

@@ -1,0 +1,38 @@
+"""MXFP8: E4M3 elements with a power-of-two scale per 32 input channels (OCP Microscaling)."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..elements import E4M3
+from ..format import Runtime, TensorSpec, register
+from ..format_padded import PaddedBlockFormat
+from ..packing import swizzle_scales, swizzled_shape, unswizzle_scales
+from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
+
+
+@dataclass(frozen=True)
+class Mxfp8(PaddedBlockFormat):
+    def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("weight", torch.float8_e4m3fn, self.work_shape(shape)),
+                TensorSpec("weight_scale", torch.uint8, swizzled_shape(*self._unpadded_grid(shape))))
+
+    def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
+        scale = torch.where(effective > 0, effective.clamp(min=SCALE_FLOOR), torch.zeros_like(effective))
+        return QParams(snap(scale, self.scale_dtype))
+
+    def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
+        return {"weight": codes, "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype))}
+
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
+        exponents = unswizzle_scales(tensors["weight_scale"].view(torch.uint8), *self._unpadded_grid(shape))
+        return tensors["weight"], QParams(load(exponents, self.scale_dtype))
+
+
+register(Mxfp8(
+    name="mxfp8", on_disk="mxfp8", title="MXFP8 (E4M3, power-of-two scale per 32)",
+    element=E4M3, granularity=Granularity.GROUP, group_size=32, scale_dtype=ScaleDtype.E8M0, pad_to=32,
+    runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
+    error_bound=2 * 16 / 448 + 1e-5,        # a scale rounded up to a power of two is at most twice the wished one
+    source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
+))
