@@ -17,7 +17,7 @@ class InputFileError(QuantPressError):
 
 
 class RequestError(QuantPressError):
-    """The request is wrong, whatever the disk holds: an option, a regex, a name, a shape that the format cannot take."""
+    """The request is wrong, whatever the disk holds: an option, a regex, a name, a shape that a format cannot take."""
 
 
 class PlanError(RequestError):

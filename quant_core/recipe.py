@@ -1,0 +1,67 @@
+"""A recipe says how one layer is quantized; evidence is what is known of its inputs."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+from .format import Format
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What calibration knows of a layer's inputs x [rows, K]. Every field may be missing.
+
+    hessian: float32 [K, K], X^T X / rows. hessian_diagonal: float32 [K], the mean square per channel.
+    mean: float32 [K]. absmax: float32 [K]. rows: bf16 or float32 [R, K], held out, for judging only.
+    """
+
+    hessian: Tensor | None = None
+    hessian_diagonal: Tensor | None = None
+    mean: Tensor | None = None
+    absmax: Tensor | None = None
+    rows: Tensor | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """format: a Format with its options set. scales: a chooser's name. rounding: a rounder's name.
+
+    seed: drives every random choice, together with the layer's name, so that layers are independent of order.
+    options: the algorithms' own settings, JSON values, checked by `validate`.
+    """
+
+    format: Format
+    scales: str = "absmax"
+    rounding: str = "nearest"
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """RequestError when an algorithm's name is unknown."""
+        from .choosers import CHOOSERS
+        from .rounders import ROUNDERS
+        for what, name, known in (("scales", self.scales, CHOOSERS), ("rounding", self.rounding, ROUNDERS)):
+            if name not in known:
+                raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join(known)}.")
+
+    def describe(self) -> dict[str, Any]:
+        """JSON object for the file's header and the report."""
+        fmt = self.format
+        described: dict[str, Any] = {"format": fmt.name, "scales": self.scales, "rounding": self.rounding, "seed": self.seed}
+        if fmt.group_sizes:
+            described["group_size"] = fmt.group_size
+        if fmt.rotation is not None:
+            described["rotation"] = fmt.rotation
+        return described | ({"options": dict(self.options)} if self.options else {})
+
+
+def layer_generator(seed: int, layer: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the seed and the layer's name only."""
+    import hashlib
+    digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
