@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .cancel import poll
 from .errors import RequestError
 from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, snap
 
@@ -225,6 +226,7 @@ class Format:
     @staticmethod
     def _slices(work: Tensor, block: tuple[int, int]):
         """Row slices of the weight and of the scale grid: whole on a GPU, cache-sized on a CPU."""
+        poll()
         n, k = work.shape
         if work.is_cuda or n * k <= _CPU_SLICE:
             yield slice(0, n), slice(0, n // block[0])
@@ -232,10 +234,12 @@ class Format:
         if block[0] == n and n > 1:                       # one scale for all rows: any slice has the same block row
             step = max(1, _CPU_SLICE // k)
             for start in range(0, n, step):
+                poll()
                 yield slice(start, min(start + step, n)), slice(0, 1)
             return
         step = max(1, _CPU_SLICE // (k * block[0])) * block[0]
         for start in range(0, n, step):
+            poll()
             stop = min(start + step, n)
             yield slice(start, stop), slice(start // block[0], stop // block[0])
 

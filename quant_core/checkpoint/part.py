@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import time
 from pathlib import Path
 
@@ -72,6 +73,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as err:  # runs on the way out: it must not hide the error that led here
         _log.warning("%s: cannot be removed (%s). Delete it by hand.", path, err)
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Free space of the disk that the folder is on."""
+    return shutil.disk_usage(folder).free
 
 
 def reserve(fd: int, size: int) -> None:

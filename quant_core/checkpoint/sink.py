@@ -7,7 +7,6 @@ show; commit() checks it and renames it. Whatever goes wrong before that leaves 
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,12 +18,22 @@ from torch import Tensor
 
 from ..errors import InputFileError, OutputError, RequestError, VerificationError, some_of
 from .header import CODE_TO_TORCH, Header, OutputTensor, TensorInfo, build_header, read_header
-from .part import cannot_write, part_path, remove, remove_stale_parts, rename_to_new, reserve, sync_folder, write_at
+from .part import (
+    cannot_write,
+    disk_free_bytes,
+    part_path,
+    remove,
+    remove_stale_parts,
+    rename_to_new,
+    reserve,
+    sync_folder,
+    write_at,
+)
 
 
 def open_sink(target: str | Path, entries: Sequence[OutputTensor], metadata: Mapping[str, str],
               overwrite: bool = False, sources: Sequence[Path] = (),
-              free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free) -> Sink:
+              free_bytes: Callable[[Path], int] = disk_free_bytes) -> Sink:
     """Check everything that can be checked, then open a file to be written that holds exactly `entries`.
 
     sources: files that are being read; the target must be none of them, under whatever name or link. A target that is

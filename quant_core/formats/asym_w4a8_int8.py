@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cancel import poll
 from ..elements import CodebookElement
 from ..format import Format, Runtime, TensorSpec, register
 from ..packing import pack_nibbles, unpack_nibbles
@@ -51,6 +52,7 @@ class W4A8(Format):
         return QParams(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), codebook=table)
 
     def _fit_scales(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        poll()
         grouped = rows.view(rows.shape[0], -1, self.group_size)
         scale = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY)
         levels = table[_nearest(grouped / scale, table)]
@@ -80,6 +82,7 @@ class W4A8(Format):
         codes = torch.empty((n, k), dtype=torch.uint8, device=work.device)
         step = max(1, _SLICE // k)
         for r in range(0, n, step):
+            poll()
             levels = self._levels(qp.scale[r:r + step], qp.codebook).view(-1, 16)
             units = (work[r:r + step] / qp.parent[r:r + step]).view(-1, self.group_size)
             codes[r:r + step] = _nearest_of(units, levels).to(torch.uint8).view(-1, k)

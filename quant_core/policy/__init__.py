@@ -1,0 +1,1 @@
+"""Which layer gets which recipe."""

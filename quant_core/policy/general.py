@@ -1,0 +1,86 @@
+"""A safe policy for any architecture: linear weights inside the blocks are quantized, the sensitive rest is kept.
+
+Names are matched without their checkpoint prefix. The tables per architecture come on top of this.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import PlanError
+from ..recipe import Recipe
+
+# Longest first: `model.diffusion_model.` must go before `model.`.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
+
+# (why a layer is kept, what its name looks like). The first rule that matches is named in the plan.
+_RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((why, re.compile(pattern, re.IGNORECASE)) for why, pattern in (
+    ("part of the VAE", r"^(first_stage_model|vae|vae_decoder|vae_encoder|audio_vae|vocoder)\."),
+    ("a text encoder inside a checkpoint", r"^(cond_stage_model|conditioner|text_encoders?|clip_[lgh]|t5xxl)\."),
+    ("norm", r"norm|(^|[._])ln(_\w+|\d*)?($|\.)"),
+    ("modulation", r"modulation|adaln|scale_shift|(^|[._])mod($|[._])|_mod\d*($|\.)|emb_layers"),
+    ("embedding", r"embed|(^|[._])emb($|[._])|(^|\.)shared$|time_projection|pos_enc"),
+    ("input layer", r"^\w*(img|txt|time|timestep|vector|guidance|context|input|y|cond|llm|text|caption|vision|pooled)_?"
+                    r"(in|projection|proj_in|cond_proj|patchify_proj)($|\.)|^(proj_in|patchify_proj|input_blocks\.0\.|"
+                    r"conv_in|first|input_proj|project_in|to_cond_embed|cap_\w+|audio_patchify_proj)"),
+    ("output layer", r"^(final_layer|final_\w+|last_layer|last|proj_out|out|head|lm_head|output|conv_out|unpatchify|"
+                     r"project_out|audio_proj_out|img_out|nerf_final\w*)($|\.)|lm_head|distilled_guidance_layer"),
+    ("gate or router", r"(^|\.)(router|gate_logits|to_gate_logits)($|\.)"),
+))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which layers are quantized. keep, only: regexes searched in the layer's name (without `.weight`).
+
+    keep: these stay. only: nothing else is quantized, and the name rules do not apply to these: who names a layer
+    wants it. keep wins over only. fallback: the recipe for layers whose shape the main format cannot take, or whose
+    weight must not be packed.
+    """
+
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    fallback: Recipe | None = None
+
+    def check(self, layers: Iterable[str]) -> None:
+        """PlanError: a regex that does not compile, or that matches no layer."""
+        layers, problems = list(layers), []
+        for option, patterns in (("keep", self.keep), ("only", self.only)):
+            for pattern in patterns:
+                try:
+                    matches = any(re.search(pattern, layer) for layer in layers)
+                except re.error as err:
+                    problems.append(f"--{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
+                                    "brackets as \\( \\).")
+                    continue
+                if not matches:
+                    example = f" Layers are called like {layers[len(layers) // 2]!r}." if layers else ""
+                    problems.append(f"--{option} {pattern!r} matches none of the {len(layers)} linear layers.{example}")
+        if problems:
+            raise PlanError(problems)
+
+    def reason_to_keep(self, layer: str) -> str | None:
+        """Why this linear layer stays in its source dtype; None when it is to be quantized."""
+        for pattern in self.keep:
+            if re.search(pattern, layer):
+                return f"--keep {pattern}"
+        if self.only:
+            return None if any(re.search(pattern, layer) for pattern in self.only) else "not in --only"
+        return name_rule(layer)
+
+
+def strip_prefix(layer: str) -> str:
+    for prefix in _PREFIXES:
+        if layer.startswith(prefix):
+            return layer[len(prefix):]
+    return layer
+
+
+def name_rule(layer: str) -> str | None:
+    """The general rule that keeps a layer of this name, in words; None when no rule does."""
+    bare = strip_prefix(layer)
+    for why, pattern in _RULES:
+        if pattern.search(bare):
+            return why
+    return None

@@ -1,0 +1,97 @@
+"""What a run did: plain data for people, tests and `--report`."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .metrics import snr_db
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """format: None for a kept layer, and reason says why. weight_error: relative Frobenius error of the decoded weight.
+
+    rounding: what was really used; it differs from the recipe where an algorithm fell back. seconds: compute only.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    source: str
+    format: str | None
+    reason: str
+    bytes_in: int
+    bytes_out: int
+    weight_error: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        error = self.weight_error
+        row: dict[str, Any] = {"layer": self.layer, "shape": list(self.shape), "source": self.source, "format": self.format,
+                               "reason": self.reason, "bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
+        if error is not None:
+            snr = snr_db(error)
+            row |= {"weight_error": error if math.isfinite(error) else None, "seconds": round(self.seconds, 4),
+                    "weight_snr_db": round(snr, 3) if math.isfinite(snr) else None}
+        return row | ({"notes": list(self.notes)} if self.notes else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent after every tensor. Bytes count the source. eta_s: seconds left, None until it can be told."""
+
+    layer: str
+    done_layers: int
+    total_layers: int
+    done_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    eta_s: float | None
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.done_bytes / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """One conversion. recipe: as recorded in the file. peak_bytes: the plan's estimate."""
+
+    source: str
+    target: str
+    recipe: Mapping[str, Any]
+    layers: tuple[LayerReport, ...]
+    warnings: tuple[str, ...]
+    source_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    seconds: float
+    device: str
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.format is not None)
+
+    @property
+    def weight_error(self) -> float:
+        """Relative error over all quantized weights together: sqrt of the size-weighted mean square."""
+        rows = [(r.weight_error, r.shape[0] * r.shape[1]) for r in self.quantized if r.weight_error is not None]
+        total = sum(count for _, count in rows)
+        return math.sqrt(sum(e * e * count for e, count in rows) / total) if total else math.nan
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales and metadata included."""
+        weights = sum(r.shape[0] * r.shape[1] for r in self.quantized)
+        return sum(r.bytes_out for r in self.quantized) * 8 / weights if weights else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        error = self.weight_error
+        return {"source": self.source, "target": self.target, "recipe": dict(self.recipe), "device": self.device,
+                "seconds": round(self.seconds, 3), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes,
+                "peak_bytes_estimate": self.peak_bytes, "bits_per_weight": round(self.bits_per_weight, 4),
+                "weight_error": error if math.isfinite(error) else None,
+                "layers_quantized": len(self.quantized), "layers_kept": len(self.layers) - len(self.quantized),
+                "warnings": list(self.warnings), "layers": [layer.to_json() for layer in self.layers]}
