@@ -1,0 +1,1 @@
+"""What flows into every linear layer: captured, merged, saved, and handed to the algorithms as evidence."""

@@ -1,0 +1,118 @@
+"""How much memory a capture may take, and who gets it: decided from shapes alone, before anything is captured."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import RequestError
+from .hessian import FLUSH_ROWS, HessianKind, Placement
+from .histogram import BINS
+from .statistics import StatisticsSettings
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that a capture may take. device_bytes: where the model runs; host_bytes: RAM; disk_bytes: temporary files.
+
+    hessians: False keeps only the diagonal. sketch: layers that find no place get a sketch where one fits.
+    """
+
+    device_bytes: int = 4 * GIB
+    host_bytes: int = 16 * GIB
+    disk_bytes: int = 0
+    hessians: bool = True
+    sketch: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("device_bytes", "host_bytes", "disk_bytes"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"the calibration budget has {name} = {getattr(self, name)}; give 0 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a layer keeps, and where. placement is None without a Hessian. nbytes: of the Hessian, where it lies."""
+
+    layer: str
+    in_features: int
+    kind: HessianKind
+    placement: Placement | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPlan:
+    """decisions: one per layer, in the order of the layers. The bytes are what the capture will take at most."""
+
+    decisions: tuple[Decision, ...]
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+    def decision(self, layer: str) -> Decision:
+        return next(decision for decision in self.decisions if decision.layer == layer)
+
+    def counts(self) -> dict[str, int]:
+        """Layers by what they keep: {"full on device": 40, "sketch on host": 2, "diagonal": 3}."""
+        result: dict[str, int] = {}
+        for decision in self.decisions:
+            where = f" on {decision.placement.value}" if decision.placement else ""
+            key = decision.kind.value + where
+            result[key] = result.get(key, 0) + 1
+        return result
+
+    def describe(self) -> str:
+        """One sentence for the user."""
+        parts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        return (f"Hessians: {parts}. Memory at most: {self.device_bytes / GIB:.2f} GiB on the device, "
+                f"{self.host_bytes / GIB:.2f} GiB of RAM, {self.disk_bytes / GIB:.2f} GiB on disk.")
+
+
+def fixed_bytes(in_features: int, settings: StatisticsSettings) -> int:
+    """What every layer takes on the device, without its Hessian: absmax, two sums, histogram, held-out rows."""
+    return in_features * (4 + 8 + 8) + BINS * 8 + settings.reservoir_rows * in_features * 2
+
+
+def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
+                settings: StatisticsSettings = StatisticsSettings()) -> BudgetPlan:
+    """Narrow layers first, as most of them fit: on the device, else in RAM, else on disk, else a sketch, else the
+    diagonal alone. in_features: K by layer. A Hessian in RAM or on disk also takes its waiting rows on the device.
+
+    Raises RequestError when device_bytes does not hold even the small statistics of all layers.
+    """
+    left = {Placement.DEVICE: budget.device_bytes, Placement.HOST: budget.host_bytes, Placement.DISK: budget.disk_bytes}
+    small = sum(fixed_bytes(k, settings) for k in in_features.values())
+    if small > budget.device_bytes:
+        raise RequestError(f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
+                           f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "
+                           "capture fewer layers.")
+    left[Placement.DEVICE] -= small
+    decided: dict[str, Decision] = {}
+    for layer, k in sorted(in_features.items(), key=lambda item: (item[1], item[0])):
+        decided[layer] = _decide(layer, k, budget, settings, left)
+    return BudgetPlan(tuple(decided[layer] for layer in in_features), budget.device_bytes - left[Placement.DEVICE],
+                      budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK])
+
+
+def _decide(layer: str, k: int, budget: Budget, settings: StatisticsSettings, left: dict[Placement, int]) -> Decision:
+    """Take the first choice that fits out of `left`."""
+    waiting = 2 * FLUSH_ROWS * k * 4  # gathered rows, and their copy while they are added
+    choices: list[tuple[HessianKind, Placement, int, int]] = []  # kind, place, bytes there, bytes on the device
+    if budget.hessians:
+        choices += [(HessianKind.FULL, Placement.DEVICE, k * k * 4, 0),
+                    (HessianKind.FULL, Placement.HOST, k * k * 4, waiting),
+                    (HessianKind.FULL, Placement.DISK, k * k * 4, waiting)]
+    if budget.hessians and budget.sketch and settings.sketch_size < k:
+        # The sketch, the rows that wait, and both once more, stacked for a shrinking.
+        sketch = 4 * settings.sketch_size * k * 4
+        choices += [(HessianKind.SKETCH, Placement.DEVICE, sketch, 0), (HessianKind.SKETCH, Placement.HOST, sketch, 0)]
+    for kind, place, nbytes, on_device in choices:
+        needed = {place: nbytes}
+        needed[Placement.DEVICE] = needed.get(Placement.DEVICE, 0) + on_device
+        if all(left[where] >= count for where, count in needed.items()):
+            for where, count in needed.items():
+                left[where] -= count
+            return Decision(layer, k, kind, place, nbytes)
+    return Decision(layer, k, HessianKind.DIAGONAL, None, 0)

@@ -1,0 +1,190 @@
+"""Accumulators of X^T X: complete (on the device, in RAM or on disk), or a sketch of a few rows.
+
+All hold the plain weighted sum over rows, so that merging is adding; evidence.py divides by the weight.
+"""
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+
+_PANEL = 2048          # columns of X^T X made at a time, which bounds the scratch memory
+FLUSH_ROWS = 512       # rows gathered before a sum that lies in RAM or on disk is touched
+
+# mm with a float32 result from bf16 factors came with torch 2.8; the products are exact, the sums float32.
+_HAS_WIDE_RESULT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+class HessianKind(Enum):
+    FULL = "full"
+    SKETCH = "sketch"
+    DIAGONAL = "diagonal"
+
+
+class Placement(Enum):
+    """Where a complete Hessian lies while it grows."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+def add_gram(total: Tensor, x: Tensor, weight: float) -> None:
+    """total += weight * x^T x, in place. total: float32 [K, K]; x: [n, K], float, on any device."""
+    wide = x.is_cuda and x.dtype is torch.bfloat16 and _HAS_WIDE_RESULT
+    rows = x if wide else x.to(torch.float32)
+    for start in range(0, x.shape[1], _PANEL):
+        panel = rows[:, start:start + _PANEL].T
+        out = total[start:start + _PANEL]
+        if wide:
+            out.add_(torch.mm(panel, rows, out_dtype=torch.float32), alpha=weight)
+        elif out.device == x.device:
+            out.addmm_(panel, rows, alpha=weight)
+        else:
+            out.add_((panel @ rows).to(out.device), alpha=weight)
+
+
+class FullHessian:
+    """The whole float32 [K, K] sum. On HOST and DISK rows gather on their device first: fewer, larger transfers.
+
+    folder: where a DISK sum makes its file, a memory map; whoever made the folder removes it.
+    """
+
+    kind = HessianKind.FULL
+
+    def __init__(self, in_features: int, device: torch.device | str, placement: Placement = Placement.DEVICE,
+                 folder: Path | None = None, name: str = "hessian") -> None:
+        self.placement = placement
+        self._waiting: list[tuple[Tensor, float]] = []
+        self._waiting_rows = 0
+        if placement is Placement.DISK:
+            if folder is None:
+                raise ValueError("a Hessian on disk needs a folder")
+            flat = torch.from_file(str(folder / f"{name}.bin"), shared=True, size=in_features ** 2, dtype=torch.float32)
+            self._sum = flat.view(in_features, in_features)
+        else:
+            where = device if placement is Placement.DEVICE else "cpu"
+            self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=where)
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """x: [n, K], finite; memory of its own, which this may keep."""
+        if self.placement is Placement.DEVICE:
+            add_gram(self._sum, x, weight)
+            return
+        self._waiting.append((x, weight))
+        self._waiting_rows += len(x)
+        if self._waiting_rows >= FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring gathered rows into the sum."""
+        if self._waiting:
+            rows = torch.cat([x.to(torch.float32) * weight ** 0.5 for x, weight in self._waiting])
+            self._waiting, self._waiting_rows = [], 0
+            add_gram(self._sum, rows, 1.0)
+
+    def total(self) -> Tensor:
+        """float32 [K, K], the accumulator itself: do not write into it."""
+        self.flush()
+        return self._sum
+
+    def merge(self, other: "FullHessian") -> None:
+        self.flush()
+        self._sum.add_(other.total().to(self._sum.device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"hessian": pack_triangle(self.total())}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of tensors()."""
+        unpack_triangle(tensors["hessian"], self._sum)
+
+
+class SketchHessian:
+    """Frequent directions: `size` rows B whose B^T B never exceeds X^T X, and misses at most `shrinkage` of it.
+
+    The bound holds for the largest eigenvalue of the difference, merges included, and the diagonal that the layer's
+    statistics know exactly restores what is missing there. Shrinking factorises, so this one does wait for the GPU.
+    Source: Liberty, KDD 2013; Ghashami et al., SIAM J. Comput. 45(5), 2016.
+    """
+
+    kind = HessianKind.SKETCH
+
+    def __init__(self, in_features: int, size: int, device: torch.device | str) -> None:
+        self.rows = torch.zeros(size, in_features, dtype=torch.float32, device=device)
+        self.shrinkage = 0.0
+        self._waiting: list[Tensor] = []
+        self._waiting_rows = 0
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """x: [n, K], finite."""
+        size = len(self.rows)
+        for piece in x.split(size):
+            self._waiting.append(piece.to(self.rows.device, torch.float32) * weight ** 0.5)
+            self._waiting_rows += len(piece)
+            if self._waiting_rows >= size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Shrink sketch and gathered rows back to `size` rows."""
+        if not self._waiting:
+            return
+        stacked = torch.cat([self.rows, *self._waiting])
+        self._waiting, self._waiting_rows = [], 0
+        size = len(self.rows)
+        values, vectors = torch.linalg.eigh((stacked @ stacked.T).to("cpu", torch.float64))
+        values, vectors = values.flip(0).clamp(min=0.0), vectors.flip(1)
+        cut = float(values[size])
+        kept = (values[:size] - cut).clamp(min=0.0)
+        ratio = torch.where(values[:size] > 0, (kept / values[:size].clamp(min=1e-300)).sqrt(), torch.zeros_like(kept))
+        mix = (vectors[:, :size] * ratio).T.to(self.rows.device, torch.float32)
+        self.rows = mix @ stacked
+        self.shrinkage += cut
+
+    def total(self, diagonal: Tensor) -> Tensor:
+        """float32 [K, K]: B^T B with the exact diagonal put in; positive semidefinite as the true one is.
+
+        diagonal: float [K], that of X^T X.
+        """
+        self.flush()
+        gram = self.rows.T @ self.rows
+        missing = (diagonal.to(gram.device, torch.float32) - gram.diagonal()).clamp(min=0.0)
+        gram.diagonal().add_(missing)
+        return gram
+
+    def merge(self, other: "SketchHessian") -> None:
+        if other.rows.shape != self.rows.shape:
+            raise RequestError(f"sketches of {len(self.rows)} and {len(other.rows)} rows cannot be merged. "
+                               "Capture both with the same sketch size.")
+        other.flush()
+        self.add(other.rows, 1.0)
+        self.flush()
+        self.shrinkage += other.shrinkage
+
+    def tensors(self) -> dict[str, Tensor]:
+        self.flush()
+        return {"hessian_sketch": self.rows, "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of tensors()."""
+        self.rows = tensors["hessian_sketch"].to(self.rows.device)
+        self.shrinkage = float(tensors["hessian_shrinkage"])
+
+
+def pack_triangle(h: Tensor) -> Tensor:
+    """A symmetric [K, K] -> its upper triangle, row by row, [K * (K + 1) / 2]: half the bytes."""
+    return torch.cat([h[i, i:] for i in range(len(h))])
+
+
+def unpack_triangle(packed: Tensor, out: Tensor) -> None:
+    """The inverse of pack_triangle, into out [K, K]."""
+    size, at = len(out), 0
+    for i in range(size):
+        row = packed[at:at + size - i].to(out.device)
+        out[i, i:] = row
+        out[i:, i] = row
+        at += size - i

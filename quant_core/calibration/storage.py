@@ -1,0 +1,170 @@
+"""Calibrations on disk: one safetensors file.
+
+Header metadata `quantpress_calibration` holds one JSON object:
+    schema (1), pack_version, seed, weighting, settings {histogram_rows, reservoir_rows, sketch_size},
+    model {fingerprint, layers {name: [out_features, in_features]}},
+    runs [{note, completed, steps {step: rows}, sigmas {step: sigma}, labels {label: rows}, loras}],
+    layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}}.
+Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch rows, H histogram bins:
+    absmax f32 [K], sum f64 [K], square_sum f64 [K], weight f64 [], count i64 [], nonfinite i64 [],
+    histogram i64 [H], rows bf16 [R, K], row_keys f32 [R], and by kind of Hessian
+    hessian f32 [K (K + 1) / 2], the upper triangle row by row, or hessian_sketch f32 [S, K], hessian_shrinkage f64 [].
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, load_json_object
+from ..checkpoint.sink import open_sink
+from ..checkpoint.source import Source, open_source
+from ..errors import InputFileError
+from .calibration import Calibration, ModelIdentity, RunRecord
+from .hessian import HessianKind, Placement
+from .histogram import BINS
+from .statistics import LayerStatistics, StatisticsSettings
+
+METADATA_KEY = "quantpress_calibration"
+SCHEMA = 1
+_PLAIN_FIELDS = ("absmax", "sum", "square_sum", "weight", "count", "nonfinite", "histogram")
+
+
+def save_calibration(calibration: Calibration, path: str | Path, overwrite: bool = False) -> Path:
+    """Write atomically; one layer at a time comes from the GPU. Returns the path, which must end in .safetensors.
+
+    Raises RequestError (nothing was captured), OutputError (the disk, the target exists).
+    """
+    calibration.require_captured()
+    entries = []
+    for layer, statistics in calibration.statistics.items():
+        for field, (dtype, shape) in _specs(statistics).items():
+            entries.append(OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape))
+    metadata = {METADATA_KEY: json.dumps(_manifest(calibration), ensure_ascii=False, allow_nan=False)}
+    with open_sink(path, entries, metadata, overwrite=overwrite) as sink:
+        for layer, statistics in calibration.statistics.items():
+            for field, tensor in _tensors(statistics).items():
+                sink.write(f"{layer}.{field}", tensor)
+        sink.commit()
+    return Path(path)
+
+
+class CalibrationReader:
+    """An open calibration file: the manifest at once, layers one by one. Made by open_calibration."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        text = source.metadata.get(METADATA_KEY)
+        if text is None:
+            raise InputFileError(f"{source.path}: this is no calibration: its header has no {METADATA_KEY}. "
+                                 "Give a file that Save Calibration or `quantpress calibrate` wrote.")
+        manifest = load_json_object(text.encode("utf-8"), f"{source.path}: {METADATA_KEY}")
+        if manifest.get("schema") != SCHEMA:
+            raise InputFileError(f"{source.path}: the calibration has schema {manifest.get('schema')!r}; this pack "
+                                 f"reads {SCHEMA}. Update the pack, or capture again.")
+        try:
+            self._read_manifest(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise InputFileError(f"{source.path}: {METADATA_KEY} is damaged ({type(err).__name__}: {err}). "
+                                 "Capture again.") from err
+
+    def _read_manifest(self, manifest: dict) -> None:
+        model = manifest["model"]
+        layers = {name: (int(shape[0]), int(shape[1])) for name, shape in model["layers"].items()}
+        self._layers: dict[str, dict] = dict(manifest["layers"])
+        unknown = [name for name in self._layers if name not in layers]
+        if unknown:
+            raise ValueError(f"{unknown[0]} has statistics and no shape")
+        self.header = Calibration(
+            ModelIdentity(layers, str(model["fingerprint"])), {}, tuple(_run(run) for run in manifest["runs"]),
+            int(manifest["seed"]), StatisticsSettings(**manifest["settings"]), str(manifest["weighting"]),
+            str(manifest["pack_version"]))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The captured layers."""
+        return tuple(self._layers)
+
+    def statistics(self, layer: str, device: torch.device | str = "cpu") -> LayerStatistics:
+        """Read one layer. KeyError when it was not captured; InputFileError when its tensors are damaged."""
+        entry = self._layers[layer]
+        in_features = self.header.model.layers[layer][1]
+        kind = HessianKind(entry["hessian"])
+        result = LayerStatistics(in_features, device, kind, Placement.DEVICE, self.header.settings)
+        found = {}
+        for field, (dtype, shape) in _specs(result).items():
+            name = f"{layer}.{field}"
+            info = self._source.tensors.get(name)
+            if info is None or info.dtype != TORCH_TO_CODE[dtype] or info.shape != shape:
+                what = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                raise InputFileError(f"{self._source.path}: {name} {what}; {TORCH_TO_CODE[dtype]} {list(shape)} is "
+                                     "needed. Capture again.")
+            found[field] = self._source.read(name)
+        for field in _PLAIN_FIELDS:
+            target = getattr(result, field)
+            setattr(result, field, found[field].to(device=device, dtype=target.dtype))
+        result.reservoir.rows, result.reservoir.keys = found["rows"].to(device), found["row_keys"]
+        result.seen, result.labels = int(entry["seen"]), {str(k): int(v) for k, v in entry["labels"].items()}
+        if result.hessian is not None:
+            result.hessian.load(found)
+        return result
+
+
+@contextmanager
+def open_calibration(path: str | Path) -> Iterator[CalibrationReader]:
+    """Raises InputFileError."""
+    with open_source(path) as source:
+        yield CalibrationReader(source)
+
+
+def load_calibration(path: str | Path, device: torch.device | str = "cpu") -> Calibration:
+    """The whole file in memory; open_calibration reads layer by layer. Raises InputFileError."""
+    with open_calibration(path) as reader:
+        reader.header.statistics = {layer: reader.statistics(layer, device) for layer in reader.layers}
+        return reader.header
+
+
+def _specs(statistics: LayerStatistics) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a layer's tensors are on disk, without touching the data."""
+    k, settings = statistics.in_features, statistics.settings
+    f32, f64, i64 = torch.float32, torch.float64, torch.int64
+    specs = {"absmax": (f32, (k,)), "sum": (f64, (k,)), "square_sum": (f64, (k,)), "weight": (f64, ()),
+             "count": (i64, ()), "nonfinite": (i64, ()), "histogram": (i64, (BINS,)),
+             "rows": (torch.bfloat16, (settings.reservoir_rows, k)), "row_keys": (f32, (settings.reservoir_rows,))}
+    if statistics.kind is HessianKind.FULL:
+        specs["hessian"] = (f32, (k * (k + 1) // 2,))
+    elif statistics.kind is HessianKind.SKETCH:
+        specs |= {"hessian_sketch": (f32, (settings.sketch_size, k)), "hessian_shrinkage": (f64, ())}
+    return specs
+
+
+def _tensors(statistics: LayerStatistics) -> dict[str, Tensor]:
+    tensors = {field: getattr(statistics, field) for field in _PLAIN_FIELDS}
+    tensors |= {"rows": statistics.reservoir.rows, "row_keys": statistics.reservoir.keys}
+    if statistics.hessian is not None:
+        tensors |= statistics.hessian.tensors()
+    return {field: tensors[field].to("cpu", dtype) for field, (dtype, _) in _specs(statistics).items()}
+
+
+def _manifest(calibration: Calibration) -> dict[str, object]:
+    return {
+        "schema": SCHEMA, "pack_version": calibration.pack_version, "seed": calibration.seed,
+        "weighting": calibration.weighting, "settings": asdict(calibration.settings),
+        "model": {"fingerprint": calibration.model.fingerprint,
+                  "layers": {name: list(shape) for name, shape in calibration.model.layers.items()}},
+        "runs": [{"note": run.note, "completed": run.completed, "steps": dict(run.steps), "sigmas": dict(run.sigmas),
+                  "labels": dict(run.labels), "loras": list(run.loras)} for run in calibration.runs],
+        "layers": {layer: {"seen": statistics.seen, "labels": statistics.labels, "hessian": statistics.kind.value}
+                   for layer, statistics in calibration.statistics.items()},
+    }
+
+
+def _run(entry: dict) -> RunRecord:
+    return RunRecord(str(entry["note"]), bool(entry["completed"]), {int(k): int(v) for k, v in entry["steps"].items()},
+                     {int(k): float(v) for k, v in entry["sigmas"].items()},
+                     {str(k): int(v) for k, v in entry["labels"].items()}, tuple(map(str, entry["loras"])))
