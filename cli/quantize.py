@@ -1,0 +1,128 @@
+"""`quantpress quantize`: one file in, one verified file out; or, with --dry-run, the plan."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import print_json, size_text, time_text
+from .interrupt import stop_on_signal
+from .progress import show_progress
+
+if TYPE_CHECKING:
+    from ..quant_core.plan import Plan
+    from ..quant_core.policy.general import Policy
+    from ..quant_core.recipe import Recipe
+    from ..quant_core.report import RunReport
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("quantize", help="quantize a model into a new file",
+                                 description="Quantize the linear layers of a safetensors model into a new file. The input "
+                                             "stays as it is; the output appears only when it is complete and verified.")
+    parser.add_argument("input", metavar="INPUT", type=Path,
+                        help="a .safetensors file, a *.safetensors.index.json, or a folder with one of them")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the new file, *.safetensors")
+    parser.add_argument("--format", required=True, metavar="NAME", help="see `quantpress formats`")
+    parser.add_argument("--group-size", type=int, metavar="N", help="weights per scale, for formats that offer a choice")
+    parser.add_argument("--rotation", type=int, metavar="N", help="rotation group, for the rotated formats")
+    parser.add_argument("--keep", action="append", default=[], metavar="REGEX",
+                        help="keep layers whose name matches in their dtype; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="REGEX",
+                        help="quantize only layers whose name matches, sensitive ones too; may be repeated")
+    parser.add_argument("--fallback", metavar="FORMAT", help="the format for layers whose shape NAME cannot take")
+    parser.add_argument("--scales", default="absmax", metavar="NAME", help="how scales are chosen (default: %(default)s)")
+    parser.add_argument("--rounding", default="nearest", metavar="NAME",
+                        help="how weights are rounded (default: %(default)s)")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for methods that use chance (default: 0)")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report of every layer here")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and the report, if they exist")
+    parser.add_argument("--allow-nonfinite", action="store_true",
+                        help="keep layers that hold NaN or Inf in their dtype; by default they are an error")
+    parser.add_argument("--json", action="store_true", help="print the report, or the plan, as JSON (see docs/json.md)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.dry_run and args.report:
+        args.parser.error("--report needs a conversion; a dry run has its plan with --json")
+    recipe, policy = _request(args)
+    if args.dry_run:
+        return _dry_run(args, recipe, policy)
+    report = _convert(args, recipe, policy)
+    if args.report:
+        from .report_file import write_report
+        write_report(args.report, report.to_json())
+    if args.json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+    return 0
+
+
+def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
+    from ..quant_core.format import get_format
+    from ..quant_core.policy.general import Policy
+    from ..quant_core.recipe import Recipe
+
+    recipe = Recipe(get_format(args.format, args.group_size, args.rotation), args.scales, args.rounding, args.seed)
+    fallback = Recipe(get_format(args.fallback), args.scales, args.rounding, args.seed) if args.fallback else None
+    return recipe, Policy(tuple(args.keep), tuple(args.only), fallback)
+
+
+def _dry_run(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> int:
+    from ..quant_core.checkpoint.source import open_source
+    from ..quant_core.plan import make_plan
+    from .plan_view import plan_json, plan_lines
+
+    with open_source(args.input) as src:
+        plan = make_plan(src, recipe, policy)
+    if args.json:
+        print_json(plan_json(plan, args.input, args.output, recipe))
+    else:
+        print("\n".join(plan_lines(plan, args.input, args.output, recipe)))
+        if args.output.exists() and not args.overwrite:
+            print(f"{args.output} exists; the conversion will need --overwrite.")
+    return 0
+
+
+def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunReport:
+    import torch
+
+    from ..quant_core.errors import RequestError
+    from ..quant_core.run import convert
+
+    if args.report:
+        _check_report(args)
+    try:
+        with stop_on_signal() as cancel, show_progress("quantizing") as progress:
+            return convert(args.input, args.output, recipe, policy, device=args.device, overwrite=args.overwrite,
+                           allow_nonfinite=args.allow_nonfinite, progress=progress, cancel=cancel)
+    except torch.OutOfMemoryError as err:
+        raise RequestError(f"--device {args.device}: the GPU's memory is too small for a layer, or taken by something "
+                           "else. Free it, or use --device cpu. Nothing was written.") from err
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    from ..quant_core.checkpoint.source import open_source
+    from .report_file import check_report_path
+
+    with open_source(args.input) as src:
+        check_report_path(args.report, args.output, (src.path, *src.files), args.overwrite)
+
+
+def _print_report(report: RunReport) -> None:
+    for warning in report.warnings:
+        print(f"quantpress: warning: {warning}", file=sys.stderr)
+    layers = report.quantized
+    share = report.output_bytes / report.source_bytes
+    print(f"{report.target}: {len(layers)} layers quantized to {report.recipe['format']}, "
+          f"{len(report.layers) - len(layers)} kept")
+    print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
+          f"{report.bits_per_weight:.2f} bits per quantized weight")
+    print(f"  error   {report.weight_error:.4f} relative, over all quantized weights")
+    print(f"  time    {time_text(report.seconds)} on {report.device}, "
+          f"{size_text(report.source_bytes / max(report.seconds, 1e-9))}/s; written and verified")

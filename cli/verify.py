@@ -1,0 +1,72 @@
+"""`quantpress verify`: does a loader read this file, and how far is it from its source?"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import print_json, table_lines
+from .interrupt import stop_on_signal
+from .progress import show_progress
+
+if TYPE_CHECKING:
+    from ..quant_core.verify import LayerCheck, VerifyReport
+
+_WORST_SHOWN = 5
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("verify", help="check a quantized file",
+                                 description="Check a file by the rules of the loaders that will read it, and with --against "
+                                             "compare every layer with the file it was made from. Exit code 1 on errors.")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--against", metavar="SOURCE", type=Path, help="the file it was made from")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON (see docs/json.md)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..quant_core.cancel import cancel_scope
+    from ..quant_core.verify import verify_file
+
+    with stop_on_signal() as cancel, cancel_scope(cancel), show_progress("verifying") as progress:
+        report = verify_file(args.file, args.against, progress=progress)
+    if args.json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+    if report.errors:
+        print(f"quantpress: error: {args.file}: {len(report.errors)} errors found", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_report(report: VerifyReport) -> None:
+    for finding in report.findings:
+        print(f"{finding.severity}: {finding.message} [{finding.code}]")
+    verdict = "not ok" if report.errors else "ok"
+    print(f"{report.path}: {verdict}, {len(report.layers)} quantized layers, {len(report.errors)} errors, "
+          f"{len(report.findings) - len(report.errors)} warnings")
+    formats = list(dict.fromkeys(layer.format for layer in report.layers))
+    rows = [_format_cells(name, [layer for layer in report.layers if layer.format == name]) for name in formats]
+    if rows:
+        print("\n".join(table_lines(rows, ("format", "layers", "mean error", "mean SNR"), right=(1, 2, 3), indent="  ")))
+    measured = [layer for layer in report.layers if layer.relative_error is not None]
+    if measured:
+        worst = sorted(measured, key=_badness, reverse=True)[:_WORST_SHOWN]
+        cells = [(layer.layer, layer.format, f"{layer.relative_error:.4f}", f"{layer.snr_db:.1f} dB") for layer in worst]
+        print("\n".join(table_lines(cells, ("worst layers", "format", "error", "SNR"), right=(2, 3), indent="  ")))
+
+
+def _badness(layer: LayerCheck) -> float:
+    return math.inf if math.isnan(layer.relative_error) else layer.relative_error
+
+
+def _format_cells(name: str, layers: list[LayerCheck]) -> tuple[str, ...]:
+    errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
+    if not errors:
+        return name, str(len(layers)), "-", "-"
+    snr = sum(layer.snr_db for layer in layers if layer.snr_db is not None) / len(errors)
+    return name, str(len(layers)), f"{sum(errors) / len(errors):.4f}", f"{snr:.1f} dB"
