@@ -37,7 +37,7 @@ def close(found, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pieces", [1, 7, 200])
+@pytest.mark.parametrize("pieces", [1, 60])
 def test_sums_in_chunks_equal_one_float64_computation(dtype, pieces):
     x = inputs(rows=3000, dtype=dtype)
     statistics, exact = gather(x, pieces), x.double()
@@ -50,7 +50,7 @@ def test_sums_in_chunks_equal_one_float64_computation(dtype, pieces):
 
 
 def test_long_accumulation_stays_within_one_in_a_hundred_thousand():
-    k, calls = 32, 3000
+    k, calls = 32, 800
     g = torch.Generator().manual_seed(3)
     statistics, exact = LayerStatistics(k, "cpu"), torch.zeros(k, k, dtype=torch.float64)
     for _ in range(calls):

@@ -160,6 +160,7 @@ class SketchHessian:
         if other.rows.shape != self.rows.shape:
             raise RequestError(f"sketches of {len(self.rows)} and {len(other.rows)} rows cannot be merged. "
                                "Capture both with the same sketch size.")
+        self.flush()
         other.flush()
         self.add(other.rows, 1.0)
         self.flush()

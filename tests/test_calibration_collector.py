@@ -1,0 +1,356 @@
+"""Watching a model: hooks come and go, rows are balanced and reproducible, budgets are kept, compiled models refused."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from comfyui_quantpress.quant_core.calibration.budget import Budget, fixed_bytes, plan_budget
+from comfyui_quantpress.quant_core.calibration.calibration import fingerprint
+from comfyui_quantpress.quant_core.calibration.collector import CallContext, CaptureSettings, Collector
+from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
+from comfyui_quantpress.quant_core.calibration.hessian import HessianKind, Placement
+from comfyui_quantpress.quant_core.calibration.linear_layers import linear_layers, named_linear_layers
+from comfyui_quantpress.quant_core.calibration.selection import chunk_labels, select_rows
+from comfyui_quantpress.quant_core.calibration.statistics import StatisticsSettings
+from comfyui_quantpress.quant_core.errors import RequestError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.modulation = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(8, 16)
+
+    def forward(self, x, c, fail=False):
+        x = self.down(torch.relu(self.up(x))) + self.modulation(input=c)[:, None]
+        if fail:
+            raise KeyboardInterrupt
+        return x
+
+
+def collector(net, budget=Budget(), **settings):
+    modules = linear_layers(net)
+    return Collector(modules, plan_budget({name: m.in_features for name, m in modules.items()}, budget),
+                     CaptureSettings(**settings))
+
+
+def call(net, step, batch=2, tokens=50, dtype=torch.float32, **kwargs):
+    g = torch.Generator().manual_seed(step)
+    return net(torch.randn(batch, tokens, 16, generator=g).to(dtype), torch.randn(batch, 8, generator=g).to(dtype), **kwargs)
+
+
+def hook_count(net):
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in net.modules())
+
+
+def contents(calibration):
+    return {name: [s.sum.tolist(), s.absmax.tolist(), s.histogram.tolist(), s.reservoir.filled().tolist(), s.labels,
+                   s.hessian_sum().tolist()] for name, s in calibration.statistics.items()}
+
+
+def run(watch, net, steps=4, labels=("uncond", "cond"), **kwargs):
+    step = iter(range(steps))
+    with watch.capture(net, lambda: CallContext(next(step), 0.5, labels)):
+        for at in range(steps):
+            call(net, at, **kwargs)
+    return watch.result()
+
+
+def test_statistics_are_those_of_the_true_inputs():
+    net = Net()
+    calibration = run(collector(net, holdout=0.0), net)
+    x = torch.cat([torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(step)).view(-1, 16) for step in range(4)])
+    evidence = to_evidence(calibration.statistics["up"])
+    assert evidence.count == 400 and calibration.statistics["up"].labels == {"uncond": 200, "cond": 200}
+    assert torch.allclose(evidence.hessian, x.T @ x / 400, rtol=1e-4, atol=1e-5)
+    assert torch.equal(evidence.absmax, x.abs().amax(0))
+    assert list(calibration.statistics) == ["up", "down", "modulation"]
+    assert calibration.statistics["modulation"].seen == 8  # passed by keyword
+
+
+def test_output_of_the_model_is_bit_identical_with_hooks():
+    net = Net()
+    plain, watch = call(net, 3), collector(net)
+    with watch.capture(net):
+        assert torch.equal(call(net, 3), plain)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_hooks_go_on_every_exit_and_what_was_seen_stays(error):
+    net = Net()
+    watch = collector(net)
+    try:
+        with watch.capture(net):
+            assert hook_count(net) == 4
+            call(net, 0)
+            if error is KeyboardInterrupt:
+                call(net, 1, fail=True)
+            if error is ValueError:
+                raise ValueError
+    except (KeyboardInterrupt, ValueError) as err:
+        assert isinstance(err, error)
+    assert hook_count(net) == 0
+    calibration = watch.result()
+    assert calibration.runs[-1].completed is (error is None)
+    assert calibration.statistics["up"].seen >= 100 and calibration.runs[-1].steps
+
+
+def test_hooks_go_when_a_later_hook_cannot_be_set(monkeypatch):
+    net = Net()
+    watch = collector(net)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no hook")
+    monkeypatch.setattr(net.modulation, "register_forward_pre_hook", refuse)
+    with pytest.raises(ValueError, match="no hook"), watch.capture(net):
+        pytest.fail("must not be reached")
+    assert hook_count(net) == 0
+
+
+def test_the_same_seed_gives_the_same_calibration_and_another_seed_another():
+    net = Net()
+    one, two = (contents(run(collector(net, seed=5, rows_per_step=20), net)) for _ in range(2))
+    assert one == two
+    assert one != contents(run(collector(net, seed=6, rows_per_step=20), net))
+
+
+def test_reset_and_run_again_gives_the_same():
+    net = Net()
+    watch = collector(net, rows_per_step=20)
+    first = contents(run(watch, net))
+    watch.reset()
+    assert watch.result().statistics == {}
+    assert contents(run(watch, net)) == first
+
+
+def test_runs_accumulate_and_merge_like_one_capture():
+    net = Net()
+    watch = collector(net, holdout=0.0)
+    run(watch, net)
+    both = run(watch, net, steps=2)
+    one, two = collector(net, holdout=0.0), collector(net, holdout=0.0)
+    merged = run(one, net)
+    merged.merge(run(two, net, steps=2))
+    assert len(both.runs) == len(merged.runs) == 2
+    for name in both.statistics:
+        a, b = both.statistics[name], merged.statistics[name]
+        assert a.seen == b.seen and torch.equal(a.histogram, b.histogram)
+        assert torch.allclose(a.hessian_sum(), b.hessian_sum(), rtol=1e-5, atol=1e-4)
+
+
+def test_cap_balances_steps_and_labels_whatever_the_calls():
+    net = Net()
+    watch = collector(net, rows_per_step=24, holdout=0.0)
+    contexts = iter([CallContext(0, 1.0, ("cond",)), CallContext(0, 1.0, ("uncond",)),
+                     CallContext(1, 0.5, ("cond", "uncond")), CallContext(1, 0.5, ("cond",))])
+    with watch.capture(net, lambda: next(contexts)):
+        call(net, 0, tokens=80), call(net, 1, tokens=10), call(net, 2, tokens=60), call(net, 3)
+    record = watch.result().runs[0]
+    assert record.steps == {0: 24 + 20, 1: 48}
+    assert record.sigmas == {0: 1.0, 1: 0.5}
+    assert watch.result().statistics["up"].labels == {"cond": 48, "uncond": 20 + 24}
+    assert watch.result().statistics["up"].seen == 160 + 20 + 120 + 100  # every row counts for the absmax
+
+
+def test_held_out_rows_are_in_no_other_statistic():
+    net = Net()
+    watch = collector(net, holdout=0.25, rows_per_step=40)
+    seen = []
+    handle = net.up.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 16)))
+    calibration = run(watch, net)
+    handle.remove()
+    statistics = calibration.statistics["up"]
+    held = statistics.reservoir.filled()
+    x = torch.cat(seen)
+    is_held = (x.bfloat16()[:, None] == held[None]).all(-1).any(-1)
+    assert int(is_held.sum()) == len(held) == statistics.reservoir.size - int((statistics.reservoir.keys == -torch.inf).sum())
+    # 4 steps x 2 labels x 40 rows, a quarter of each held out: all of them fit the reservoir of 128.
+    assert len(held) == 80 and int(statistics.count) == 240
+
+
+def test_weighting_is_asked_per_context_and_label():
+    net = Net()
+    asked = set()
+
+    def weight(context, label):
+        asked.add((context.step, label))
+        return {"cond": 2.0, "uncond": 0.0}[label]
+    calibration = run(collector(net, weighting=weight, weighting_name="cond only", holdout=0.0), net, steps=2)
+    statistics = calibration.statistics["up"]
+    assert asked == {(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")}
+    assert statistics.labels == {"cond": 100} and float(statistics.weight) == 200
+    assert calibration.weighting == "cond only"
+    with pytest.raises(RequestError, match="'bad' gave -1"):
+        run(collector(net, weighting=lambda context, label: -1.0, weighting_name="bad"), net)
+    assert hook_count(net) == 0
+
+
+def test_works_in_inference_mode_and_the_sums_live_on():
+    net = Net()
+    watch = collector(net)
+    with torch.inference_mode():
+        run(watch, net)
+    run(watch, net)  # in-place on what the first run made
+    assert watch.result().statistics["up"].seen == 800
+    assert not watch.result().statistics["up"].absmax.is_inference()
+
+
+def test_autocast_around_the_model_does_not_round_the_sums():
+    net = Net()
+    plain = contents(run(collector(net), net, steps=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = contents(run(collector(net), net, steps=1))
+    assert plain["up"] == cast["up"]
+
+
+def test_bf16_model_gives_float32_statistics():
+    net = Net().to(torch.bfloat16)
+    calibration = run(collector(net), net, dtype=torch.bfloat16)
+    assert calibration.statistics["up"].hessian_sum().dtype is torch.float32
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16), (2, 3, 4, 16), (0, 16)])
+def test_inputs_of_any_rank(shape):
+    layer = nn.Sequential(nn.Linear(16, 4))
+    watch = collector(layer, holdout=0.0)
+    with watch.capture(layer):
+        layer(torch.ones(shape))
+    rows = torch.ones(shape).numel() // 16
+    assert watch.result().statistics["0"].seen == rows == int(watch.result().statistics["0"].count)
+
+
+def test_compiled_models_are_refused():
+    net = Net()
+    compiled = torch.compile(net)
+    with pytest.raises(RequestError, match="compiled"):
+        linear_layers(compiled)
+    inner = nn.Sequential(compiled)
+    with pytest.raises(RequestError, match="^0: the model is compiled"):
+        linear_layers(inner)
+    watch = collector(net)
+    net.up.compile()
+    with pytest.raises(RequestError, match="^up: the model is compiled"), watch.capture(net):
+        pytest.fail("must not be reached")
+    assert hook_count(net) == 0
+
+
+def test_layers_are_found_by_name_and_pattern():
+    class Linear(nn.Module):  # as ComfyUI's mixed-precision one: no nn.Linear
+        in_features, out_features = 4, 8
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Linear())
+    assert list(linear_layers(net)) == ["0", "2"] and list(linear_layers(net, "2")) == ["2"]
+    with pytest.raises(RequestError, match="no linear layer called 7"):
+        named_linear_layers(net, ["0", "7"])
+    with pytest.raises(RequestError, match="matches 'x'"):
+        linear_layers(net, "x")
+
+
+def test_fingerprint_is_the_same_in_any_float_type_and_tells_weights_apart():
+    w = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    prints = {fingerprint([("a", (4, 16), w.to(dtype))]) for dtype in (torch.bfloat16, torch.float32)}
+    assert len(prints) == 1
+    w[0, 0] += 1
+    assert fingerprint([("a", (4, 16), w)]) not in prints
+
+
+# --- choosing rows -------------------------------------------------------------------------------------------------
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 40), st.floats(0, 0.9), st.integers(0, 2**40))
+def test_chosen_rows_are_disjoint_capped_and_inside_their_chunk(chunks, size, most, holdout, seed):
+    chosen = select_rows(chunks * size, [(str(i), 1.0, most) for i in range(chunks)], holdout, seed, "key")
+    for i, rows in enumerate(chosen):
+        taken = rows.fit.tolist() + rows.held.tolist()
+        assert len(set(taken)) == len(taken) == min(most, size)
+        assert all(i * size <= row < (i + 1) * size for row in taken)
+        assert len(rows.keys) == len(rows.held) and bool((rows.keys <= 0).all())
+        assert abs(len(rows.held) - len(taken) * holdout) <= 1
+
+
+def test_holdout_share_is_kept_on_average_for_single_rows():
+    held = sum(len(select_rows(1, [("", 1.0, 9)], 0.25, seed, "key")[0].held) for seed in range(800))
+    assert 150 < held < 250
+
+
+def test_chunks_that_cannot_be_told_apart_have_no_labels():
+    assert chunk_labels((4, 9, 16), ("cond", "uncond")) == ("cond", "uncond")
+    assert chunk_labels((3, 9, 16), ("cond", "uncond")) == ()
+    assert chunk_labels((16,), ("cond", "uncond")) == ()
+    assert chunk_labels((3, 9, 16), ("cond",)) == ("cond",)
+
+
+# --- the budget ----------------------------------------------------------------------------------------------------
+
+SHAPES = {"a.wide": 4096, "b": 512, "c": 1024, "d": 512}
+
+
+@pytest.mark.parametrize(("device", "host", "disk", "expected"), [
+    (400, 0, 0, ["full device", "full device", "full device", "full device"]),
+    (40, 400, 0, ["full host", "full device", "full device", "full device"]),
+    (40, 0, 400, ["full disk", "full device", "full device", "full device"]),
+    (40, 20, 0, ["sketch device", "full device", "full device", "full device"]),
+    (8, 0, 0, ["diagonal -", "full device", "full device", "full device"]),
+    (6, 2, 0, ["diagonal -", "full device", "diagonal -", "full device"]),
+])
+def test_narrow_layers_come_first_and_each_takes_the_best_place_left(device, host, disk, expected):
+    plan = plan_budget(SHAPES, Budget(device * 2**20, host * 2**20, disk * 2**20))
+    found = [f"{d.kind.value} {d.placement.value if d.placement else '-'}" for d in plan.decisions]
+    assert [d.layer for d in plan.decisions] == list(SHAPES)
+    assert found == expected
+    assert all(text in plan.describe() for text in ("GiB", f"{plan.device_bytes / 2**30:.2f}"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9000), min_size=1, max_size=12), st.integers(0, 2**31), st.integers(0, 2**30),
+       st.integers(0, 2**30), st.booleans())
+def test_the_plan_never_exceeds_the_budget(widths, device, host, disk, hessians):
+    shapes, settings_ = {str(i): k for i, k in enumerate(widths)}, StatisticsSettings()
+    budget = Budget(device, host, disk, hessians=hessians)
+    small = sum(fixed_bytes(k, settings_) for k in widths)
+    if small > device:
+        with pytest.raises(RequestError, match="bytes on the device"):
+            plan_budget(shapes, budget)
+        return
+    plan = plan_budget(shapes, budget)
+    assert small <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
+    turned = plan_budget(dict(reversed(shapes.items())), budget)
+    assert set(turned.decisions) == set(plan.decisions)
+    if not hessians:
+        assert all(d.kind is HessianKind.DIAGONAL for d in plan.decisions)
+
+
+def test_fixed_bytes_are_what_the_statistics_really_take():
+    from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics
+    s = LayerStatistics(640, "cpu", HessianKind.DIAGONAL)
+    tensors = [s.absmax, s.sum, s.square_sum, s.histogram, s.reservoir.rows]
+    assert sum(t.nbytes for t in tensors) == fixed_bytes(640, s.settings)
+
+
+def test_every_placement_gives_the_same_evidence_for_the_same_run():
+    net, found = Net(), {}
+    for name, budget in {"device": Budget(), "host": Budget(2**20, 2**20, 0), "disk": Budget(2**20, 0, 2**20)}.items():
+        modules = linear_layers(net)
+        plan = plan_budget({n: m.in_features for n, m in modules.items()}, budget)
+        forced = plan
+        if name != "device":  # small layers fit the device: put them where the test wants them
+            from dataclasses import replace
+            forced = replace(plan, decisions=tuple(replace(d, kind=HessianKind.FULL, placement=Placement(name))
+                                                   for d in plan.decisions))
+        found[name] = run(Collector(modules, forced), net)
+    for name in ("host", "disk"):
+        for layer in found["device"].statistics:
+            a, b = (to_evidence(found[at].statistics[layer]).hessian for at in ("device", name))
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_disk_files_go_with_reset():
+    net = Net()
+    watch = collector(net)
+    from dataclasses import replace
+    watch._decisions = {k: replace(d, placement=Placement.DISK) for k, d in watch._decisions.items()}
+    run(watch, net)
+    folder = watch._disk_folder()
+    assert len(list(folder.iterdir())) == 3
+    watch.reset()
+    assert not folder.exists()
