@@ -19,6 +19,8 @@ from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax,
 
 # On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
 _CPU_SLICE = 1 << 18
+# Rotating sums up to 1024 weights, twice: larger outliers would overflow float32. They saturate here.
+_ROTATABLE = 1e34
 
 
 class Element(Protocol):
@@ -66,6 +68,19 @@ class Runtime:
     native_since: str | None
     min_capability: tuple[int, int] | None = None
     quantizes_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnGrid:
+    """The decoded values that weights of some columns can take: `zero + scale * levels`.
+
+    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C] >= 0.
+    zero: float32 [N, C], or None for 0.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,10 @@ class Format:
             w = torch.nn.functional.pad(w, (0, cols - k, 0, rows - n))
         if self.rotation is not None:
             from .transforms.hadamard import rotate_columns
-            w = rotate_columns(w, self.rotation)
+            rotated = rotate_columns(w, self.rotation)
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(rotated))).all()):
+                rotated = rotate_columns(w.clamp(-_ROTATABLE, _ROTATABLE), self.rotation)
+            w = rotated
         return w
 
     def restore(self, work: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -268,6 +286,15 @@ class Format:
         scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
         lo, hi = self.element.bracket(self._to_units(columns, scale))
         return lo * scale, hi * scale
+
+    def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
+        """The values within reach of the weights in `columns`, int64 [C], in any order."""
+        return ColumnGrid(self.element.values(columns.device), self._gather_columns(qp.effective(), columns, work_shape))
+
+    def _gather_columns(self, per_block: Tensor, columns: Tensor, work_shape: tuple[int, int]) -> Tensor:
+        rows, cols = self.block(work_shape)
+        gathered = per_block[:, columns // cols]
+        return gathered.repeat_interleave(rows, dim=0) if rows > 1 else gathered
 
     # ---- disk --------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .format import Format, TensorSpec
 from .packing import pack_nibbles, unpack_nibbles
+from .ranks import look_up
 from .scales import QParams
 
 _SMALLEST_DIVISOR = 1e-38      # as bitsandbytes divides: blocks of zeros and of subnormals stay finite
@@ -59,5 +60,5 @@ class CodebookFormat(Format):
         if qp.codebook is None:
             return super().decode(codes, qp)
         n, k = codes.shape
-        values = qp.codebook[codes.to(torch.int32)].view(n, -1, self.group_size)
+        values = look_up(qp.codebook, codes).view(n, -1, self.group_size)
         return (values * qp.effective()[..., None]).view(n, k)

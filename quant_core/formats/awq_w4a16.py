@@ -1,12 +1,12 @@
 """AWQ W4A16: unsigned 4-bit codes with a scale and a zero point per 64 input channels; activations stay 16-bit."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..elements import CodebookElement
-from ..format import Format, Runtime, TensorSpec, register
+from ..format import ColumnGrid, Format, Runtime, TensorSpec, register
 from ..packing import pack_nibbles, unpack_nibbles
 from ..scales import Granularity, QParams, ScaleDtype, block_view, snap
 
@@ -35,14 +35,14 @@ class AwqW4A16(Format):
         """Here min-max: code 0 lands on the group's smallest weight, code 15 on its largest."""
         view = block_view(work, self.block(tuple(work.shape)))
         low, high = view.amin(dim=(1, 3)), view.amax(dim=(1, 3))
-        scale = snap(((high - low) / 15).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
+        scale = snap((high / 15 - low / 15).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
         # The middle of the 16 codes sits at -0.5: centre them on the group, so that bf16's rounding of the
         # zero point costs both ends the same.
-        zero = snap((low + high) / 2 + scale / 2, ScaleDtype.BF16)
+        zero = snap(low / 2 + high / 2 + scale / 2, ScaleDtype.BF16)
         return QParams(scale, zero=zero)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        zero = like.zero if like is not None else torch.zeros_like(effective)
+        zero = snap(like.zero, ScaleDtype.BF16) if like is not None else torch.zeros_like(effective)
         return QParams(snap(effective.clamp(min=_SCALE_FLOOR), ScaleDtype.BF16), zero=zero)
 
     def _full(self, per_block: Tensor, work: Tensor) -> Tensor:
@@ -64,6 +64,9 @@ class AwqW4A16(Format):
         zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
         lo, hi = super().bracket_columns(columns - zero, qp, start, work_shape)
         return lo + zero, hi + zero
+
+    def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
+        return replace(super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape))
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {"weight": pack_nibbles(codes, high_first=False).view(torch.int8),
