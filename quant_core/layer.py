@@ -1,7 +1,8 @@
 """One layer: weight + recipe + evidence -> the tensors on disk, their JSON, and how well they fit."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,10 +10,30 @@ from torch import Tensor
 
 from .choosers import CHOOSERS
 from .metrics import relative_error
+from .objective import make_objective
 from .recipe import Evidence, Recipe, layer_generator
-from .rounders import ROUNDERS
+from .rounders import ROUNDERS, UNBIASED
+from .task import Rounded, Task, never
 
 NO_EVIDENCE = Evidence()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What was used for a layer and how it ended, for the report.
+
+    scales, rounding: the algorithms that ran, "auto" resolved; rounding is "nearest" after a fallback.
+    objective: "output" (Hessian), "weighted" (its diagonal) or "weight". error, nearest_error: relative, under that
+    objective, of the result and of round-to-nearest with absmax scales; None where nothing was compared.
+    fell_back: the algorithms ended above round-to-nearest, which was taken instead.
+    """
+
+    scales: str = "absmax"
+    rounding: str = "nearest"
+    objective: str = "weight"
+    error: float | None = None
+    nearest_error: float | None = None
+    fell_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +48,43 @@ class LayerResult:
     config: dict[str, Any]
     weight_error: float | None
     notes: tuple[str, ...] = ()
+    judgement: Judgement = field(default_factory=Judgement)
 
 
-def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = NO_EVIDENCE,
-                   measure: bool = True) -> LayerResult:
-    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32."""
+def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = NO_EVIDENCE, measure: bool = True,
+                   cancel: Callable[[], bool] = never) -> LayerResult:
+    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32.
+
+    cancel: asked several times a second; Cancelled is raised when it says True.
+    """
     shape, source_dtype = tuple(w.shape), w.dtype
     fmt = recipe.format.for_shape(shape)
     notes = () if fmt == recipe.format else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
+    scales, rounding = recipe.resolve(evidence)
     work = fmt.prepare(w.to(torch.float32))
-    qp = CHOOSERS[recipe.scales](fmt, work, evidence, recipe.options)
-    codes, qp = ROUNDERS[recipe.rounding](fmt, work, qp, evidence, recipe.options,
-                                          layer_generator(recipe.seed, layer, "cpu"))
+    task = Task(layer, fmt, work, make_objective(fmt, evidence, w.device), recipe.options,
+                layer_generator(recipe.seed, layer, "cpu"), cancel)
+    rounded = ROUNDERS[rounding](task, CHOOSERS[scales](task))
+    judgement = Judgement(scales, rounding, task.objective.name)
+    if (scales, rounding) != ("absmax", "nearest") and rounding not in UNBIASED:
+        rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
-    error = relative_error(work, fmt.decode(codes, qp)) if measure else None
-    return LayerResult(fmt.pack(codes, qp, shape), fmt.config(shape, source_dtype), error, notes)
+    error = relative_error(work, fmt.decode(rounded.codes, rounded.qp)) if measure else None
+    return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), fmt.config(shape, source_dtype), error,
+                       notes + rounded.notes, judgement)
+
+
+def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
+    """`rounded`, or round-to-nearest with absmax scales where that is better under the task's objective."""
+    fmt, work = task.fmt, task.work
+    error = task.objective.relative(work, fmt.decode(rounded.codes, rounded.qp).sub_(work))
+    qp = fmt.absmax(work)
+    codes = fmt.encode(work, qp)
+    nearest = task.objective.relative(work, fmt.decode(codes, qp).sub_(work))
+    judgement = replace(judgement, error=error, nearest_error=nearest)
+    if error <= nearest:
+        return rounded, judgement
+    note = (f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), above "
+            f"{nearest:.4g} of round-to-nearest, which was taken instead")
+    return (Rounded(codes, qp, rounded.notes + (note,)),
+            replace(judgement, scales="absmax", rounding="nearest", error=nearest, fell_back=True))

@@ -10,6 +10,8 @@ from torch import Tensor
 from .errors import RequestError
 from .format import Format
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -17,6 +19,7 @@ class Evidence:
 
     hessian: float32 [K, K], X^T X / rows. hessian_diagonal: float32 [K], the mean square per channel.
     mean: float32 [K]. absmax: float32 [K]. rows: bf16 or float32 [R, K], held out, for judging only.
+    count: how many rows were seen.
     """
 
     hessian: Tensor | None = None
@@ -31,6 +34,7 @@ class Evidence:
 class Recipe:
     """format: a Format with its options set. scales: a chooser's name. rounding: a rounder's name.
 
+    "auto" for either is decided per layer by what is known of its inputs (`resolve`).
     seed: drives every random choice, together with the layer's name, so that layers are independent of order.
     options: the algorithms' own settings, JSON values, checked by `validate`.
     """
@@ -42,12 +46,24 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
-        """RequestError when an algorithm's name is unknown."""
-        from .choosers import CHOOSERS
-        from .rounders import ROUNDERS
+        """RequestError when an algorithm's name or an option is unknown, or an option's value does not fit."""
+        from .choosers import CHOOSER_OPTIONS, CHOOSERS
+        from .options import check_known
+        from .rounders import ROUNDER_OPTIONS, ROUNDERS
         for what, name, known in (("scales", self.scales, CHOOSERS), ("rounding", self.rounding, ROUNDERS)):
-            if name not in known:
-                raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join(known)}.")
+            if name != AUTO and name not in known:
+                raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join((AUTO, *known))}.")
+        check_known(self.options, CHOOSER_OPTIONS + ROUNDER_OPTIONS)
+
+    def resolve(self, evidence: Evidence) -> tuple[str, str]:
+        """(scales, rounding) for a layer with this evidence, "auto" replaced.
+
+        gptq where there is a Hessian, nearest without; scales are searched in both cases.
+        """
+        rounding = self.rounding
+        if rounding == AUTO:
+            rounding = "nearest" if evidence.hessian is None else "gptq"
+        return ("search" if self.scales == AUTO else self.scales), rounding
 
     def describe(self) -> dict[str, Any]:
         """JSON object for the file's header and the report."""

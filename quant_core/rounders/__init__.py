@@ -1,7 +1,7 @@
-"""How codes are chosen. A rounder takes (format, work weight, QParams, evidence, options, generator).
+"""How codes are chosen. A rounder takes a Task and QParams, and returns Rounded (it may move the scales on)."""
+from . import gptq, nearest, stochastic
 
-It returns the codes [Np, Kp] and the QParams they belong to (a rounder may move the scales on).
-"""
-from . import nearest
-
-ROUNDERS = {"nearest": nearest.round_codes}
+ROUNDERS = {"nearest": nearest.round_codes, "stochastic": stochastic.round_codes, "gptq": gptq.round_codes}
+ROUNDER_OPTIONS = (gptq.GptqOptions,)
+# Rounders that serve another aim than the smallest error: the comparison with round-to-nearest is not for them.
+UNBIASED = frozenset({"stochastic"})

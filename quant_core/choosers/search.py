@@ -1,0 +1,153 @@
+"""Per scale block, the storable scale with the smallest rounding error, weighted by the inputs where they are known.
+
+Without data the error is the weight's own. On a layer whose inputs have strong channels that can be worse for the
+OUTPUT than absmax scales (measured: up to three times), because clipping a few large weights looks cheap.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..scales import QParams, ScaleDtype, block_view
+from ..task import Task
+from ..tiles import row_slices, tile
+
+_SLICE = 1 << 22                      # weights scored at once
+_PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
+_PARENT_ROWS = 256                    # rows sampled to choose the parent
+_COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
+_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 5), ScaleDtype.E8M0: range(-3, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """search_refits: least-squares refinements after the search, 0 or more."""
+
+    search_refits: int = field(default=3, metadata={"low": 0, "high": 50})
+
+
+def choose(task: Task) -> QParams:
+    """Starts from absmax scales, and accepts only what lowers a block's error, so it never ends above them."""
+    from ..options import read_options
+    options = read_options(SearchOptions, task.options)
+    base = task.fmt.absmax(task.work)
+    if base.parent is not None and base.parent.dim() == 0:
+        base = _choose_parent(task, base)
+    best = _Best(task, base)
+    for candidate in _multiples(task, base):
+        best.offer(candidate)
+    for step in _FINE if task.fmt.scale_dtype not in _NEIGHBOURS else ():
+        best.offer(task.fmt.qparams(best.qp.effective() + step * base.effective(), like=best.qp))
+    for _ in range(options.search_refits):
+        best.offer(least_squares(task, best.qp))
+    return best.qp
+
+
+class _Best:
+    """The best scale of each block so far."""
+
+    def __init__(self, task: Task, qp: QParams) -> None:
+        self.task, self.qp, self.loss = task, qp, block_loss(task, qp)
+
+    def offer(self, candidate: QParams) -> None:
+        self.task.poll()
+        loss = block_loss(self.task, candidate)
+        self.qp = merge(loss < self.loss, candidate, self.qp)
+        self.loss = torch.minimum(loss, self.loss)
+
+
+def merge(mask: Tensor, one: QParams, other: QParams) -> QParams:
+    """Per block `one` where mask [NB, KB], else `other`; both under the same parent."""
+    zero = None if one.zero is None else torch.where(mask, one.zero, other.zero)
+    return replace(other, scale=torch.where(mask, one.scale, other.scale), zero=zero)
+
+
+def block_loss(task: Task, qp: QParams) -> Tensor:
+    """Squared (weighted) rounding error of each block, float32 [NB, KB]."""
+    fmt, shape, weights = task.fmt, task.shape, task.objective.diagonal
+    parts = []
+    for rows in row_slices(fmt, task.work, _SLICE):
+        part = task.work[rows]
+        error = fmt.round(part, tile(fmt, qp, shape, rows, slice(0, shape[1]))).sub_(part).square_()
+        if weights is not None:
+            error *= weights
+        parts.append(block_view(error, fmt.block(tuple(part.shape))).sum(dim=(1, 3)))
+    # One scale for the whole tensor: every slice holds a share of the same block.
+    return sum(parts) if fmt.block(shape)[0] == shape[0] and len(parts) > 1 else torch.cat(parts)
+
+
+def _multiples(task: Task, base: QParams) -> Iterator[QParams]:
+    steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
+    if steps is None:
+        effective = base.effective()
+        for multiple in _COARSE:
+            yield task.fmt.qparams(effective * multiple, like=base)
+        return
+    for step in steps:
+        if step:
+            yield replace(base, scale=neighbour(base.scale, task.fmt.scale_dtype, step))
+
+
+def neighbour(scale: Tensor, dtype: ScaleDtype, step: int) -> Tensor:
+    """Stored scales moved by `step` representable values, staying positive and finite; a scale of 0 stays 0."""
+    if dtype is ScaleDtype.E8M0:
+        moved = (scale * 2.0**step).clamp(2.0**-126, 2.0**126)
+    else:
+        code = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16) + step
+        moved = code.clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    return torch.where(scale > 0, moved, scale)
+
+
+def _choose_parent(task: Task, base: QParams) -> QParams:
+    """The scale of the whole tensor decides which block scales exist: try an octave of it on a sample of rows."""
+    n = task.shape[0]
+    rows = torch.linspace(0, n - 1, min(n, _PARENT_ROWS)).round().long().to(task.work.device)
+    sample = replace(task, work=task.work[rows].contiguous())
+    effective, best = base.effective(), None
+    for multiple in _PARENT_MULTIPLES:
+        parent = base.parent * multiple
+        start = task.fmt.qparams(effective[rows], like=replace(base, scale=base.scale[rows], parent=parent))
+        found = _Best(sample, start)
+        for candidate in _multiples(sample, start):
+            found.offer(candidate)
+        loss = float(found.loss.sum(dtype=torch.float64))
+        if best is None or loss < best[0]:
+            best = (loss, parent)
+    return task.fmt.qparams(effective, like=replace(base, parent=best[1])) if best[1] is not base.parent else base
+
+
+def least_squares(task: Task, qp: QParams) -> QParams:
+    """The scales (and zero points) that fit best the codes that rounding gives under `qp`."""
+    fmt, shape, weights = task.fmt, task.shape, task.objective.diagonal
+    sums = []
+    for rows in row_slices(fmt, task.work, _SLICE):
+        part = task.work[rows]
+        sub = tile(fmt, qp, shape, rows, slice(0, shape[1]))
+        block = fmt.block(tuple(part.shape))
+        scale = sub.effective()[:, None, :, None]
+        target, value = block_view(part, block), block_view(fmt.round(part, sub), block)
+        if sub.zero is not None:
+            value = value - sub.zero[:, None, :, None]
+        unit = torch.where(scale > 0, value / scale, torch.zeros_like(value))
+        weight = torch.ones_like(part[0]) if weights is None else weights
+        weight = weight.view(1, 1, -1, block[1])
+        sums.append(torch.stack([(weight * x).sum(dim=(1, 3)) for x in
+                                 (unit * unit, unit, torch.ones_like(unit), unit * target, target)]))
+    total = sum(sums) if fmt.block(shape)[0] == shape[0] and len(sums) > 1 else torch.cat(sums, dim=1)
+    return _solve(task, qp, *total)
+
+
+def _solve(task: Task, qp: QParams, cc: Tensor, c: Tensor, one: Tensor, cw: Tensor, w: Tensor) -> QParams:
+    """Least squares of target = scale * unit (+ zero); blocks that determine none keep theirs."""
+    if qp.zero is None:
+        scale = cw / cc
+        return task.fmt.qparams(torch.where((cc > 0) & (scale > 0), scale, qp.effective()), like=qp)
+    det = cc * one - c * c
+    scale, zero = (cw * one - c * w) / det, (cc * w - c * cw) / det
+    good = (det > 1e-6 * cc * one) & (scale > 0)
+    return task.fmt.qparams(torch.where(good, scale, qp.effective()),
+                            like=replace(qp, zero=torch.where(good, zero, qp.zero)))

@@ -1,0 +1,74 @@
+"""What an algorithm minimises: the error of the layer's output when its inputs are known, else the weight's own."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import Format
+from .recipe import Evidence
+
+_SLICE = 1 << 24     # weights whose product with the Hessian is held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """In the work basis. hessian: float32 [Kp, Kp] or None. diagonal: float32 [Kp] or None, its diagonal.
+
+    name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
+    """
+
+    hessian: Tensor | None = None
+    diagonal: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        if self.hessian is not None:
+            return "output"
+        return "weight" if self.diagonal is None else "weighted"
+
+    def loss(self, error: Tensor) -> float:
+        """tr(E H E^T) for E float32 [Np, Kp], summed in float64; >= 0."""
+        total = torch.zeros((), dtype=torch.float64, device=error.device)
+        step = max(1, _SLICE // error.shape[1])
+        for start in range(0, error.shape[0], step):
+            part = error[start:start + step]
+            if self.hessian is not None:
+                weighted = part @ self.hessian
+            else:
+                weighted = part if self.diagonal is None else part * self.diagonal
+            total += (weighted * part).sum(dtype=torch.float64)
+        return max(0.0, float(total))
+
+    def relative(self, work: Tensor, error: Tensor) -> float:
+        """sqrt(loss(error) / loss(work)); 0 when both are 0."""
+        reference, loss = self.loss(work), self.loss(error)
+        if reference == 0.0:
+            return 0.0 if loss == 0.0 else math.inf
+        return math.sqrt(loss / reference)
+
+
+def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Objective:
+    """The objective for `fmt`'s work weight. A Hessian without any energy (no input was ever seen) counts as no data."""
+    if evidence.hessian is not None:
+        hessian = fmt.prepare_hessian(evidence.hessian.to(device, torch.float32))
+        diagonal = hessian.diagonal().clamp(min=0)
+        if float(diagonal.sum()) > 0:
+            return Objective(hessian, diagonal)
+    elif evidence.hessian_diagonal is not None:
+        diagonal = prepare_diagonal(fmt, evidence.hessian_diagonal.to(device, torch.float32))
+        if float(diagonal.sum()) > 0:
+            return Objective(None, diagonal)
+    return Objective()
+
+
+def prepare_diagonal(fmt: Format, diagonal: Tensor) -> Tensor:
+    """[K] -> [Kp]: padded, and averaged over the rotation groups (what rotating a diagonal Hessian leaves on it)."""
+    pad = fmt.work_shape((1, diagonal.numel()))[1] - diagonal.numel()
+    diagonal = torch.nn.functional.pad(diagonal, (0, pad))
+    if fmt.rotation is not None:
+        groups = diagonal.view(-1, fmt.rotation)
+        diagonal = groups.mean(dim=1, keepdim=True).expand_as(groups).reshape(-1)
+    return diagonal

@@ -1,0 +1,73 @@
+"""H = U D U^T of a Hessian in a chosen column order: the weights with which earlier columns' errors reach later ones.
+
+With U unit upper triangular, tr(E H E^T) = sum_k D_k |(E U)_k|^2, so a column that is rounded to the nearest of
+w_k + sum_{j<k} E_j U_jk adds only its own rounding error. This is GPTQ's update (arXiv 2210.17323) in the form of
+LDLQ (arXiv 2307.13304): it needs one factorisation and no inverse.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PANEL = 512          # columns factored at once
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """order: int64 [K], column j of U belongs to input channel order[j]. panels: strictly upper columns of U.
+
+    Panel p holds rows 0 .. end of its own columns only, so all panels together take half of [K, K].
+    damping: the share of the mean diagonal that was added.
+    """
+
+    order: Tensor
+    panels: tuple[Tensor, ...]
+    damping: float
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """U[:stop, start:stop], the diagonal 0. start..stop lies within one panel."""
+        first = start // PANEL * PANEL
+        return self.panels[start // PANEL][:stop, start - first:stop - first]
+
+
+def column_order(diagonal: Tensor, order: str) -> Tensor:
+    """int64 [K]. "activation": falling diagonal, so that the channels that matter most are rounded first."""
+    if order == "natural":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def factor(hessian: Tensor, order: Tensor, damping: float, poll: Callable[[], None]) -> Factor | None:
+    """float32 [K, K], symmetric, >= 0 -> its factor with damping * mean(diagonal) added; None when it is not definite.
+
+    Works from the last panel to the first (left-looking), so H is read, never copied whole.
+    """
+    k = hessian.shape[0]
+    added = damping * hessian.diagonal().mean()
+    starts = list(range(0, k, PANEL))
+    roots: list[Tensor] = [hessian] * len(starts)      # V = U sqrt(D); every entry is replaced before it is read
+    failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
+    for p in reversed(range(len(starts))):
+        poll()
+        start, stop = starts[p], min(starts[p] + PANEL, k)
+        panel = hessian[order[:stop, None], order[None, start:stop]]
+        panel[start:].diagonal().add_(added)
+        for later in roots[p + 1:]:
+            panel.addmm_(later[:stop], later[start:stop].T, alpha=-1)
+        # The upper root of a block is the flipped lower root of the flipped block.
+        lower, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))
+        failed = torch.maximum(failed, info)
+        root = lower.flip(0, 1)
+        above = torch.linalg.solve_triangular(root.T, panel[:start], upper=False, left=False)
+        roots[p] = torch.cat([above, root])
+    if int(failed) != 0:
+        return None
+    for p, start in enumerate(starts):
+        own = roots[p][start:]
+        diagonal = own.diagonal().clone()
+        own.fill_diagonal_(0)
+        roots[p].div_(diagonal)
+    return Factor(order, tuple(roots), damping) if all(bool(r.isfinite().all()) for r in roots) else None

@@ -1,0 +1,52 @@
+"""What choosers and rounders are given: one layer's work weight with everything known about it."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import Cancelled
+from .format import Format
+from .objective import Objective
+from .scales import QParams
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """layer: its name, for messages. work: float32 [Np, Kp], read only. options: `Recipe.options`.
+
+    cancel: asked between steps; when it says True, `poll` raises Cancelled.
+    """
+
+    layer: str
+    fmt: Format
+    work: Tensor
+    objective: Objective
+    options: dict[str, Any]
+    generator: torch.Generator
+    cancel: Callable[[], bool] = never
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.work.shape[0], self.work.shape[1]
+
+    def poll(self) -> None:
+        """Called at least once a second by every loop."""
+        if self.cancel():
+            raise Cancelled(f"{self.layer}: cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """codes [Np, Kp] under the QParams qp. notes: what happened that the recipe did not ask for."""
+
+    codes: Tensor
+    qp: QParams
+    notes: tuple[str, ...] = field(default=())

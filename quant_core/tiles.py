@@ -1,0 +1,44 @@
+"""Row and column slices of a quantized weight, so that algorithms can work on a part of it."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from .format import Format
+from .scales import Granularity, QParams
+
+
+def tile(fmt: Format, qp: QParams, work_shape: tuple[int, int], rows: slice, cols: slice) -> QParams:
+    """The QParams of work[rows, cols]; every method of `fmt` takes them with that smaller weight.
+
+    rows and cols have explicit ends, and respect the blocks: groups begin and end at the slice's borders.
+    """
+    bn, bk = fmt.block(work_shape)
+    row_blocks = rows if fmt.granularity in (Granularity.ROW, Granularity.GROUP) else _blocks(rows, bn, fmt)
+    col_blocks = _blocks(cols, bk, fmt) if fmt.granularity in (Granularity.GROUP, Granularity.BLOCK) else slice(None)
+    part = lambda t: None if t is None else t[row_blocks, col_blocks]  # noqa: E731
+    parent = qp.parent if qp.parent is None or qp.parent.dim() == 0 else qp.parent[row_blocks]
+    return replace(qp, scale=part(qp.scale), zero=part(qp.zero), parent=parent)
+
+
+def _blocks(part: slice, size: int, fmt: Format) -> slice:
+    if fmt.granularity is Granularity.TENSOR:
+        return slice(None)
+    if part.start % size or part.stop % size:
+        raise ValueError(f"{fmt.name}: slice {part.start}..{part.stop} cuts blocks of {size}")
+    return slice(part.start // size, part.stop // size)
+
+
+def row_slices(fmt: Format, work: Tensor, target: int):
+    """Slices of whole block rows with about `target` weights each."""
+    n, k = work.shape
+    unit = fmt.block((n, k))[0] if fmt.granularity is Granularity.BLOCK else 1
+    step = max(1, target // (k * unit)) * unit
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def group_columns(fmt: Format, work_shape: tuple[int, int]) -> int:
+    """How many columns share a scale: the group size, or K."""
+    return fmt.block(work_shape)[1]
