@@ -52,7 +52,7 @@ def _print_report(report: VerifyReport) -> None:
     formats = list(dict.fromkeys(layer.format for layer in report.layers))
     rows = [_format_cells(name, [layer for layer in report.layers if layer.format == name]) for name in formats]
     if rows:
-        print("\n".join(table_lines(rows, ("format", "layers", "mean error", "mean SNR"), right=(1, 2, 3), indent="  ")))
+        print("\n".join(table_lines(rows, ("format", "layers", "error", "SNR"), right=(1, 2, 3), indent="  ")))
     measured = [layer for layer in report.layers if layer.relative_error is not None]
     if measured:
         worst = sorted(measured, key=_badness, reverse=True)[:_WORST_SHOWN]
@@ -65,8 +65,11 @@ def _badness(layer: LayerCheck) -> float:
 
 
 def _format_cells(name: str, layers: list[LayerCheck]) -> tuple[str, ...]:
-    errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
-    if not errors:
+    """Error and SNR over all weights of the layers together, as the report of a conversion counts them."""
+    from ..quant_core.metrics import snr_db
+
+    measured = [(layer.relative_error, math.prod(layer.shape)) for layer in layers if layer.relative_error is not None]
+    if not measured:
         return name, str(len(layers)), "-", "-"
-    snr = sum(layer.snr_db for layer in layers if layer.snr_db is not None) / len(errors)
-    return name, str(len(layers)), f"{sum(errors) / len(errors):.4f}", f"{snr:.1f} dB"
+    error = math.sqrt(sum(e * e * size for e, size in measured) / sum(size for _, size in measured))
+    return name, str(len(layers)), f"{error:.4f}", f"{snr_db(error):.1f} dB"
