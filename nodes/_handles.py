@@ -1,0 +1,45 @@
+"""What travels along the wires: frozen descriptions of files, never weights."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "QuantPress"
+SourceType = io.Custom("QUANTPRESS_SOURCE")
+QuantizedType = io.Custom("QUANTPRESS_MODEL")
+
+# Spool files that a live handle names; the graph's cache decides how long a handle lives.
+_held: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class SourceHandle:
+    """A model to be quantized. path: a .safetensors file or the index of its shards. label: its name, for file names."""
+
+    path: Path
+    label: str
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedHandle:
+    """A quantized model in a spool file. report: RunReport.to_json() of the run that made it. label: the source's."""
+
+    path: Path
+    label: str
+    report: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+def held_files() -> set[Path]:
+    """Every file that some handle of this process still names."""
+    return {handle.path for handle in _held}

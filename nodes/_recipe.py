@@ -1,0 +1,119 @@
+"""The recipe's widgets, made from the registries, and their values made into a Recipe and a Policy."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..quant_core.choosers import CHOOSERS
+from ..quant_core.format import Format, all_formats, get_format
+from ..quant_core.policy.general import Policy
+from ..quant_core.recipe import Recipe
+from ..quant_core.rounders import ROUNDERS
+
+DEFAULT_FORMAT = "int8_convrot"
+AUTOMATIC = "automatic"
+KEEP = "keep in source dtype"
+_TYPICAL = (3072, 3072)
+
+
+def formats_tooltip() -> str:
+    lines = ["What the weights become. Fewer bits: smaller file, less memory, larger error."]
+    for fmt in all_formats():
+        where = "stock ComfyUI" if fmt.runtime.native_since else "ComfyUI with QuantPress"
+        lines.append(f"{fmt.name}: {fmt.title}, {fmt.bits_per_weight(_TYPICAL):.2f} bits, loads in {where}")
+    return "\n".join(lines)
+
+
+def sizes() -> list[str]:
+    """Every group size and rotation group that some format offers."""
+    offered = {size for fmt in all_formats() for size in (*fmt.group_sizes, *(() if fmt.group_sizes else fmt.rotations))}
+    return [AUTOMATIC, *map(str, sorted(offered))]
+
+
+def keeps_shape(fmt: Format) -> bool:
+    """Whether a weight is stored with its own shape, as a layer needs that model detection looks at."""
+    return fmt.tensor_specs((272, 1024))[0].shape == (272, 1024) and fmt.problem((272, 1024)) is None
+
+
+def widgets() -> list[Any]:
+    """The inputs of Quantize Model."""
+    return [
+        io.Combo.Input("format", options=[fmt.name for fmt in all_formats()], default=DEFAULT_FORMAT, tooltip=formats_tooltip()),
+        io.Combo.Input("group_size", options=sizes(), default=AUTOMATIC, tooltip=(
+            "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
+            "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused.")),
+        io.Combo.Input("scales", options=list(CHOOSERS), default="absmax", tooltip=(
+            "How scales are chosen. 'absmax' is fastest and never clips. 'search' tries several per block and keeps the best: "
+            "less error, a few times slower.")),
+        io.Combo.Input("rounding", options=list(ROUNDERS), default="nearest", tooltip=(
+            "How weights are rounded. 'nearest' is fast and right for 8 bits. 'gptq' corrects later columns for earlier "
+            "errors, best with calibration data, slower. 'stochastic' is unbiased noise: for merging, not for quality.")),
+        io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
+            "Drives every random choice. The same source, recipe and seed give the same bytes.")),
+        io.String.Input("keep", default="", multiline=False, tooltip=(
+            "Layers that stay as they are, as a regular expression searched in their names, for example attn|blocks\\.0\\. . "
+            "Keeping more: better quality, larger file. Norms, embeddings, input and output layers are kept anyway.")),
+        io.String.Input("only", default="", multiline=False, tooltip=(
+            "If filled: only layers that match this regular expression are quantized, even those that would be kept by "
+            "default. For experiments, and for sparing all but the largest layers.")),
+        io.Combo.Input("fallback", options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))], default=KEEP,
+                       advanced=True, tooltip=(
+            "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by it. "
+            "Keeping them is safest; an 8-bit format saves a little more space.")),
+        io.Combo.Input("device", options=devices(), default="auto", advanced=True, tooltip=(
+            "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
+            "'cpu' leaves the GPU alone; slower.")),
+    ]
+
+
+def devices() -> list[str]:
+    import torch
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["auto", "cpu", *(f"cuda:{index}" for index in range(count))]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The widgets' values, checked."""
+
+    recipe: Recipe
+    policy: Policy
+    device: str
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values that decide the bytes of the result."""
+        fallback = self.policy.fallback
+        return {"recipe": self.recipe.describe(), "keep": list(self.policy.keep), "only": list(self.policy.only),
+                "fallback": fallback.describe() if fallback else None, "device": self.device}
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from the inputs of `widgets`. Raises RequestError that says which value to change."""
+    fmt = sized(values["format"], values["group_size"])
+    recipe = Recipe(fmt, values["scales"], values["rounding"], int(values["seed"]))
+    recipe.validate()
+    fallback = values.get("fallback", KEEP)
+    policy = Policy(_patterns(values["keep"]), _patterns(values["only"]),
+                    None if fallback == KEEP else Recipe(get_format(fallback), seed=recipe.seed))
+    return Settings(recipe, policy, device_name(values.get("device", "auto")))
+
+
+def sized(name: str, size: str) -> Format:
+    """The format with the size of the widget as its group size, or as its rotation group where it has no groups."""
+    fmt = get_format(name)
+    if size == AUTOMATIC:
+        return fmt
+    return fmt.with_options(rotation=int(size)) if fmt.rotations and not fmt.group_sizes else fmt.with_options(group_size=int(size))
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return (text.strip(),) if text.strip() else ()
+
+
+def device_name(choice: str) -> str:
+    """ "auto" is the device that ComfyUI computes on: it knows of --cpu and of the GPU that the user gave it."""
+    from comfy import model_management
+    return str(model_management.get_torch_device()) if choice == "auto" else choice

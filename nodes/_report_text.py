@@ -1,0 +1,30 @@
+"""Reports as the few lines that fit on a node."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ._progress import duration
+
+_WORST = 3
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """What a run did, from RunReport.to_json()."""
+    rows = [row for row in report["layers"] if row["format"]]
+    kept = Counter(row["reason"] for row in report["layers"] if not row["format"])
+    formats = Counter(row["format"] for row in rows)
+    before, after = report["source_bytes"], report["output_bytes"]
+    lines = [f"{report.get('architecture') or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB "
+             f"({after / before:.0%}) in {duration(report['seconds'])} on {report['device']}",
+             "quantized: " + ", ".join(f"{count} x {name}" for name, count in formats.most_common())
+             + f" ({report['bits_per_weight']:.2f} bits per weight)"]
+    if kept:
+        lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in kept.most_common(5)))
+    if report["weight_error"] is not None:
+        lines.append(f"weight error: {report['weight_error']:.2%} overall; worst layers:")
+        worst = sorted(rows, key=lambda row: -(row.get("weight_error") or 0))[:_WORST]
+        lines += [f"  {row['layer']}: {row.get('weight_error') or 0:.2%}" for row in worst]
+    lines += [f"note: {note}" for note in dict.fromkeys(note for row in rows for note in row.get("notes", ()))][:5]
+    return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ._handles import CATEGORY, QuantizedType, SourceHandle, SourceType
+from ._progress import NodeProgress
+from ._quantize import quantize
+from ._recipe import read_settings, widgets
+from ._report_text import summary
+
+
+class QuantizeModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QuantPressQuantize", display_name="Quantize Model", category=CATEGORY,
+            description=("Quantizes a model layer by layer. It streams from file to file: memory holds one layer at a time, "
+                         "whatever the model's size. The result stays in ComfyUI's temporary folder until it is saved."),
+            search_aliases=["fp8", "nvfp4", "mxfp8", "int8", "nf4", "convrot", "convert"],
+            inputs=[SourceType.Input("source", tooltip="From Load Model to Quantize, or Model from Graph."), *widgets()],
+            outputs=[QuantizedType.Output("quantized", tooltip="To load in this graph, to save, or to inspect."),
+                     io.String.Output("report", tooltip="Sizes, what was kept and why, and the worst layers, as text.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, source: SourceHandle, **values: Any) -> io.NodeOutput:
+        progress = NodeProgress(cls.hidden.unique_id, "Quantizing")
+        handle = quantize(source, read_settings(values), progress)
+        text = summary(handle.report)
+        progress.say(text)
+        return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
+from ._handles import CATEGORY, QuantizedHandle, QuantizedType
+from ._save import DEFAULT_PATTERN, expand, publish
+
+
+class SaveQuantized(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QuantPressSave", display_name="Save Quantized Model", category=CATEGORY, is_output_node=True,
+            description="Saves the quantized model as a file. It is verified before it appears under its name.",
+            inputs=[
+                QuantizedType.Input("quantized", tooltip="From Quantize Model."),
+                io.Combo.Input("folder", options=[*SOURCE_FOLDERS, OUTPUT], default=SOURCE_FOLDERS[0], tooltip=(
+                    "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing.")),
+                io.String.Input("name", default=DEFAULT_PATTERN, tooltip=(
+                    "File name; / makes a subfolder. Tokens: {model} {format} {group_size} {rounding} {seed} {bits} {date} "
+                    "{time}. With {time} every run makes a new file.")),
+                io.Boolean.Input("overwrite", default=False, tooltip=(
+                    "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step.")),
+            ],
+            outputs=[io.AnyType.Output("file_name", tooltip=(
+                "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."))])
+
+    @classmethod
+    def execute(cls, quantized: QuantizedHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
+        expanded = expand(name, quantized)
+        target = write_target(folder, expanded)
+        publish(quantized.path, target, overwrite)
+        listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
+        text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
+        return io.NodeOutput(listed, ui=ui.PreviewText(text))

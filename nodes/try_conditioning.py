@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ._conditioning import conditioning
+from ._handles import CATEGORY
+
+
+class TestConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QuantPressTestConditioning", display_name="Test Conditioning", category=CATEGORY,
+            description=("Conditioning that fits the model, without a text encoder. For comparing a model with its quantized "
+                         "form: the picture means little, the difference between two pictures much."),
+            inputs=[
+                io.Model.Input("model", tooltip="Its text input decides the size. Any diffusion model with a known text width."),
+                io.Combo.Input("kind", options=["zeros", "noise"], default="noise", tooltip=(
+                    "'noise': exercises the text layers as a prompt would, so the comparison is strict. "
+                    "'zeros': no prompt at all, and a good negative.")),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=(
+                    "Of the noise. Compare several seeds before trusting one.")),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", tooltip="For KSampler. Use your text encoder for real pictures.")])
+
+    @classmethod
+    def execute(cls, model: Any, kind: str, seed: int) -> io.NodeOutput:
+        return io.NodeOutput(conditioning(model, kind, seed))
