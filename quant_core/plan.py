@@ -100,7 +100,7 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
             copied.append(name)
             outputs.append(OutputTensor(name, info.dtype, info.shape))
     metadata = _metadata(src, recipe, policy, layers, stored, source_hash)
-    return Plan(layers, tuple(copied), tuple(outputs), metadata, _warnings(src, layers, stored),
+    return Plan(layers, tuple(copied), tuple(outputs), metadata, _warnings(layers),
                 src.nbytes, sum(tensor_bytes(o.dtype, o.shape) for o in outputs), _peak_bytes(src, quantized))
 
 
@@ -169,7 +169,7 @@ def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPl
     for layer in layers:
         if layer.config is not None:
             configs[layer.layer] = layer.config
-        elif layer.stored is not None and layer.stored.kind == "comfy_quant":
+        elif layer.stored is not None and layer.stored.described:
             configs[layer.layer] = layer.stored.config
     record: dict[str, Any] = {"version": __version__, "recipe": recipe.describe(),
                               "source": src.path.name, "source_hash": source_hash or src.identity_hash(),
@@ -179,7 +179,7 @@ def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPl
     return {**src.metadata, HEADER_KEY: build_header_metadata(configs), RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _warnings(src: Source, layers: tuple[LayerPlan, ...], stored: Mapping[str, StoredLayer]) -> tuple[str, ...]:
+def _warnings(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
     warnings = []
     again = [layer for layer in layers if layer.recipe is not None and layer.stored is not None]
     if again:
@@ -188,10 +188,11 @@ def _warnings(src: Source, layers: tuple[LayerPlan, ...], stored: Mapping[str, S
                         "Quantizing from the 16-bit model loses less.")
         if any("input_scale" in layer.stored.names for layer in again if layer.stored):
             warnings.append("Their input_scale belonged to the old format and is dropped; calibrate again.")
-    legacy = any(layer.kind == "legacy" for layer in stored.values())
-    if legacy and any(layer.stored is not None and layer.recipe is None for layer in layers):
-        warnings.append("Kept layers stay in the legacy fp8_scaled form, next to comfy_quant ones. ComfyUI reads only one "
-                        "of the two per file: migrate the source first, or quantize all its layers.")
+    foreign = sorted({layer.stored.kind for layer in layers if layer.stored is not None and layer.recipe is None
+                      and not layer.stored.described})
+    if foreign:
+        warnings.append(f"Kept layers stay in the {' and '.join(foreign)} form, next to comfy_quant ones, and ComfyUI reads "
+                        "only one form per file: migrate the source first, or quantize all its layers.")
     return tuple(warnings)
 
 

@@ -1,0 +1,108 @@
+"""One stored layer in a draft, turned into the tensors and the config that this pack writes."""
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.canonical import INPUT_SCALE, steps_to
+from ..checkpoint.header import TORCH_TO_CODE
+from ..checkpoint.layers import StoredLayer
+from ..checkpoint.metadata import Config
+from ..format import TensorSpec
+from .rewrite import Draft
+
+_STALE = ("params", "quant_map")         # nested settings, lifted to the root; a codebook that is a tensor now
+
+
+class InputScale(Enum):
+    """What an FP8 layer without an input_scale gets."""
+
+    KEEP = "keep"          # none
+    UNIT = "unit"          # 1.0
+    WEIGHT = "weight"      # the weight's own scale, as text encoders had it
+
+
+def canonical_config(stored: StoredLayer, full_precision: bool | None = None) -> Config:
+    """The comfy_quant object this pack would have written, with everything else that the layer's own one says.
+
+    full_precision: sets or removes full_precision_matrix_mult; None leaves it.
+    """
+    config: Config = {key: value for key, value in stored.config.items() if key not in _STALE}
+    config["format"] = stored.format.on_disk
+    if not stored.described:
+        derived = stored.format.config(stored.shape, torch.bfloat16)
+        config |= {key: value for key, value in derived.items() if key not in config}
+    if full_precision is not None and is_fp8(stored):
+        config.pop("full_precision_matrix_mult", None)
+        if full_precision:
+            config["full_precision_matrix_mult"] = True
+    return config
+
+
+def is_fp8(stored: StoredLayer) -> bool:
+    return stored.format.name.startswith("float8")
+
+
+def canonicalize(draft: Draft, stored: StoredLayer, input_scale: InputScale = InputScale.KEEP) -> None:
+    """Rename, retype or compute the layer's tensors in the draft. Where only names, dtypes or ranks differ, bytes are
+    copied. `comfy_quant` is left to write_configs."""
+    written = {"input_scale", "pre_quant_scale", "comfy_quant"}
+    for spec in stored.format.tensor_specs(stored.shape):
+        if spec.suffix != "input_scale":
+            _place(draft, stored, spec)
+            written.add(spec.suffix)
+    for suffix, name in stored.names.items():
+        if suffix not in written and name in draft:
+            draft.drop(name)
+    _place_input_scale(draft, stored, input_scale)
+
+
+def _place(draft: Draft, stored: StoredLayer, spec: TensorSpec) -> None:
+    src, name = draft.src, f"{stored.layer}.{spec.suffix}"
+    old, code, shape = stored.names.get(spec.suffix), TORCH_TO_CODE[spec.dtype], tuple(spec.shape)
+    if old is not None and _same_bytes(draft, stored, spec, old):
+        draft.rename(old, name)
+        if (src.tensors[old].dtype, src.tensors[old].shape) != (code, shape):
+            draft.retype(name, code, shape)
+        return
+    if old is not None and old in draft:
+        draft.rename(old, name)
+    draft.make(name, code, shape, lambda: stored.tensors(src, only=spec.suffix)[spec.suffix],
+               after=f"{stored.layer}.weight", of=tuple(stored.names.values()))
+
+
+def _same_bytes(draft: Draft, stored: StoredLayer, spec: TensorSpec, old: str) -> bool:
+    if stored.kind == "modelopt" and spec.suffix != "weight_scale_2":
+        return False
+    if stored.state is not None and spec.suffix == "weight":
+        return True                                          # packed alike, under another shape
+    steps = steps_to(draft.src.tensors[old], spec, stored.format, stored.shape)
+    return steps is not None and not {"scale-dtype", "scale-unswizzled"} & set(steps)
+
+
+def _place_input_scale(draft: Draft, stored: StoredLayer, wanted: InputScale) -> None:
+    src, name = draft.src, f"{stored.layer}.input_scale"
+    old = stored.names.get("input_scale")
+    if old is not None:
+        draft.rename(old, name)
+        info = src.tensors[old]
+        steps = steps_to(info, INPUT_SCALE, stored.format, stored.shape)
+        if steps == ("scale-rank",):
+            draft.retype(name, "F32", ())
+        elif steps != ():
+            draft.make(name, "F32", (), lambda: _known(stored.input_scale(src)), of=(old,))
+        return
+    always = any(spec.suffix == "input_scale" for spec in stored.format.tensor_specs(stored.shape))
+    if always or (wanted is InputScale.UNIT and is_fp8(stored)):
+        draft.put(name, torch.ones(()), after=f"{stored.layer}.weight")
+    elif wanted is InputScale.WEIGHT and stored.format.name in ("float8_e4m3fn", "float8_e5m2"):
+        draft.make(name, "F32", (), lambda: stored.tensors(src, only="weight_scale")["weight_scale"],
+                   after=f"{stored.layer}.weight")
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("the layer has no input_scale")
+    return tensor

@@ -1,0 +1,125 @@
+"""Every form that this pack reads -> the comfy_quant form that it writes. Nothing is requantized."""
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, config_tensor_name, stored_layers
+from ..checkpoint.legacy import CODED, is_marker
+from ..checkpoint.metadata import HEADER_KEY, Config, parse_header_metadata
+from ..checkpoint.source import Source
+from ..errors import PlanError, RequestError, some_of
+from .canonicalize import InputScale, canonical_config, canonicalize
+from .configs import HeaderMode, write_configs
+from .rewrite import Draft, Rewrite
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOptions:
+    """hp_filter: a regex; the layers it finds must be in high precision.
+
+    full_precision_matrix_mult: sets it in, or removes it from, every FP8 layer. None keeps it, and takes it from a
+    legacy marker of two elements, as ComfyUI does. header: also write the header's copy.
+    """
+
+    hp_filter: str | None = None
+    full_precision_matrix_mult: bool | None = None
+    input_scale: InputScale = InputScale.KEEP
+    header: bool = True
+
+
+def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
+    """The same model with every quantized layer in the form that this pack writes; applied twice it changes nothing.
+
+    Raises PlanError (a layer of hp_filter is quantized, or it finds none), InputFileError (a layer cannot be decoded).
+    """
+    stored = stored_layers(src)
+    check_hp_filter(src, stored, options.hp_filter)
+    draft = Draft(src)
+    full_precision = options.full_precision_matrix_mult
+    from_marker = True if full_precision is None and marker_size(src) == 2 else full_precision
+    configs: dict[str, Config] = {}
+    for layer, entry in stored.items():
+        configs[layer] = canonical_config(entry, from_marker if entry.kind == "legacy" else full_precision)
+        canonicalize(draft, entry, options.input_scale)
+    same = says_already(src, configs)
+    changed = {layer: config for layer, config in configs.items() if layer not in same}
+    write_configs(draft, changed, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
+    drop_dummies(draft, stored)
+    kinds = Counter(f"{entry.kind} {entry.format.name}" for entry in stored.values() if entry.kind != "comfy_quant")
+    draft.notes += [f"{count} layers: {kind} -> comfy_quant" for kind, count in kinds.items()]
+    return draft.finish()
+
+
+def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str | None) -> None:
+    """PlanError: a layer that must be in high precision is quantized; the pattern is no regex or finds no weight."""
+    if pattern is None:
+        return
+    matches = compile_pattern("--hp-filter", pattern)
+    found = [name.removesuffix(".weight") for name in src.tensors if name.endswith(".weight") and matches.search(name)]
+    if not found:
+        raise PlanError([f"--hp-filter {pattern!r} finds no weight in {src.path}. Correct the pattern."])
+    problems = [f"{layer} must be in high precision (--hp-filter {pattern}) and is "
+                f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
+                "which it is not quantized." for layer in found
+                if layer in stored or src.tensors[f"{layer}.weight"].dtype in CODED]
+    if problems:
+        raise PlanError(problems)
+
+
+def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
+    """RequestError, naming the option, for what is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as err:
+        raise RequestError(f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\.") from err
+
+
+def marker_size(src: Source) -> int | None:
+    """Elements of the legacy scaled_fp8 marker; None when there is none."""
+    sizes = [math.prod(info.shape) for name, info in src.tensors.items() if is_marker(name)]
+    return max(sizes) if sizes else None
+
+
+def drop_dummies(draft: Draft, stored: Mapping[str, StoredLayer]) -> None:
+    """Remove the legacy markers, and legacy scales beside weights that are not quantized."""
+    src, odd = draft.src, []
+    for name in draft:
+        layer, _, last = name.rpartition(".")
+        if is_marker(name):
+            draft.drop(name)
+        elif last in LEGACY_NAMES and layer not in stored:
+            if last == "scale_weight" and src.tensors[name].dtype in ("F32", "BF16", "F16") \
+                    and bool((src.read(name) != 1).any()):
+                odd.append(name)
+            draft.drop(name)
+    if odd:
+        draft.notes.append(f"{len(odd)} scales beside weights in high precision are not 1 and were left out, as such weights "
+                           f"are whole: {some_of(odd)}.")
+
+
+def says_already(src: Source, configs: Mapping[str, Config]) -> set[str]:
+    """The layers whose comfy_quant tensor holds exactly this object; and their header entry, if the file has a header."""
+    text = src.metadata.get(HEADER_KEY)
+    header = parse_header_metadata(text, lenient=True)[0] if text is not None else None
+    same = set()
+    for layer, config in configs.items():
+        info = src.tensors.get(config_tensor_name(layer))
+        if info is None or info.dtype != "U8" or len(info.shape) != 1 or (header is not None and layer not in header):
+            continue
+        raw = src.read(info.name).numpy().tobytes()
+        try:                                    # other separators or key order are as good; padding is not
+            said = [json.loads(raw)] + ([header[layer]] if header is not None else [])
+        except ValueError:
+            continue
+        if not raw.endswith(b"\0") and all(_sorted(one) == _sorted(config) for one in said):
+            same.add(layer)
+    return same
+
+
+def _sorted(config: object) -> str:
+    return json.dumps(config, sort_keys=True)
