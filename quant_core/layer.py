@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .choosers import CHOOSERS
 from .metrics import relative_error
-from .objective import make_objective
+from .objective import make_objective, ratio
 from .recipe import Evidence, Recipe, layer_generator
-from .rounders import ROUNDERS, UNBIASED
+from .rounders import ROUNDERS
 from .task import Rounded, Task, never
 
 NO_EVIDENCE = Evidence()
@@ -62,11 +62,13 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
     notes = () if fmt == recipe.format else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
     scales, rounding = recipe.resolve(evidence)
     work = fmt.prepare(w.to(torch.float32))
-    task = Task(layer, fmt, work, make_objective(fmt, evidence, w.device), recipe.options,
-                layer_generator(recipe.seed, layer, "cpu"), cancel)
-    rounded = ROUNDERS[rounding](task, CHOOSERS[scales](task))
-    judgement = Judgement(scales, rounding, task.objective.name)
-    if (scales, rounding) != ("absmax", "nearest") and rounding not in UNBIASED:
+    objective = make_objective(fmt, evidence, w.device)
+    rounder = ROUNDERS[rounding]
+    task = rounder.prepare(Task(layer, fmt, work, objective, recipe.options, layer_generator(recipe.seed, layer, "cpu"),
+                                weights=objective.diagonal, cancel=cancel))
+    rounded = rounder.round_codes(task, CHOOSERS[scales](task))
+    judgement = Judgement(scales, rounding, objective.name)
+    if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
         rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
     error = relative_error(work, fmt.decode(rounded.codes, rounded.qp)) if measure else None
@@ -77,10 +79,12 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
 def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
     """`rounded`, or round-to-nearest with absmax scales where that is better under the task's objective."""
     fmt, work = task.fmt, task.work
-    error = task.objective.relative(work, fmt.decode(rounded.codes, rounded.qp).sub_(work))
+    loss = task.objective.loss
+    reference, error = loss(work), loss(fmt.decode(rounded.codes, rounded.qp).sub_(work))
     qp = fmt.absmax(work)
     codes = fmt.encode(work, qp)
-    nearest = task.objective.relative(work, fmt.decode(codes, qp).sub_(work))
+    nearest = ratio(loss(fmt.decode(codes, qp).sub_(work)), reference)
+    error = ratio(error, reference)
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement

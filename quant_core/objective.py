@@ -42,12 +42,12 @@ class Objective:
             total += (weighted * part).sum(dtype=torch.float64)
         return max(0.0, float(total))
 
-    def relative(self, work: Tensor, error: Tensor) -> float:
-        """sqrt(loss(error) / loss(work)); 0 when both are 0."""
-        reference, loss = self.loss(work), self.loss(error)
-        if reference == 0.0:
-            return 0.0 if loss == 0.0 else math.inf
-        return math.sqrt(loss / reference)
+
+def ratio(loss: float, reference: float) -> float:
+    """Relative error: sqrt(loss / reference); 0 when both are 0, inf when only the reference is."""
+    if reference == 0.0:
+        return 0.0 if loss == 0.0 else math.inf
+    return math.sqrt(loss / reference)
 
 
 def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Objective:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import Cancelled
+from .factor import Factor
 from .format import Format
 from .objective import Objective
 from .scales import QParams
@@ -22,7 +23,8 @@ def never() -> bool:
 class Task:
     """layer: its name, for messages. work: float32 [Np, Kp], read only. options: `Recipe.options`.
 
-    cancel: asked between steps; when it says True, `poll` raises Cancelled.
+    weights: float32 [Kp], how much an error in each column counts when scales are chosen; None: all the same.
+    factor: what the rounder prepared of the Hessian. cancel: asked between steps; when True, `poll` raises Cancelled.
     """
 
     layer: str
@@ -31,6 +33,8 @@ class Task:
     objective: Objective
     options: dict[str, Any]
     generator: torch.Generator
+    weights: Tensor | None = None
+    factor: Factor | None = None
     cancel: Callable[[], bool] = never
 
     @property

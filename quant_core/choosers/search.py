@@ -68,7 +68,7 @@ def merge(mask: Tensor, one: QParams, other: QParams) -> QParams:
 
 def block_loss(task: Task, qp: QParams) -> Tensor:
     """Squared (weighted) rounding error of each block, float32 [NB, KB]."""
-    fmt, shape, weights = task.fmt, task.shape, task.objective.diagonal
+    fmt, shape, weights = task.fmt, task.shape, task.weights
     parts = []
     for rows in row_slices(fmt, task.work, _SLICE):
         part = task.work[rows]
@@ -122,7 +122,7 @@ def _choose_parent(task: Task, base: QParams) -> QParams:
 
 def least_squares(task: Task, qp: QParams) -> QParams:
     """The scales (and zero points) that fit best the codes that rounding gives under `qp`."""
-    fmt, shape, weights = task.fmt, task.shape, task.objective.diagonal
+    fmt, shape, weights = task.fmt, task.shape, task.weights
     sums = []
     for rows in row_slices(fmt, task.work, _SLICE):
         part = task.work[rows]

@@ -5,7 +5,7 @@ Sources: GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..options import read_options
 from ..scales import QParams
 from ..task import Rounded, Task
-from .factor import Factor, column_order, factor
+from ..factor import Factor, column_order, factor
 from .feedback import feedback_pass
 from .refit import refit_scales
 
@@ -24,35 +24,56 @@ _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factor
 class GptqOptions:
     """damping: share of the Hessian's mean diagonal added to it. order: which columns are rounded first.
 
-    sweeps: coordinate descents afterwards. refit: re-fit the scales between the sweeps.
+    sweeps: coordinate descents afterwards. refits: how many of them start with a re-fit of the scales.
     """
 
     damping: float = field(default=0.01, metadata={"low": 1e-6, "high": 10.0})
     order: str = field(default="activation", metadata={"choices": ("activation", "natural")})
     sweeps: int = field(default=4, metadata={"low": 0, "high": 1000})
-    refit: bool = True
+    refits: int = field(default=1, metadata={"low": 0, "high": 1000})
+
+
+def prepare(task: Task) -> Task:
+    """Factors the Hessian, and has the scales chosen by what feedback leaves of each column's error.
+
+    That is the factor's pivot D_k, not the channel's mean square H_kk: errors that later columns undo do not count.
+    """
+    if task.objective.hessian is None:
+        return task
+    options = read_options(GptqOptions, task.options)
+    order = column_order(task.objective.diagonal, options.order)
+    for step in _DAMPING_STEPS:
+        found = factor(task.objective.hessian, order, options.damping * step, task.poll)
+        if found is not None:
+            weights = torch.empty_like(found.pivots)
+            weights[order] = found.pivots
+            return replace(task, factor=found, weights=weights)
+    return task
 
 
 def round_codes(task: Task, qp: QParams) -> Rounded:
     """Without a Hessian the inputs are taken as uncorrelated: that is round-to-nearest, and the note says so."""
-    options = read_options(GptqOptions, task.options)
-    if task.objective.hessian is None:
-        return Rounded(task.fmt.encode(task.work, qp), qp, ("gptq: no Hessian for this layer, rounded to nearest",))
-    found, notes = _factor(task, options)
+    options, found = read_options(GptqOptions, task.options), task.factor
     if found is None:
-        return Rounded(task.fmt.encode(task.work, qp), qp, notes)
+        return Rounded(task.fmt.encode(task.work, qp), qp, (_why_not(task, options),))
     errors = torch.zeros_like(task.work)
     feedback_pass(task, qp, errors, found.order, found.columns)
     descent = Descent(task.objective.hessian, found.order, found.damping)
-    del found
-    for _ in range(options.sweeps):
-        if options.refit:
+    for sweep in range(options.sweeps):
+        if sweep < options.refits:
             errors = _in_channel_order(errors, descent.order)
             qp = refit_scales(task, qp, errors, descent.added)
             errors = errors[:, descent.order]
         feedback_pass(task, qp, errors, descent.order, descent.columns)
     work = _in_channel_order(errors, descent.order).neg_().add_(task.work)
-    return Rounded(task.fmt.encode(work, qp), qp, notes)
+    raised = f"gptq: damping raised from {options.damping:g} to {found.damping:g}, the Hessian is not definite below"
+    return Rounded(task.fmt.encode(work, qp), qp, (raised,) if found.damping > options.damping else ())
+
+
+def _why_not(task: Task, options: GptqOptions) -> str:
+    if task.objective.hessian is None:
+        return "gptq: nothing is known of this layer's inputs, rounded to nearest"
+    return f"gptq: the Hessian is not definite even with damping {options.damping * _DAMPING_STEPS[-1]:g}, rounded to nearest"
 
 
 class Descent:
@@ -69,16 +90,6 @@ class Descent:
         block /= own.clone()
         own.zero_()
         return block
-
-
-def _factor(task: Task, options: GptqOptions) -> tuple[Factor | None, tuple[str, ...]]:
-    order = column_order(task.objective.diagonal, options.order)
-    for step in _DAMPING_STEPS:
-        found = factor(task.objective.hessian, order, options.damping * step, task.poll)
-        if found is not None:
-            return found, () if step == 1.0 else (f"gptq: damping raised from {options.damping:g} to {found.damping:g}",)
-    return None, ("gptq: the Hessian is not positive even with damping "
-                  f"{options.damping * _DAMPING_STEPS[-1]:g}, rounded to nearest",)
 
 
 def _in_channel_order(errors: Tensor, order: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ class Factor:
     """order: int64 [K], column j of U belongs to input channel order[j]. panels: strictly upper columns of U.
 
     Panel p holds rows 0 .. end of its own columns only, so all panels together take half of [K, K].
-    damping: the share of the mean diagonal that was added.
+    pivots: float32 [K], D in that order. damping: the share of the mean diagonal that was added.
     """
 
     order: Tensor
     panels: tuple[Tensor, ...]
+    pivots: Tensor
     damping: float
 
     def columns(self, start: int, stop: int) -> Tensor:
@@ -65,9 +66,9 @@ def factor(hessian: Tensor, order: Tensor, damping: float, poll: Callable[[], No
         roots[p] = torch.cat([above, root])
     if int(failed) != 0:
         return None
-    for p, start in enumerate(starts):
-        own = roots[p][start:]
-        diagonal = own.diagonal().clone()
-        own.fill_diagonal_(0)
-        roots[p].div_(diagonal)
-    return Factor(order, tuple(roots), damping) if all(bool(r.isfinite().all()) for r in roots) else None
+    diagonals = [root[start:].diagonal().clone() for root, start in zip(roots, starts)]
+    for root, start, diagonal in zip(roots, starts, diagonals):
+        root[start:].fill_diagonal_(0)
+        root.div_(diagonal)
+    pivots = torch.cat(diagonals).square_()
+    return Factor(order, tuple(roots), pivots, damping) if all(bool(r.isfinite().all()) for r in roots) else None
