@@ -1,14 +1,15 @@
 """Ctrl-C and SIGTERM: a clean stop at the engine's next safe point, an immediate one outside of long work."""
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = 130
+_STDERR = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -31,7 +32,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         if stopped.is_set():
             _raise_interrupt(number, frame)
         stopped.set()
-        print("quantpress: stopping ...", file=sys.stderr)
+        with suppress(OSError):  # not print: the signal may have come in the middle of one, which cannot be entered twice
+            os.write(_STDERR, b"quantpress: stopping ...\n")
 
     with _handling(stop):
         yield stopped.is_set

@@ -26,6 +26,15 @@ FORMATS = [fmt.name for fmt in all_formats()]
 SAME = "same file as the source"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Weights this small lose time by being shared out, and on a busy machine a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def model_tensors(count: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     tensors = {"img_in.weight": torch.randn(256, 64, generator=generator).bfloat16()}

@@ -341,3 +341,32 @@ def test_a_gpu_out_of_memory_is_explained(model, tmp_path, capsys, monkeypatch):
     assert main(["quantize", str(model), str(tmp_path / "out.safetensors"), "--format", "int8_rowwise"]) == 1
     assert "--device cpu" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+def test_demo_prints_a_row_per_format_as_it_is_done(tmp_path, capsys, monkeypatch):
+    from comfyui_quantpress.demo import run as demo_run
+    from comfyui_quantpress.demo.results import FormatRow
+
+    row = FormatRow("nvfp4", "nvfp4.safetensors", 10_000_000, 4.5, 20.4, 19.9, 15.0, float("inf"), 0.5, 1.5, 29, 15, {}, "layout")
+    asked = {}
+
+    def run_demo(out_dir, formats=None, progress=None):
+        asked.update(out_dir=out_dir, formats=formats)
+        progress(demo_run.DemoProgress("quantize", "nvfp4", 0, 1))
+        progress(demo_run.DemoProgress("row", "nvfp4", 1, 1, row))
+        return demo_run.DemoResult((row,), out_dir / "s.png", out_dir / "r.csv", out_dir / "r.json", 18_000_000, 1.0, 3.0)
+
+    monkeypatch.setattr(demo_run, "run_demo", run_demo)
+    assert main(["demo", "--out", str(tmp_path), "--format", "nvfp4"]) == 0
+    out, err = capsys.readouterr()
+    assert asked == {"out_dir": tmp_path, "formats": ["nvfp4"]} and err == ""
+    assert out.splitlines()[2].split() == ["nvfp4", "10.0", "MB", "4.50", "20.4", "dB", "19.9", "dB", "inf", "dB", "0.5", "s", "1.5", "s"]
+    assert str(tmp_path / "s.png") in out
+
+
+def test_demo_of_an_unknown_format_is_refused(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "x"), "--format", "int7"]) == 1
+    assert "int7" in capsys.readouterr().err and not (tmp_path / "x").exists()
