@@ -79,7 +79,7 @@ def check_file(path: str | Path) -> VerifyReport:
         findings: list[Finding] = []
         layers = []
         for layer, config in _configs(src, findings):
-            checked = _check_layer(src, layer, config, findings)
+            checked = check_layer(src, layer, config, findings)
             if checked is not None:
                 layers.append(checked)
         findings += _orphans(src, {layer.layer for layer in layers})
@@ -133,7 +133,7 @@ def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[s
                                 f"({mismatch.detail}). ComfyUI takes the header's."))
 
 
-def _check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[Finding]) -> LayerCheck | None:
+def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[Finding]) -> LayerCheck | None:
     names = {s: f"{layer}.{s}" for s in QUANT_SUFFIXES if f"{layer}.{s}" in src.tensors and s != "comfy_quant"}
     problem = lambda code, text: findings.append(Finding(code, "error", layer, text))  # noqa: E731
     if "weight" not in names:

@@ -155,7 +155,7 @@ def test_input_scale_is_added_on_demand_and_an_old_one_kept(tmp_path, wanted):
 
 @given(params=st.dictionaries(st.sampled_from(["group_size", "note", "full_precision_matrix_mult"]),
                               st.sampled_from([128, True, "x ✓"]), max_size=3), pad=st.integers(0, 5))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nested_params_and_padding_are_flattened(tmp_path, params, pad):
     params["group_size"] = 128
     tensors, _ = quantized(get_format("int8_blockwise"))

@@ -24,7 +24,9 @@ def weight(seed: int, n: int = N, k: int = K) -> Tensor:
 
 def bystanders(prefix: str = "") -> dict[str, Tensor]:
     """What no tool may touch: a bias, a norm, a 16-bit weight, an odd dtype, an empty tensor."""
-    return {f"{prefix}blocks.0.bias": torch.randn(N), f"{prefix}norm.weight": torch.randn(7, dtype=torch.float16),
+    seeded = torch.Generator().manual_seed(5)
+    return {f"{prefix}blocks.0.bias": torch.randn(N, generator=seeded),
+            f"{prefix}norm.weight": torch.randn(7, generator=seeded).half(),
             f"{prefix}final.weight": weight(9, 32, 64), f"{prefix}ids": torch.arange(5), f"{prefix}nothing": torch.empty(0, 3)}
 
 

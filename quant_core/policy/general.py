@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..recipe import Recipe
 
 # Longest first: `model.diffusion_model.` must go before `model.`.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
+CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
 
 # (why a layer is kept, what its name looks like). The first rule that matches is named in the plan.
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((why, re.compile(pattern, re.IGNORECASE)) for why, pattern in (
@@ -71,7 +71,7 @@ class Policy:
 
 
 def strip_prefix(layer: str) -> str:
-    for prefix in _PREFIXES:
+    for prefix in CHECKPOINT_PREFIXES:
         if layer.startswith(prefix):
             return layer[len(prefix):]
     return layer

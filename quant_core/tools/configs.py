@@ -8,7 +8,7 @@ from enum import Enum
 from ..checkpoint.header import load_json_object
 from ..checkpoint.metadata import CONFIG_SUFFIX, FORMAT_VERSION, HEADER_KEY, Config, encode_config
 from ..errors import InputFileError
-from .rewrite import Draft
+from .rewrite import Copy, Draft
 
 
 class HeaderMode(Enum):
@@ -19,28 +19,28 @@ class HeaderMode(Enum):
     DROP = "removed"
 
 
-def write_configs(draft: Draft, changed: Mapping[str, Config | None], all_layers: Mapping[str, Config],
-                  header: HeaderMode = HeaderMode.KEEP) -> None:
-    """Put new configs into the draft. None removes a layer's.
+def write_configs(draft: Draft, configs: Mapping[str, Config | None], header: HeaderMode = HeaderMode.KEEP,
+                  others: Mapping[str, Config] | None = None) -> None:
+    """Put configs into the draft. None removes a layer's. A tensor or a header that says the same already stays.
 
-    changed: by the layers' names in the draft; their comfy_quant tensors are written, all others stay as they are.
-    all_layers: every quantized layer of the new file with its config, for HeaderMode.BUILD. A header that says the same
-    already keeps its very text.
+    configs: by the layers' names in the draft. others: the rest of the quantized layers, for HeaderMode.BUILD.
     """
-    for layer, config in changed.items():
+    for layer, config in configs.items():
         name = layer + CONFIG_SUFFIX
-        if config is not None:
+        if config is None:
+            if name in draft:
+                draft.drop(name)
+        elif not _says(draft, name, config):
             draft.put(name, encode_config(config), after=f"{layer}.weight", of=(name,) if name in draft else ())
-        elif name in draft:
-            draft.drop(name)
     text = draft.metadata.get(HEADER_KEY)
     if header is HeaderMode.DROP:
         draft.metadata.pop(HEADER_KEY, None)
     elif header is HeaderMode.BUILD:
-        _set_header(draft, {layer: dict(config) for layer, config in all_layers.items()})
+        written = {**(others or {}), **configs}
+        _set_header(draft, {layer: dict(config) for layer, config in written.items() if config is not None})
     elif text is not None:
         layers = header_object(text)["layers"]
-        for layer, config in changed.items():
+        for layer, config in configs.items():
             if config is not None:
                 layers[layer] = dict(config)
             else:
@@ -48,18 +48,25 @@ def write_configs(draft: Draft, changed: Mapping[str, Config | None], all_layers
         _set_header(draft, layers)
 
 
+def _says(draft: Draft, name: str, config: Config) -> bool:
+    """Whether the tensor holds this object; other separators or key order are as good, padding is not."""
+    content = draft.content(name) if name in draft else None
+    if not isinstance(content, Copy) or content.dtype != "U8" or len(content.shape) != 1:
+        return False
+    raw = content.src.read(content.name).numpy().tobytes()
+    try:
+        return _sorted(load_json_object(raw, name)) == _sorted(config)     # JSON ends before a NUL: refused there
+    except InputFileError:
+        return False
+
+
 def _set_header(draft: Draft, layers: Mapping[str, object]) -> None:
     """Replace the header's layers; its other members, and the text when nothing differs, stay."""
     text = draft.metadata.get(HEADER_KEY)
-    old: dict[str, object] = {}
-    if text is not None:
-        try:
-            old = header_object(text)
-        except InputFileError:                           # unreadable: it is built anew, and repair says so
-            old = {}
+    old = header_object(text) if text is not None else {}
     new = {"format_version": FORMAT_VERSION, **old, "layers": dict(layers)}
-    if old != new or _dump(old["layers"]) != _dump(new["layers"]):
-        draft.metadata[HEADER_KEY] = _dump(new)
+    if text is None or _sorted(old) != _sorted(new):
+        draft.metadata[HEADER_KEY] = json.dumps(new, ensure_ascii=False)
 
 
 def header_object(text: str) -> dict[str, object]:
@@ -70,7 +77,8 @@ def header_object(text: str) -> dict[str, object]:
     return content
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _sorted(value: object) -> str:
+    # Not Python's ==, which takes true for 1.
+    return json.dumps(value, sort_keys=True)
 
 

@@ -1,16 +1,15 @@
 """Every form that this pack reads -> the comfy_quant form that it writes. Nothing is requantized."""
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, config_tensor_name, stored_layers
+from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
 from ..checkpoint.legacy import CODED, is_marker
-from ..checkpoint.metadata import HEADER_KEY, Config, parse_header_metadata
+from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, some_of
 from .canonicalize import InputScale, canonical_config, canonicalize
@@ -46,9 +45,7 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     for layer, entry in stored.items():
         configs[layer] = canonical_config(entry, from_marker if entry.kind == "legacy" else full_precision)
         canonicalize(draft, entry, options.input_scale)
-    same = says_already(src, configs)
-    changed = {layer: config for layer, config in configs.items() if layer not in same}
-    write_configs(draft, changed, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
+    write_configs(draft, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
     drop_dummies(draft, stored)
     kinds = Counter(f"{entry.kind} {entry.format.name}" for entry in stored.values() if entry.kind != "comfy_quant")
     draft.notes += [f"{count} layers: {kind} -> comfy_quant" for kind, count in kinds.items()]
@@ -100,26 +97,3 @@ def drop_dummies(draft: Draft, stored: Mapping[str, StoredLayer]) -> None:
     if odd:
         draft.notes.append(f"{len(odd)} scales beside weights in high precision are not 1 and were left out, as such weights "
                            f"are whole: {some_of(odd)}.")
-
-
-def says_already(src: Source, configs: Mapping[str, Config]) -> set[str]:
-    """The layers whose comfy_quant tensor holds exactly this object; and their header entry, if the file has a header."""
-    text = src.metadata.get(HEADER_KEY)
-    header = parse_header_metadata(text, lenient=True)[0] if text is not None else None
-    same = set()
-    for layer, config in configs.items():
-        info = src.tensors.get(config_tensor_name(layer))
-        if info is None or info.dtype != "U8" or len(info.shape) != 1 or (header is not None and layer not in header):
-            continue
-        raw = src.read(info.name).numpy().tobytes()
-        try:                                    # other separators or key order are as good; padding is not
-            said = [json.loads(raw)] + ([header[layer]] if header is not None else [])
-        except ValueError:
-            continue
-        if not raw.endswith(b"\0") and all(_sorted(one) == _sorted(config) for one in said):
-            same.add(layer)
-    return same
-
-
-def _sorted(config: object) -> str:
-    return json.dumps(config, sort_keys=True)

@@ -83,6 +83,9 @@ class Draft:
     def __iter__(self) -> Iterable[str]:
         return iter(list(self._outputs))
 
+    def content(self, name: str) -> Copy | Made:
+        return self._outputs[name]
+
     def drop(self, name: str) -> None:
         del self._outputs[name]
 

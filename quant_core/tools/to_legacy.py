@@ -31,7 +31,7 @@ def to_legacy(src: Source, *, scale_input: bool = False) -> Rewrite:
             draft.rename(f"{layer}.input_scale", f"{layer}.scale_input")
         elif scale_input:
             draft.put(f"{layer}.scale_input", torch.ones(()), after=f"{layer}.weight")
-    write_configs(draft, dict.fromkeys(stored), {}, HeaderMode.DROP)
+    write_configs(draft, dict.fromkeys(stored), HeaderMode.DROP)
     first = next(iter(stored))
     prefix = first[:len(first) - len(strip_prefix(first))]
     draft.put(prefix + LEGACY_MARKER, torch.zeros(2 if full_precision else 0).to(torch.float8_e4m3fn))
