@@ -18,6 +18,11 @@ def size_text(count: float) -> str:
     return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def duration_text(seconds: float) -> str:
+    """How long it took: "0.4 s", from a minute on as time_text."""
+    return f"{seconds:.1f} s" if seconds < 59.95 else time_text(seconds)
+
+
 def time_text(seconds: float) -> str:
     """Seconds as "0:42", or "1:02:03"."""
     minutes, rest = divmod(int(seconds + 0.5), 60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .console import size_text, time_text
+from .console import duration_text, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
 
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
     formats = ", ".join(f"{count} {name}" for name, count in report.layers.items())
     print(f"{report.target}: {sum(report.layers.values())} layers decoded to {report.dtype} ({formats})")
     print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)}")
-    print(f"  time    {time_text(report.seconds)}; written and verified")
+    print(f"  time    {duration_text(report.seconds)}; written and verified")
     return 0

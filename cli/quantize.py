@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import print_json, size_text, time_text
+from .console import duration_text, print_json, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
 
@@ -124,5 +124,5 @@ def _print_report(report: RunReport) -> None:
     print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
           f"{report.bits_per_weight:.2f} bits per quantized weight")
     print(f"  error   {report.weight_error:.4f} relative, over all quantized weights")
-    print(f"  time    {time_text(report.seconds)} on {report.device}, "
+    print(f"  time    {duration_text(report.seconds)} on {report.device}, "
           f"{size_text(report.source_bytes / max(report.seconds, 1e-9))}/s; written and verified")

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfyui_quantpress.cli.console import json_text, size_text, table_lines, time_text
+from comfyui_quantpress.cli.console import duration_text, json_text, size_text, table_lines, time_text
 from comfyui_quantpress.cli.groups import collapse
 from comfyui_quantpress.cli.main import COMMANDS, build_parser, main
 from comfyui_quantpress.cli.progress import PlainLines, show_progress
@@ -283,6 +283,7 @@ def test_sizes_times_and_tables_read_well():
     assert [size_text(n) for n in (0, 999, 1000, 23_456_789, 8e9, 2.5e13)] == [
         "0 bytes", "999 bytes", "1.0 kB", "23.5 MB", "8.0 GB", "25.0 TB"]
     assert [time_text(s) for s in (0.4, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+    assert [duration_text(s) for s in (0.44, 59.9, 59.96, 61)] == ["0.4 s", "59.9 s", "1:00", "1:01"]
     assert table_lines([("a", "1"), ("bb", "22")], ("n", "x"), right=(1,)) == ["n    x", "--  --", "a    1", "bb  22"]
 
 
