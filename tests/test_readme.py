@@ -1,0 +1,125 @@
+"""The README cannot rot: its commands are run, what they print is compared, its tables are those of the registry."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from comfyui_quantpress.cli.formats import _cells, describe
+from comfyui_quantpress.cli.main import build_parser, main
+from comfyui_quantpress.quant_core.format import all_formats
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+JSON_DOC = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+FORMATS = all_formats()
+
+
+def console_steps(text: str) -> list[tuple[list[str], str]]:
+    """(arguments of quantpress, the output shown below it) of every `$ quantpress` line in ```console blocks."""
+    steps = []
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = step.partition("\n")
+            program, *args = shlex.split(command)
+            assert program == "quantpress"
+            steps.append((args, output))
+    return steps
+
+
+STEPS = console_steps(README)
+COMMANDS = build_parser()._subparsers._group_actions[0].choices
+
+
+def shape_of(output: str) -> str:
+    """Words and lines; numbers, the units of speeds, rules and padding may differ."""
+    numberless = re.sub(r"# \w+/s", "#/s", re.sub(r"\d[\d.,:]*", "#", output))
+    return re.sub(r"[ \t-]+", " ", numberless).strip()
+
+
+def test_console_steps_reads_commands_and_outputs():
+    text = "```console\n$ quantpress a 'b c'\nout 1\n$ quantpress d\n```\n```bash\nquantpress no\n```\n"
+    assert console_steps(text) == [(["a", "b c"], "out 1\n"), (["d"], "")]
+
+
+def test_shape_of_tells_words_apart_and_not_numbers():
+    assert shape_of("size  18.2 MB at 2 kB/s\n---") == shape_of("size 9 MB at 3.1 MB/s\n-----")
+    assert shape_of("a\nb") != shape_of("a b")
+    assert shape_of("3 layers kept") != shape_of("3 layers")
+
+
+def test_every_command_has_an_example():
+    assert {args[0] for args, _ in STEPS} == set(COMMANDS)
+
+
+def test_the_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("comfyui_quantpress.cli.progress._LINE_EVERY_S", 1e9)
+    for args, shown in STEPS:
+        if args[0] == "demo":
+            build_parser().parse_args(args)  # its run is tests/test_demo.py's
+            continue
+        assert main(args) == 0, args
+        out, err = capsys.readouterr()
+        assert err == "", args
+        if shown:
+            assert shape_of(out) == shape_of(shown), args
+
+
+def test_options_and_commands_named_in_the_text_exist():
+    known = set()
+    for parser in COMMANDS.values():
+        known |= set(parser._option_string_actions)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + JSON_DOC))
+    assert {"--format", "--fallback", "--against"} <= named
+    assert named - known == set()
+
+
+def test_the_format_table_is_the_registrys():
+    rows = [f"| `{fmt.name}` | {fmt.title} | " + " | ".join(_cells(describe(fmt))[i] for i in (2, 4, 5, 6)) + " |" for fmt in FORMATS]
+    assert [row for row in rows if row not in README] == []
+    assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == [fmt.name for fmt in FORMATS]
+
+
+def test_the_demo_table_names_every_format():
+    (table,) = re.findall(r"^```text\n(format .*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [fmt.name for fmt in FORMATS]
+
+
+def test_the_numbers_of_formats_in_words_agree():
+    assert len(FORMATS) == 18 and "eighteen" in README
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def keys_of(value) -> set[str]:
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize("command", ["quantize", "dry-run", "inspect", "verify", "formats"])
+def test_every_json_field_is_documented(command, tmp_path, capsys):
+    source, target = ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "out.safetensors"
+    quantize = ["quantize", str(source), str(target), "--format", "bnb_nf4", "--only", r"blocks\.0", "--json"]
+    args = {"quantize": quantize, "dry-run": [*quantize, "--dry-run"], "inspect": ["inspect", str(target), "--json"],
+            "verify": ["verify", str(target), "--against", str(source), "--json"], "formats": ["formats", "--json"]}
+    if command in ("inspect", "verify"):
+        assert main(quantize) == 0
+        capsys.readouterr()
+    assert main(args[command]) == 0
+    undocumented = {key for key in keys_of(json.loads(capsys.readouterr().out)) if f"`{key}`" not in JSON_DOC}
+    assert undocumented - {"keep", "only"} == set()  # inside the recorded policy
+
+
+def test_finding_codes_are_documented():
+    source = (ROOT / "quant_core" / "verify.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'(?:Finding|problem)\("([a-z-]+)"', source))
+    assert len(codes) > 10 and {code for code in codes if f"`{code}`" not in JSON_DOC} == set()
