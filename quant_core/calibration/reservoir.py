@@ -35,7 +35,7 @@ class Reservoir:
         slots = (~stays).nonzero().flatten()  # as many as rows enter
         self.keys[slots] = keys[entering]
         chosen = index[entering].to(x.device, non_blocking=True)
-        self.rows[slots.to(self.rows.device)] = x[chosen].to(self.rows.device, torch.bfloat16)
+        self.rows[slots.to(self.rows.device, non_blocking=True)] = x[chosen].to(self.rows.device, torch.bfloat16)
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the rows with the largest keys of both."""
