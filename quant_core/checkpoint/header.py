@@ -123,11 +123,15 @@ def load_json_object(data: bytes, what: str) -> dict[str, object]:
                                  "Write the file again with a correct tool.")
         return result
 
-    def refuse(constant: str) -> object:
-        raise InputFileError(f"{what} holds {constant}, which JSON does not allow. Write it again without.")
+    def refuse(number: str) -> float:
+        raise InputFileError(f"{what} holds {short(number)}; only finite numbers are allowed. Write it again without.")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return refuse(number) if math.isinf(value) else value  # 1e999
 
     try:
-        value = json.loads(str(data, "utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(str(data, "utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as err:

@@ -11,7 +11,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from reprlib import repr as short
 from types import TracebackType
 
@@ -273,9 +273,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_plain_shard_name(name: str) -> bool:
-    # Under the rules of both systems: "..\\x" is a plain name on Linux, and "C:x" is one nowhere else.
-    plain = name == PurePosixPath(name).name == PureWindowsPath(name).name
-    return plain and name.endswith(".safetensors") and "\0" not in name
+    # By Windows' rules, which know "/", "\\" and "C:", on every system.
+    return name == PureWindowsPath(name).name and name.endswith(".safetensors") and "\0" not in name
 
 
 def _check_weight_map(path: Path, weight_map: dict[str, str], shards: Sequence[_Shard]) -> None:
