@@ -25,7 +25,7 @@ def _register_layouts() -> None:
 
 async def comfy_entrypoint():
     """Return the V3 extension; raises ModuleNotFoundError where `comfy_api` is missing (outside ComfyUI)."""
-    from .nodes import QuantPressExtension
+    from .nodes.extension import QuantPressExtension
 
     return QuantPressExtension()
 

@@ -69,8 +69,10 @@ def _install() -> SeamStatus:
     if problem:
         return SeamStatus(False, problem)
     import comfy.ops
-    from . import register_layouts
-
+    try:
+        from . import register_layouts
+    except ImportError as err:
+        return SeamStatus(False, f"comfy-kitchen is too old for the layouts ({err}). Install ComfyUI's requirements.txt.")
     register_layouts()
     formats = register_formats()
     if not getattr(comfy.ops.mixed_precision_ops, _MARKER, False):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import secrets
+import uuid
 from typing import Any
 
 from comfy import model_management
@@ -23,7 +24,8 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
     """
     if not bake_patches:
         model = model.clone()
-        model.patches = {}
+        # A new id with the empty patches: by it ComfyUI sees that weights patched in place must be restored.
+        model.patches, model.patches_uuid = {}, uuid.uuid4()
     # As ComfyUI's own savers do: it takes patches of another clone out of the shared weights.
     model_management.load_models_gpu([model])
     state = model.state_dict_for_saving()

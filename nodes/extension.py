@@ -1,0 +1,19 @@
+"""The nodes, one file each. This module is the list of them; ids never change."""
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class QuantPressExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .inspect_quantization import InspectQuantization
+        from .load_quantized_file import LoadQuantizedFile
+        from .load_quantized_in_graph import LoadQuantizedInGraph
+        from .load_source import LoadSource
+        from .model_source import ModelSource
+        from .quantize_model import QuantizeModel
+        from .save_quantized import SaveQuantized
+        from .try_conditioning import TestConditioning
+
+        return [LoadSource, ModelSource, QuantizeModel, LoadQuantizedInGraph, SaveQuantized, LoadQuantizedFile,
+                InspectQuantization, TestConditioning]
