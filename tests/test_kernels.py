@@ -20,8 +20,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (M, N, K), dtype, bias. M and N are no multiples of any tile; K is one of the group only. The interpreter is slow: few there.
 CASES = [((1, 20, 384), torch.float32, False), ((3, 18, 256), torch.float16, True), ((19, 36, 128), torch.bfloat16, True)]
 if CUDA:
-    CASES += [(shape, dtype, bias) for shape in [(1, 1000, 3072), (300, 1000, 3072), (77, 264, 1536), (16, 40, 128)]
-              for dtype in DTYPES for bias in (False, True)]
+    CASES += [(shape, dtype, (index + shape[0]) % 2 == 0) for shape in [(1, 1000, 3072), (300, 1000, 3072), (77, 264, 1536), (16, 40, 128)]
+              for index, dtype in enumerate(DTYPES)]
 
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 eight_bit = pytest.mark.parametrize("fmt", EIGHT_BIT, ids=lambda fmt: fmt.name)

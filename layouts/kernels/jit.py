@@ -172,11 +172,12 @@ def decode_dot_kernel(x, codes, scale, codebook, bias, out, m, n, k, kb, group_r
 
 @triton.jit
 def scaled_dot_kernel(a, b, a_scale, b_scale, bias, out, m, n, k, kb, group_rows, GROUP: tl.constexpr,
-                      WHOLE_ROW: tl.constexpr, INTEGER: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr):
+                      WHOLE_ROW: tl.constexpr, ONE_BLOCK_ROW: tl.constexpr, INTEGER: tl.constexpr,
+                      HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr):
     """out = (a * a_scale)(b * b_scale)^T + bias on 8-bit codes; each scale applied to its K group's exact product.
 
     a_scale: [M, KB]. BK divides GROUP. INTEGER: int8 codes, int32 products; otherwise fp8 with float32 products.
+    ONE_BLOCK_ROW: BN divides group_rows, so the tile has one weight scale per K group.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), m, n, BM, BN, GM)
     x_rows = tile_m * BM + tl.arange(0, BM)
@@ -203,8 +204,12 @@ def scaled_dot_kernel(a, b, a_scale, b_scale, bias, out, m, n, k, kb, group_rows
             total += part
         else:
             left_scale = tl.load(a_scale_row + first // GROUP, mask=a_mask, other=0.0)
-            right_scale = tl.load(b_scale_row + first // GROUP, mask=row_mask, other=0.0)
-            total += part * left_scale[:, None] * right_scale[None, :]
+            if ONE_BLOCK_ROW:
+                left_scale = left_scale * tl.load(b_scale + (tile_n * BN // group_rows) * kb + first // GROUP)
+                total += part * left_scale[:, None]
+            else:
+                right_scale = tl.load(b_scale_row + first // GROUP, mask=row_mask, other=0.0)
+                total += part * left_scale[:, None] * right_scale[None, :]
         a_tile += BK
         b_tile += BK
     if WHOLE_ROW:

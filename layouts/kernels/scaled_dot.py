@@ -40,9 +40,9 @@ def scaled_dot(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None
     with torch.cuda.device_of(codes):
         scaled_dot_kernel[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)](
             codes, weight.codes, scale, weight.scale, bias, out, m, n, k, weight.scale.shape[1], weight.group_rows,
-            GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row, INTEGER=weight.kind == "int8",
-            HAS_BIAS=bias is not None, BM=tile_m, BN=tile_n, BK=step, GM=8, num_warps=4 if tile_m == 64 else 8,
-            num_stages=4)
+            GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row, ONE_BLOCK_ROW=weight.group_rows % tile_n == 0,
+            INTEGER=weight.kind == "int8", HAS_BIAS=bias is not None, BM=tile_m, BN=tile_n, BK=step, GM=8,
+            num_warps=4 if tile_m == 64 else 8, num_stages=4)
     return out
 
 
