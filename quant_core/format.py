@@ -7,6 +7,7 @@ and back by unpack, decode, restore. `prepare` pads and rotates; algorithms see 
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .cancel import poll
 from .errors import RequestError
+from .metrics import relative_error
 from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, snap
 
 # On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
@@ -321,6 +323,18 @@ class Format:
         if self.rotations and config.get("convrot_groupsize"):
             fmt = replace(fmt, rotation=int(config["convrot_groupsize"]))
         return fmt
+
+    def decoding_error(self, work: Tensor, codes: Tensor, qp: QParams) -> float:
+        """Relative Frobenius error of the decoded codes against the work weight; on a CPU slice by slice, in the cache."""
+        wrong = total = 0.0
+        for rows, blocks in self._slices(work, self.block(tuple(work.shape))):
+            reference = work[rows]
+            decoded = self.decode(codes[rows], qp.rows(blocks))
+            wrong += float(decoded.sub_(reference).norm()) ** 2
+            total += float(reference.norm()) ** 2
+        if not math.isfinite(wrong + total):              # squares of 1e20 and above
+            return relative_error(work, self.decode(codes, qp))
+        return math.sqrt(wrong / total) if total else math.sqrt(wrong) and math.inf
 
     # ---- the whole way -----------------------------------------------------------------------------------------
     def quantize(self, w: Tensor) -> dict[str, Tensor]:

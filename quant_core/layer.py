@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .choosers import CHOOSERS
-from .metrics import relative_error
 from .objective import make_objective, ratio
 from .recipe import Evidence, Recipe, layer_generator
 from .rounders import ROUNDERS
@@ -71,7 +70,7 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
     if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
         rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
-    error = relative_error(work, fmt.decode(rounded.codes, rounded.qp)) if measure else None
+    error = fmt.decoding_error(work, rounded.codes, rounded.qp) if measure else None
     return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), fmt.config(shape, source_dtype), error,
                        notes + rounded.notes, judgement)
 

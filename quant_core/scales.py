@@ -116,6 +116,11 @@ class QParams:
         """float32 [NB, KB]: what one unit of an element is worth."""
         return self.scale if self.parent is None else self.scale * self.parent
 
+    def rows(self, blocks: slice) -> "QParams":
+        """The part that belongs to some rows of blocks."""
+        cut = lambda t: t if t is None or t.dim() < 2 else t[blocks]  # noqa: E731
+        return QParams(self.scale[blocks], cut(self.parent), cut(self.zero), self.codebook)
+
     def to(self, device: torch.device | str) -> "QParams":
         move = lambda t: None if t is None else t.to(device)  # noqa: E731
         return QParams(self.scale.to(device), move(self.parent), move(self.zero), move(self.codebook))

@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# The tensors are small and the cores few: a second thread costs more than it gives. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
 class RootIsAPlainFolder:
     """pytest takes the root, for its __init__.py, for a test package and imports it: a second copy of the pack."""
 

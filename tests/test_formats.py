@@ -61,6 +61,16 @@ def test_the_error_bound_is_not_slack(fmt):
 
 
 @every_format
+def test_the_sliced_error_is_the_whole_error(fmt):
+    work = fmt.prepare(normal((768, 1024), 4))              # several slices
+    qp = fmt.absmax(work)
+    codes = fmt.encode(work, qp)
+    decoded = fmt.decode(codes, qp)
+    assert fmt.decoding_error(work, codes, qp) == pytest.approx(float((decoded - work).norm() / work.norm()), rel=1e-5)
+    assert fmt.decoding_error(torch.zeros_like(work), codes, qp) == float("inf")
+
+
+@every_format
 def test_decoded_weights_keep_their_codes(fmt):
     work = fmt.prepare(normal((256, 512), 5))
     qp = fmt.absmax(work)
