@@ -11,9 +11,10 @@ from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
 from ..checkpoint.legacy import CODED, is_marker
 from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
-from ..errors import PlanError, RequestError, some_of
+from ..errors import InputFileError, PlanError, RequestError, some_of
 from .canonicalize import InputScale, canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
+from .families import refusal
 from .rewrite import Draft, Rewrite
 
 
@@ -34,9 +35,13 @@ class MigrateOptions:
 def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     """The same model with every quantized layer in the form that this pack writes; applied twice it changes nothing.
 
-    Raises PlanError (a layer of hp_filter is quantized, or it finds none), InputFileError (a layer cannot be decoded).
+    Raises PlanError (a layer of hp_filter is quantized, or it finds none), InputFileError (a layer cannot be
+    decoded; a family of files that this pack does not read).
     """
     stored = stored_layers(src)
+    foreign = refusal(src)
+    if foreign and not stored:
+        raise InputFileError(foreign)
     check_hp_filter(src, stored, options.hp_filter)
     draft = Draft(src)
     full_precision = options.full_precision_matrix_mult

@@ -86,6 +86,9 @@ class Draft:
     def content(self, name: str) -> Copy | Made:
         return self._outputs[name]
 
+    def is_copy(self, name: str) -> bool:
+        return isinstance(self._outputs[name], Copy)
+
     def drop(self, name: str) -> None:
         del self._outputs[name]
 
