@@ -94,6 +94,9 @@ def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunRep
 
     from ..quant_core.errors import RequestError
     from ..quant_core.run import convert
+    from .heap import give_freed_weights_back
+
+    give_freed_weights_back()
 
     if args.report:
         _check_report(args)

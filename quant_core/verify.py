@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def verify_file(path: str | Path, against: str | Path | None = None, *, worst_al
         return report
     findings = list(report.findings)
     with open_source(path) as src, open_source(against) as ref:
-        layers = tuple(_compare_layers(src, ref, report, worst_allowed, findings))
+        layers = tuple(_compare_layers(src, ref, report, worst_allowed, findings, progress))
         findings += _compare_copies(src, ref, report)
     return VerifyReport(str(path), layers, tuple(findings))
 
@@ -194,10 +195,16 @@ def _orphans(src: Source, layers: set[str]) -> list[Finding]:
 
 
 def _compare_layers(src: Source, ref: Source, report: VerifyReport, worst_allowed: float,
-                    findings: list[Finding]) -> Iterator[LayerCheck]:
+                    findings: list[Finding], progress: Callable[[Progress], None] | None) -> Iterator[LayerCheck]:
     ours, theirs = stored_layers(src), stored_layers(ref)
-    for check in report.layers:
+    sizes = {check.layer: sum(src.tensors[name].nbytes for name in ours[check.layer].names.values()) for check in report.layers}
+    total, done, started = sum(sizes.values()), 0, time.monotonic()
+    for index, check in enumerate(report.layers):
         poll()
+        if progress is not None:
+            elapsed = time.monotonic() - started
+            progress(Progress(check.layer, index, len(sizes), done, total, elapsed, elapsed * (total - done) / done if done else None))
+        done += sizes[check.layer]
         layer = check.layer
         if f"{layer}.weight" not in ref.tensors:
             findings.append(Finding("not-in-source", "error", layer, f"{layer} is not in the source {ref.path.name}."))
