@@ -93,7 +93,7 @@ def test_column_grid_rounds_as_the_format_does(fmt):
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_weight", "zero"])
-@pytest.mark.parametrize("shape", [(40, 32), (16, 100), (3, 1)])
+@pytest.mark.parametrize("shape", [(20, 24), (3, 1)])
 def test_kernel_agrees_with_the_torch_pass(kind, shape):
     pytest.importorskip("triton", reason="triton is not installed")
     from comfyui_quantpress.quant_core.rounders.feedback_triton import round_block_triton

@@ -120,8 +120,11 @@ def _choose_parent(task: Task, base: QParams) -> QParams:
     return task.fmt.qparams(effective, like=replace(base, parent=best[1])) if best[1] is not base.parent else base
 
 
-def least_squares(task: Task, qp: QParams) -> QParams:
-    """The scales (and zero points) that fit best the codes that rounding gives under `qp`."""
+def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QParams:
+    """The scales (and zero points) that fit best the codes of `rounded` (float32 [Np, Kp], on the grid of `qp`).
+
+    None: the codes that rounding to nearest gives.
+    """
     fmt, shape, weights = task.fmt, task.shape, task.weights
     sums = []
     for rows in row_slices(fmt, task.work, _SLICE):
@@ -129,7 +132,8 @@ def least_squares(task: Task, qp: QParams) -> QParams:
         sub = tile(fmt, qp, shape, rows, slice(0, shape[1]))
         block = fmt.block(tuple(part.shape))
         scale = sub.effective()[:, None, :, None]
-        target, value = block_view(part, block), block_view(fmt.round(part, sub), block)
+        near = fmt.round(part, sub) if rounded is None else rounded[rows]
+        target, value = block_view(part, block), block_view(near, block)
         if sub.zero is not None:
             value = value - sub.zero[:, None, :, None]
         unit = torch.where(scale > 0, value / scale, torch.zeros_like(value))

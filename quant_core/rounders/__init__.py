@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..scales import QParams
 from ..task import Rounded, Task
-from . import gptq, nearest, stochastic
+from . import gptq, learned, nearest, stochastic
 
 
 def _as_it_is(task: Task) -> Task:
@@ -29,5 +29,6 @@ ROUNDERS = {
     "nearest": Rounder(nearest.round_codes),
     "stochastic": Rounder(stochastic.round_codes, unbiased=True),
     "gptq": Rounder(gptq.round_codes, gptq.prepare),
+    "learned": Rounder(learned.round_codes),
 }
-ROUNDER_OPTIONS = (gptq.GptqOptions,)
+ROUNDER_OPTIONS = (gptq.GptqOptions, learned.LearnedOptions)
