@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import RequestError
-from .hessian import FLUSH_ROWS, HessianKind, Placement
+from .hessian import PANEL, HessianKind, Placement
 from .histogram import BINS
 from .statistics import StatisticsSettings
 
@@ -71,19 +71,20 @@ class BudgetPlan:
 
 
 def fixed_bytes(in_features: int, settings: StatisticsSettings) -> int:
-    """What every layer takes on the device, without its Hessian: absmax, two sums, histogram, held-out rows."""
-    return in_features * (4 + 8 + 8) + BINS * 8 + settings.reservoir_rows * in_features * 2
+    """What every layer takes on the device, without its Hessian: absmax, two sums, histogram, held-out rows, and during a
+    run the staged rows (taken as 16-bit; a float32 model's take twice that)."""
+    return in_features * (4 + 8 + 8) + BINS * 8 + (settings.reservoir_rows + settings.staged_rows) * in_features * 2
 
 
 def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
                 settings: StatisticsSettings = StatisticsSettings()) -> BudgetPlan:
     """Narrow layers first, as most of them fit: on the device, else in RAM, else on disk, else a sketch, else the
-    diagonal alone. in_features: K by layer. A Hessian in RAM or on disk also takes its waiting rows on the device.
+    diagonal alone. in_features: K by layer. The scratch memory of one layer at work is counted once, for the widest.
 
     Raises RequestError when device_bytes does not hold even the small statistics of all layers.
     """
     left = {Placement.DEVICE: budget.device_bytes, Placement.HOST: budget.host_bytes, Placement.DISK: budget.disk_bytes}
-    small = sum(fixed_bytes(k, settings) for k in in_features.values())
+    small = sum(fixed_bytes(k, settings) for k in in_features.values()) + max(map(_scratch, in_features.values()), default=0)
     if small > budget.device_bytes:
         raise RequestError(f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
                            f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "
@@ -96,23 +97,22 @@ def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
                       budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK])
 
 
+def _scratch(k: int) -> int:
+    """A panel of X^T X on its way."""
+    return min(k, PANEL) * k * 4
+
+
 def _decide(layer: str, k: int, budget: Budget, settings: StatisticsSettings, left: dict[Placement, int]) -> Decision:
     """Take the first choice that fits out of `left`."""
-    waiting = 2 * FLUSH_ROWS * k * 4  # gathered rows, and their copy while they are added
-    choices: list[tuple[HessianKind, Placement, int, int]] = []  # kind, place, bytes there, bytes on the device
+    choices: list[tuple[HessianKind, Placement, int]] = []
     if budget.hessians:
-        choices += [(HessianKind.FULL, Placement.DEVICE, k * k * 4, 0),
-                    (HessianKind.FULL, Placement.HOST, k * k * 4, waiting),
-                    (HessianKind.FULL, Placement.DISK, k * k * 4, waiting)]
+        choices += [(HessianKind.FULL, place, k * k * 4) for place in Placement]
     if budget.hessians and budget.sketch and settings.sketch_size < k:
         # The sketch, the rows that wait, and both once more, stacked for a shrinking.
-        sketch = 4 * settings.sketch_size * k * 4
-        choices += [(HessianKind.SKETCH, Placement.DEVICE, sketch, 0), (HessianKind.SKETCH, Placement.HOST, sketch, 0)]
-    for kind, place, nbytes, on_device in choices:
-        needed = {place: nbytes}
-        needed[Placement.DEVICE] = needed.get(Placement.DEVICE, 0) + on_device
-        if all(left[where] >= count for where, count in needed.items()):
-            for where, count in needed.items():
-                left[where] -= count
+        choices += [(HessianKind.SKETCH, place, 4 * settings.sketch_size * k * 4)
+                    for place in (Placement.DEVICE, Placement.HOST)]
+    for kind, place, nbytes in choices:
+        if left[place] >= nbytes:
+            left[place] -= nbytes
             return Decision(layer, k, kind, place, nbytes)
     return Decision(layer, k, HessianKind.DIAGONAL, None, 0)

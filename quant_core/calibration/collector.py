@@ -15,7 +15,7 @@ from .budget import BudgetPlan
 from .calibration import Calibration, ModelIdentity, RunRecord
 from .hessian import Placement
 from .linear_layers import refuse_compiled
-from .selection import ChunkRows, chunk_labels, select_rows
+from .selection import Chosen, chunk_labels, select_rows
 from .statistics import LayerStatistics, StatisticsSettings
 
 
@@ -43,7 +43,7 @@ class CaptureSettings:
     """
 
     seed: int = 0
-    rows_per_step: int = 512
+    rows_per_step: int = 128
     holdout: float = 1 / 16
     weighting: Weighting | None = None
     weighting_name: str = "uniform"
@@ -117,7 +117,7 @@ class Collector:
         self._runs.append(record)
         self._context, self._call = None, -1
         self._taken: dict[tuple[str, str], int] = {}                  # (layer, label) -> rows of this step
-        self._chosen: dict[tuple[object, ...], tuple[ChunkRows, ...]] = {}
+        self._chosen: dict[tuple[object, ...], Chosen] = {}
         self._on_device: dict[tuple[object, ...], Tensor] = {}
         self._steps: dict[int, dict[str, int]] = {}                   # step -> layer -> rows
         self._sigmas: dict[int, float] = {}
@@ -134,6 +134,9 @@ class Collector:
             self._sigmas[now.step] = now.sigma
 
     def _end_run(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for statistics in self._statistics.values():
+                statistics.flush()
         steps = {step: max(rows.values()) for step, rows in self._steps.items()}
         self._runs[-1] = replace(self._runs[-1], steps=steps, sigmas=self._sigmas, labels=self._labels)
         self._context, self._taken, self._chosen, self._on_device = None, {}, {}, {}
@@ -156,23 +159,18 @@ class Collector:
         statistics.see(flat)
         if not len(flat):
             return
-        labels = chunk_labels(x.shape, self._context.labels) or ("",)
-        for chunk in self._rows_of(name, len(flat), labels):
-            taken = len(chunk.fit)
-            if not taken and not len(chunk.held):
-                continue
-            if taken:
-                statistics.add(flat[self._moved(chunk.fit, flat.device)], chunk.weight, chunk.label)
-            statistics.hold_out(flat, chunk.held, chunk.keys)
-            self._note(name, chunk.label, taken, taken + len(chunk.held))
-
-    def _note(self, name: str, label: str, fitted: int, taken: int) -> None:
-        self._taken[name, label] = self._taken.get((name, label), 0) + taken
-        self._labels[label] = self._labels.get(label, 0) + fitted
+        chosen = self._rows_of(name, len(flat), chunk_labels(x.shape, self._context.labels) or ("",))
+        if not chosen.parts:
+            return
+        statistics.stage(flat, self._moved(chosen.index, flat.device), chosen.parts)
         layers = self._steps.setdefault(self._context.step, {})
-        layers[name] = layers.get(name, 0) + fitted
+        for part in chosen.parts:
+            self._taken[name, part.label] = self._taken.get((name, part.label), 0) + part.count
+            if part.keys is None:
+                self._labels[part.label] = self._labels.get(part.label, 0) + part.count
+                layers[name] = layers.get(name, 0) + part.count
 
-    def _rows_of(self, name: str, rows: int, labels: tuple[str, ...]) -> tuple[ChunkRows, ...]:
+    def _rows_of(self, name: str, rows: int, labels: tuple[str, ...]) -> Chosen:
         """The choice depends on the call and the sizes alone, so that layers share one draw."""
         cap, chunks = self.settings.rows_per_step, []
         for label in labels:
@@ -196,7 +194,7 @@ class Collector:
     def _moved(self, index: Tensor, device: torch.device) -> Tensor:
         if device.type == "cpu":
             return index
-        key = (id(index), device)  # the tensors live as long as the call's choice, so ids are unique
+        key = (id(index), device)  # the indices live as long as the call's choice, so ids are unique
         if key not in self._on_device:
             self._on_device[key] = index.to(device, non_blocking=True)
         return self._on_device[key]

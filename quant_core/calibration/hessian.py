@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-_PANEL = 2048          # columns of X^T X made at a time, which bounds the scratch memory
-FLUSH_ROWS = 512       # rows gathered before a sum that lies in RAM or on disk is touched
+PANEL = 2048          # columns of X^T X made at a time, which bounds the scratch memory
 
 # mm with a float32 result from bf16 factors came with torch 2.8; the products are exact, the sums float32.
 _HAS_WIDE_RESULT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -37,19 +36,20 @@ def add_gram(total: Tensor, x: Tensor, weight: float) -> None:
     """total += weight * x^T x, in place. total: float32 [K, K]; x: [n, K], float, on any device."""
     wide = x.is_cuda and x.dtype is torch.bfloat16 and _HAS_WIDE_RESULT
     rows = x if wide else x.to(torch.float32)
-    for start in range(0, x.shape[1], _PANEL):
-        panel = rows[:, start:start + _PANEL].T
-        out = total[start:start + _PANEL]
-        if wide:
-            out.add_(torch.mm(panel, rows, out_dtype=torch.float32), alpha=weight)
-        elif out.device == x.device:
-            out.addmm_(panel, rows, alpha=weight)
+    for start in range(0, x.shape[1], PANEL):
+        panel = rows[:, start:start + PANEL].T
+        out = total[start:start + PANEL]
+        if out.device != x.device:
+            product = torch.mm(panel, rows, out_dtype=torch.float32) if wide else panel @ rows
+            out.add_(product.to(out.device), alpha=weight)
+        elif wide:
+            torch.addmm(out, panel, rows, out_dtype=torch.float32, alpha=weight, out=out)
         else:
-            out.add_((panel @ rows).to(out.device), alpha=weight)
+            out.addmm_(panel, rows, alpha=weight)
 
 
 class FullHessian:
-    """The whole float32 [K, K] sum. On HOST and DISK rows gather on their device first: fewer, larger transfers.
+    """The whole float32 [K, K] sum. On HOST and DISK every addition moves K^2 numbers and waits for them.
 
     folder: where a DISK sum makes its file, a memory map; whoever made the folder removes it.
     """
@@ -58,9 +58,6 @@ class FullHessian:
 
     def __init__(self, in_features: int, device: torch.device | str, placement: Placement = Placement.DEVICE,
                  folder: Path | None = None, name: str = "hessian") -> None:
-        self.placement = placement
-        self._waiting: list[tuple[Tensor, float]] = []
-        self._waiting_rows = 0
         if placement is Placement.DISK:
             if folder is None:
                 raise ValueError("a Hessian on disk needs a folder")
@@ -71,29 +68,14 @@ class FullHessian:
             self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=where)
 
     def add(self, x: Tensor, weight: float) -> None:
-        """x: [n, K], finite; memory of its own, which this may keep."""
-        if self.placement is Placement.DEVICE:
-            add_gram(self._sum, x, weight)
-            return
-        self._waiting.append((x, weight))
-        self._waiting_rows += len(x)
-        if self._waiting_rows >= FLUSH_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Bring gathered rows into the sum."""
-        if self._waiting:
-            rows = torch.cat([x.to(torch.float32) * weight ** 0.5 for x, weight in self._waiting])
-            self._waiting, self._waiting_rows = [], 0
-            add_gram(self._sum, rows, 1.0)
+        """x: [n, K], finite."""
+        add_gram(self._sum, x, weight)
 
     def total(self) -> Tensor:
         """float32 [K, K], the accumulator itself: do not write into it."""
-        self.flush()
         return self._sum
 
     def merge(self, other: "FullHessian") -> None:
-        self.flush()
         self._sum.add_(other.total().to(self._sum.device))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -12,17 +12,21 @@ from .reservoir import draw_keys
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRows:
-    """Rows of one chunk of a call, as indices into the flattened input: int64, on the CPU, disjoint.
-
-    fit: for the statistics. held: for judging, with their keys (reservoir.py).
-    """
+class Part:
+    """A run of chosen rows: `count` of them, of one chunk. keys: of rows held out for judging (reservoir.py), else None."""
 
     label: str
     weight: float
-    fit: Tensor
-    held: Tensor
-    keys: Tensor
+    count: int
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Rows of a call, as indices into the flattened input: int64, on the CPU, none twice. parts: in their order."""
+
+    index: Tensor
+    parts: tuple[Part, ...]
 
 
 def chunk_labels(shape: Sequence[int], labels: Sequence[str]) -> tuple[str, ...]:
@@ -38,21 +42,21 @@ def chunk_labels(shape: Sequence[int], labels: Sequence[str]) -> tuple[str, ...]
     return tuple(labels)
 
 
-def select_rows(rows: int, chunks: Sequence[tuple[str, float, int]], holdout: float, seed: int,
-                key: str) -> tuple[ChunkRows, ...]:
+def select_rows(rows: int, chunks: Sequence[tuple[str, float, int]], holdout: float, seed: int, key: str) -> Chosen:
     """rows: of the flattened input, split equally among chunks = (label, weight, most rows to take).
 
     holdout: share of the taken rows that is kept for judging, rounded up or down by lot. key: with the seed, all that
-    the draw depends on. A chunk of weight 0 or quota 0 takes none.
+    the draw depends on. A chunk of weight 0 or quota 0 takes none. First the rows to fit, then those held out.
     """
     generator = layer_generator(seed, key)
     size = rows // len(chunks)
-    result = []
+    fitted, held = [], []
     for number, (label, weight, most) in enumerate(chunks):
         order = torch.randperm(size, generator=generator)[:most if weight > 0 else 0] + number * size
-        lot = float(torch.rand((), generator=generator))
-        held = int(len(order) * holdout + lot)
-        keys = draw_keys(held, weight, generator) if held else torch.empty(0)
+        count = int(len(order) * holdout + float(torch.rand((), generator=generator)))
         # In rising order the rows of one picture lie together: sorted reads are kinder to memory.
-        result.append(ChunkRows(label, weight, order[held:].sort().values, order[:held], keys))
-    return tuple(result)
+        fitted.append((order[count:].sort().values, Part(label, weight, len(order) - count)))
+        held.append((order[:count], Part(label, weight, count, draw_keys(count, weight, generator) if count else None)))
+    taken = [(index, part) for index, part in fitted + held if part.count]
+    return Chosen(torch.cat([index for index, _ in taken]) if taken else torch.empty(0, dtype=torch.int64),
+                  tuple(part for _, part in taken))

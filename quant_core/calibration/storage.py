@@ -1,7 +1,7 @@
 """Calibrations on disk: one safetensors file.
 
 Header metadata `quantpress_calibration` holds one JSON object:
-    schema (1), pack_version, seed, weighting, settings {histogram_rows, reservoir_rows, sketch_size},
+    schema (1), pack_version, seed, weighting, settings {staged_rows, histogram_rows, reservoir_rows, sketch_size},
     model {fingerprint, layers {name: [out_features, in_features]}},
     runs [{note, completed, steps {step: rows}, sigmas {step: sigma}, labels {label: rows}, loras}],
     layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}}.
