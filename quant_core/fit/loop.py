@@ -18,8 +18,8 @@ class FitSettings:
     weight error may be for a result to be kept (1.05: five per cent)."""
 
     iterations: int = 400
-    optimizer: str = "adamw"
-    schedule: str = "plateau"
+    optimizer: str = "original"
+    schedule: str = "adaptive"
     rate: float = 0.05
     heavier: float = 1.05
     schedule_settings: ScheduleSettings = field(default_factory=ScheduleSettings)

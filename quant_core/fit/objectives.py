@@ -50,7 +50,7 @@ class ProjectionSettings:
     min_k: int = 16
     max_k: int = 1280
     full_matrix: bool = False
-    ridge: float = 0.1
+    ridge: float = 0.005
 
 
 def projected(task: Task, settings: ProjectionSettings) -> Projected:

@@ -35,10 +35,10 @@ class LearnedOptions:
 
     learn_objective: str = _choice("auto", ("auto", "projected", "output"))
     relaxation: str = _choice("adaround", RELAXATIONS)
-    optimizer: str = _choice("adamw", OPTIMIZERS)
+    optimizer: str = _choice("original", OPTIMIZERS)
     iterations: int = _number(400, 1)
     lr: float = _number(0.05, 1e-12)
-    lr_schedule: str = _choice("plateau", SCHEDULES)
+    lr_schedule: str = _choice("adaptive", SCHEDULES)
     lr_gamma: float = _number(0.99, 0.0, 1.0)
     lr_patience: int = _number(8, 0)
     lr_factor: float = _number(0.8, 0.0, 1.0)
@@ -55,8 +55,8 @@ class LearnedOptions:
     min_k: int = _number(16, 1)
     max_k: int = _number(1280, 1)
     full_matrix: bool = False
-    ridge: float = _number(0.1, 0.0)
-    pressure: float = _number(0.02, 0.0)
+    ridge: float = _number(0.005, 0.0)
+    pressure: float = _number(0.3, 0.0)
     max_weight_error: float = _number(1.05, 1.0)
     scale_refinement: int = _number(1, 1, 20)
 
