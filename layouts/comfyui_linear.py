@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from ..quant_core.checkpoint.layers import QUANT_SUFFIXES
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
 from ..quant_core.format import format_of_layer
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")
-_NO_WEIGHTS = {"bias", _CONFIG}
 
 
 def _peek(state_dict: dict[str, torch.Tensor], prefix: str) -> dict[str, Any] | None:
@@ -61,10 +61,11 @@ def _load_ours(module: Any, config: dict[str, Any], state_dict: dict[str, torch.
     """
     from . import tensor_of_layer
     layer, device, dtype = prefix.rstrip("."), module.factory_kwargs["device"], module.factory_kwargs["dtype"]
-    names = [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in _NO_WEIGHTS]
-    found = {key.removeprefix(prefix): state_dict.pop(key) for key in names}
-    del state_dict[prefix + _CONFIG]
-    tensors = {suffix: tensor.to(device=device) for suffix, tensor in found.items()}
+    if prefix + "pre_quant_scale" in state_dict:
+        raise InputFileError(f"{layer}: {config['format']} with pre_quant_scale, which scales the inputs, is not run by this "
+                             "pack. Quantize the file again with it: the scale is then folded into the weight.")
+    found = {suffix: state_dict.pop(prefix + suffix) for suffix in QUANT_SUFFIXES if prefix + suffix in state_dict}
+    tensors = {suffix: tensor.to(device=device) for suffix, tensor in found.items() if suffix != _CONFIG}
     fmt = _checked_format(layer, config, tensors, tuple(module._orig_shape))
     module.weight = torch.nn.Parameter(tensor_of_layer(fmt, tensors, tuple(module._orig_shape), dtype), requires_grad=False)
     module.quant_format, module.layout_type = config["format"], fmt.runtime.layout

@@ -1,0 +1,182 @@
+"""Run by ComfyUI's Python: checks of the seam on ComfyUI's own classes, one function each, run by test_seam.py.
+
+    seam_script.py COMFYUI_DIR PACK_DIR FUNCTION [FILE]
+A failed check is an AssertionError and a non-zero exit status.
+"""
+import asyncio
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+comfyui, pack_dir, function, *files = sys.argv[1:]
+sys.path.insert(0, comfyui)
+sys.argv = ["main.py", "--cpu", "--disable-all-custom-nodes"]
+
+import torch  # noqa: E402
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.quant_ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import nodes  # noqa: E402
+from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
+
+ORIGINAL = comfy.ops.mixed_precision_ops
+LOGGED = io.StringIO()
+
+
+def load_pack():
+    """As ComfyUI does; the pack's modules by their name below it."""
+    logging.getLogger().addHandler(logging.StreamHandler(LOGGED))
+    logging.getLogger().setLevel(logging.INFO)
+    assert asyncio.run(nodes.load_custom_node(pack_dir))
+    return lambda name: sys.modules[pack_dir.replace(".", "_x_") + "." + name]
+
+
+def stored(pack, fmt, w, layer="l"):
+    """A state dict of one quantized layer with a bias."""
+    metadata = pack("quant_core.checkpoint.metadata")
+    state = {f"{layer}.{suffix}": tensor for suffix, tensor in fmt.quantize(w).items()}
+    state[f"{layer}.comfy_quant"] = metadata.encode_config(fmt.config(tuple(w.shape), torch.bfloat16))
+    return state | {f"{layer}.bias": torch.arange(w.shape[0], dtype=torch.bfloat16) / 64}
+
+
+def model(ops, n, k):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = ops.Linear(k, n, dtype=torch.bfloat16)
+
+    return Net()
+
+
+def every_format():
+    pack = load_pack()
+    return pack, pack("quant_core.format").all_formats()
+
+
+def registering_twice_wraps_once():
+    pack = load_pack()
+    wrapped, seam = comfy.ops.mixed_precision_ops, pack("layouts.comfyui")
+    loader = comfy.model_base.BaseModel.load_model_weights
+    entries = dict(comfy.quant_ops.QUANT_ALGOS)
+    assert wrapped is not ORIGINAL and wrapped.__wrapped__ is ORIGINAL
+    assert seam.register().installed and seam.status().installed
+    assert comfy.ops.mixed_precision_ops is wrapped and comfy.model_base.BaseModel.load_model_weights is loader
+    assert comfy.quant_ops.QUANT_ALGOS == entries
+    assert "the loaders of this ComfyUI now take" in LOGGED.getvalue()
+    assert seam.native_formats() == set(entries) - set(seam.our_formats())
+
+
+def what_is_returned_is_still_comfyuis_class():
+    load_pack()
+    ops = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
+    assert issubclass(ops, comfy.ops.manual_cast) and issubclass(ops.Linear, comfy.ops.CastWeightBiasOp)
+    assert ops._compute_dtype is torch.bfloat16 and ops.Conv2d is comfy.ops.manual_cast.Conv2d
+
+
+def same_bits(x, y):
+    """Also where ComfyUI shows the bytes of a block scale under a dtype of its own (mxfp8)."""
+    return x.shape == y.shape and x.dtype.itemsize == y.dtype.itemsize and \
+        torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, y)))
+
+
+def every_format_loads_runs_and_saves_the_same_bits():
+    pack, formats = every_format()
+    torch.manual_seed(0)
+    w, x = torch.randn(256, 512), torch.randn(2, 5, 512)
+    for fmt in formats:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            ops, state = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True), stored(pack, fmt, w)
+            kept = {key: tensor.clone() for key, tensor in state.items()}
+            net = model(ops, 256, 512)
+            missing, unexpected = net.load_state_dict(dict(state), strict=False)
+            assert not missing and not unexpected, (fmt.name, missing, unexpected)
+            assert isinstance(net.l.weight, QuantizedTensor) and net.l.weight.dtype is dtype
+            with torch.inference_mode():
+                out = net.l(x.to(dtype))
+            exact = x.to(dtype).float() @ fmt.dequantize({k.removeprefix("l."): v for k, v in state.items()}, (256, 512)).T \
+                + state["l.bias"].float()
+            error = float((out.float() - exact).norm() / exact.norm())
+            assert out.dtype is dtype and error < (0.2 if fmt.name == "convrot_w4a4" else 0.05 if fmt.runtime.quantizes_input else 0.01), (fmt.name, dtype, error)
+            saved = net.state_dict()
+            for key, tensor in kept.items():
+                if key.endswith("comfy_quant"):
+                    assert json.loads(bytes(saved[key].tolist())) == json.loads(bytes(tensor.tolist())), fmt.name
+                elif not key.endswith("bias"):
+                    assert same_bits(saved[key], tensor), (fmt.name, key)
+            assert all(same_bits(state[key], kept[key]) for key in kept)      # loading writes to nothing: files are mapped
+
+
+def the_older_packs_matmul_error_cannot_come_back():
+    """A packed weight without its comfy_quant entry, or in a class that is not ours, is what reached mm as uint8."""
+    pack, formats = every_format()
+    errors = pack("quant_core.errors")
+    w = torch.randn(128, 256)
+    for fmt in formats:
+        if fmt.runtime.native_since is not None:
+            continue
+        ops = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
+        net, state = model(ops, 128, 256), stored(pack, fmt, w)
+        del state["l.weight"]
+        fails(errors.InputFileError, "l: the file calls it", lambda: net.load_state_dict(state, strict=False))
+        state = stored(pack, fmt, w)
+        scale = next(key for key in state if key.startswith("l.weight_"))
+        state[scale] = state[scale].reshape(-1)[:3].clone()
+        fails(errors.QuantPressError, "l", lambda: model(ops, 128, 256).load_state_dict(state, strict=False))
+        net = torch.nn.Module()
+        net.l = ops.Embedding(128, 256)
+        fails(errors.InputFileError, "l.weight is", lambda: net.load_state_dict(stored(pack, fmt, w), strict=False))
+
+
+def fails(kind, text, call):
+    try:
+        call()
+    except kind as err:
+        assert text in str(err), err
+        return
+    raise AssertionError(f"{text}: nothing was raised")
+
+
+def unknown_fields_of_native_formats_survive():
+    pack, formats = every_format()
+    fmt = next(fmt for fmt in formats if fmt.name == "int8_rowwise")
+    state, ops = stored(pack, fmt, torch.randn(64, 128)), comfy.ops.mixed_precision_ops({}, torch.bfloat16)
+    net = model(ops, 64, 128)
+    net.load_state_dict(dict(state), strict=False)
+    assert json.loads(bytes(net.state_dict()["l.comfy_quant"].tolist())) == {"format": "int8_tensorwise", "per_row": True}
+
+
+def layers_without_an_entry_stay_comfyuis_business():
+    load_pack()
+    ops = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
+    net = model(ops, 8, 16)
+    net.load_state_dict({"l.weight": torch.ones(8, 16), "l.bias": torch.zeros(8)}, strict=True)
+    assert type(net.l.weight) is torch.nn.Parameter and "l.comfy_quant" not in net.state_dict()
+
+
+def a_partly_loaded_model_gives_the_same_latents_as_a_whole_one():
+    """What --lowvram does (it cannot be combined with --cpu): most layers stay offloaded and are cast for each call."""
+    load_pack()
+    for file in files:
+        outs = [partly_loaded_output(file, full_load) for full_load in (True, False)]
+        assert torch.equal(*outs) and bool(torch.isfinite(outs[0]).all()), file
+
+
+def partly_loaded_output(file, full_load):
+    with torch.inference_mode():      # as ComfyUI executes nodes
+        patcher = comfy.sd.load_diffusion_model(file)
+        patcher.load(torch.device("cpu"), lowvram_model_memory=1, full_load=full_load)
+        assert patcher.model.model_lowvram is not full_load
+        torch.manual_seed(0)
+        x, t = torch.randn(1, 16, 8, 8), torch.tensor([0.5])
+        out = patcher.model.diffusion_model(x, t, context=torch.randn(1, 8, 128), y=torch.randn(1, 128))
+    patcher.detach()
+    return out
+
+
+globals()[function]()
