@@ -22,7 +22,7 @@ class Judgement:
     """What was used for a layer and how it ended, for the report.
 
     scales, rounding: the algorithms that ran, "auto" resolved; rounding is "nearest" after a fallback.
-    objective: "output" (Hessian), "weighted" (its diagonal) or "weight". error, nearest_error: relative, under that
+    objective: "output" (Hessian), "weighted" (its diagonal), "weight", or "projected" (learned rounding). error, nearest_error: relative, under that
     objective, of the result and of round-to-nearest with absmax scales; None where nothing was compared.
     fell_back: the algorithms ended above round-to-nearest, which was taken instead.
     """
@@ -66,7 +66,7 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
     task = rounder.prepare(Task(layer, fmt, work, objective, recipe.options, layer_generator(recipe.seed, layer, "cpu"),
                                 weights=objective.diagonal, cancel=cancel))
     rounded = rounder.round_codes(task, CHOOSERS[scales](task))
-    judgement = Judgement(scales, rounding, objective.name)
+    judgement = Judgement(scales, rounding, task.judge.name)
     if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
         rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
@@ -76,9 +76,9 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
 
 
 def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
-    """`rounded`, or round-to-nearest with absmax scales where that is better under the task's objective."""
+    """`rounded`, or round-to-nearest with absmax scales where that is better under the objective of the algorithms."""
     fmt, work = task.fmt, task.work
-    loss = task.objective.loss
+    loss = task.judge.loss
     reference, error = loss(work), loss(fmt.decode(rounded.codes, rounded.qp).sub_(work))
     qp = fmt.absmax(work)
     codes = fmt.encode(work, qp)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,20 @@ def never() -> bool:
     return False
 
 
+class Aim(Protocol):
+    """A rounder's own objective, see fit/objectives.py."""
+
+    name: str
+
+    def loss(self, error: Tensor) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """layer: its name, for messages. work: float32 [Np, Kp], read only. options: `Recipe.options`.
 
     weights: float32 [Kp], how much an error in each column counts when scales are chosen; None: all the same.
-    factor: what the rounder prepared of the Hessian. cancel: asked between steps; when True, `poll` raises Cancelled.
+    factor: what the rounder prepared of the Hessian. aim: what it minimises in place of `objective`. cancel: asked between steps; when True, `poll` raises Cancelled.
     """
 
     layer: str
@@ -35,11 +43,17 @@ class Task:
     generator: torch.Generator
     weights: Tensor | None = None
     factor: Factor | None = None
+    aim: Aim | None = None
     cancel: Callable[[], bool] = never
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.work.shape[0], self.work.shape[1]
+
+    @property
+    def judge(self) -> Aim:
+        """The objective under which the result is compared with round-to-nearest."""
+        return self.objective if self.aim is None else self.aim
 
     def poll(self) -> None:
         """Called at least once a second by every loop."""

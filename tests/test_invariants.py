@@ -9,8 +9,9 @@ from comfyui_quantpress.quant_core.format import all_formats, format_of_layer
 from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.metrics import relative_error
 from comfyui_quantpress.quant_core.objective import make_objective
-from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.recipe import Evidence, Recipe, layer_generator
 from comfyui_quantpress.quant_core.rounders import ROUNDERS
+from comfyui_quantpress.quant_core.task import Task
 
 FORMATS = [replace(fmt, group_size=min(fmt.group_sizes) if fmt.group_sizes else fmt.group_size,
                    rotation=16 if fmt.rotation else None) for fmt in all_formats()]
@@ -53,6 +54,12 @@ def decoded(fmt, result, shape):
     return found.dequantize(result.tensors, shape)
 
 
+def own_objective(fmt, work, known, rounding):
+    objective = make_objective(fmt, known, work.device)
+    task = Task("layer", fmt, work, objective, QUICK, layer_generator(0, "layer"))
+    return ROUNDERS[rounding].prepare(task).judge
+
+
 def product():
     for fmt in FORMATS:
         for scales in CHOOSERS:
@@ -73,8 +80,8 @@ def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales,
     qp = fmt.unpack(result.tensors, tuple(w.shape))[1]
     assert relative_error(work, fmt.round(work, qp)) < 2e-6
     # 3: never worse than round-to-nearest under the objective.
-    objective = make_objective(fmt, known, w.device)
     base = fmt.prepare(w)
+    objective = own_objective(fmt, base, known, rounding)
     mine = objective.loss(work - base)
     nearest = objective.loss(fmt.round(base, fmt.absmax(base)) - base)
     if ROUNDERS[rounding].unbiased:

@@ -19,6 +19,7 @@ class Projected:
     left: Tensor
     right: Tensor
     ridge: float
+    name: str = "projected"
 
     def loss(self, error: Tensor) -> float:
         """Without the ridge: what is reported and judged."""
@@ -34,6 +35,7 @@ class Output:
     """tr(E H E^T): the error of the layer's output on the calibration inputs."""
 
     hessian: Tensor
+    name: str = "output"
 
     def loss(self, error: Tensor) -> float:
         return max(0.0, float(((error @ self.hessian) * error).sum(dtype=torch.float64)))

@@ -29,6 +29,6 @@ ROUNDERS = {
     "nearest": Rounder(nearest.round_codes),
     "stochastic": Rounder(stochastic.round_codes, unbiased=True),
     "gptq": Rounder(gptq.round_codes, gptq.prepare),
-    "learned": Rounder(learned.round_codes),
+    "learned": Rounder(learned.round_codes, learned.prepare),
 }
 ROUNDER_OPTIONS = (gptq.GptqOptions, learned.LearnedOptions)

@@ -68,15 +68,18 @@ class LearnedOptions:
                            StopRule(self.early_stop_loss, self.early_stop_lr, self.early_stop_stall))
 
 
+def prepare(task: Task) -> Task:
+    """Settles the objective, under which the result is also compared with round-to-nearest."""
+    options, hessian = read_options(LearnedOptions, task.options), task.objective.hessian
+    if hessian is not None and options.learn_objective != "projected":
+        return replace(task, aim=Output(hessian))
+    return replace(task, aim=projected(task, ProjectionSettings(options.top_p, options.min_k, options.max_k,
+                                                                options.full_matrix, options.ridge)))
+
+
 def round_codes(task: Task, qp: QParams) -> Rounded:
-    """Starts from round-to-nearest under `qp` and returns it when nothing better was found."""
-    options, fmt, work = read_options(LearnedOptions, task.options), task.fmt, task.work
-    hessian = task.objective.hessian
-    if options.learn_objective == "projected" or hessian is None:
-        objective = projected(task, ProjectionSettings(options.top_p, options.min_k, options.max_k, options.full_matrix,
-                                                       options.ridge))
-    else:
-        objective = Output(hessian)
+    """Starts from round-to-nearest under `qp` and returns it when nothing better was found. Takes a prepared task."""
+    options, fmt, work, objective = read_options(LearnedOptions, task.options), task.fmt, task.work, task.aim
     best, best_qp, best_loss = None, qp, None
     for turn in range(options.scale_refinement):
         if turn:
