@@ -9,7 +9,8 @@ import os
 import triton
 import triton.language as tl
 
-_NAN = tl.constexpr(float("nan"))
+# No global NaN: Triton checks that globals still equal what was compiled in, and a NaN equals nothing.
+_INF = tl.constexpr(float("inf"))
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even, on every device.
 _ROUND = tl.constexpr(12582912.0)
 _FLOOR = tl.constexpr(1e-30)
@@ -48,6 +49,32 @@ def dot(a, b, total):
     return total
 
 
+_LOOKUP = tl.constexpr(os.environ.get("QP_LOOKUP", "gather"))
+
+
+@triton.jit
+def pick(codebook, bit, FIRST: tl.constexpr):
+    return tl.where(bit, tl.load(codebook + FIRST + 1), tl.load(codebook + FIRST))
+
+
+@triton.jit
+def lookup(codebook, code):
+    """codebook[code] for codes 0..15."""
+    if _LOOKUP == "load":
+        value = tl.load(codebook + code)
+    elif _LOOKUP == "gather":
+        flat = tl.reshape(code, (code.shape[0] * code.shape[1],))
+        value = tl.reshape(tl.gather(tl.load(codebook + tl.arange(0, 16)), flat, 0), code.shape)
+    else:
+        b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
+        low = tl.where(b2, tl.where(b1, pick(codebook, b0, 6), pick(codebook, b0, 4)),
+                       tl.where(b1, pick(codebook, b0, 2), pick(codebook, b0, 0)))
+        high = tl.where(b2, tl.where(b1, pick(codebook, b0, 14), pick(codebook, b0, 12)),
+                        tl.where(b1, pick(codebook, b0, 10), pick(codebook, b0, 8)))
+        value = tl.where(b3, high, low)
+    return value
+
+
 @triton.jit
 def element_values(raw, codebook, KIND: tl.constexpr):
     """Codes (uint8, or int8 for KIND "int8") -> float32 grid values."""
@@ -55,9 +82,9 @@ def element_values(raw, codebook, KIND: tl.constexpr):
         # E4M3 bits moved into a float16 mean value / 256, subnormals included: exact, and needs no fp8 hardware.
         half = ((raw & 0x80).to(tl.uint16) << 8) | ((raw & 0x7F).to(tl.uint16) << 7)
         value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        value = tl.where((raw & 0x7F) == 0x7F, _NAN, value)
+        value = tl.where((raw & 0x7F) == 0x7F, _INF - _INF, value)
     elif KIND == "nibble":
-        value = tl.load(codebook + raw.to(tl.int32))
+        value = lookup(codebook, raw.to(tl.int32))
     else:
         value = raw.to(tl.float32)
     return value
@@ -233,7 +260,7 @@ def quantize_groups_kernel(x, codes, scale, groups, length, LARGEST: tl.constexp
     largest = tl.maximum(tl.max(tl.abs(values), axis=1), _FLOOR)
     # max() drops a NaN; a NaN activation must reach the output.
     spoilt = tl.max((values != values).to(tl.int32), axis=1) > 0
-    largest = tl.where(spoilt, _NAN, largest)
+    largest = tl.where(spoilt, _INF - _INF, largest)
     # div_rn: the default float32 division is approximate on CUDA.
     units = values * tl.div_rn(tl.full(largest.shape, LARGEST, tl.float32), largest)[:, None]
     units = tl.minimum(tl.maximum(units, -LARGEST), LARGEST)

@@ -1,10 +1,20 @@
 """Linear on 8-bit codes of both operands, scales applied per K group: fp8 with fp8, int8 with int8."""
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from .weight import Weight
+
+_LAUNCH_BYTES = 4096      # shared memory left for the compiler's own use
+
+
+@lru_cache(maxsize=16)
+def _shared_bytes(device: torch.device) -> int:
+    """What one program may use: 227 KiB on Hopper, 99 KiB on consumer GPUs."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
 
 
 def scaled_dot_spec(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -37,12 +47,13 @@ def scaled_dot(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None
     step = 128 if weight.whole_row else min(128, weight.group_cols)
     tile_m = 64 if m <= 64 else 128
     tile_n = 64 if m <= 64 else 128
+    stages = (_shared_bytes(codes.device) - _LAUNCH_BYTES) // ((tile_m + tile_n) * step)
     with torch.cuda.device_of(codes):
         scaled_dot_kernel[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)](
             codes, weight.codes, scale, weight.scale, bias, out, m, n, k, weight.scale.shape[1], weight.group_rows,
             GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row, ONE_BLOCK_ROW=weight.group_rows % tile_n == 0,
             INTEGER=weight.kind == "int8", HAS_BIAS=bias is not None, BM=tile_m, BN=tile_n, BK=step, GM=8,
-            num_warps=4 if tile_m == 64 else 8, num_stages=4)
+            num_warps=4 if tile_m == 64 else 8, num_stages=max(2, min(4, stages)))
     return out
 
 
