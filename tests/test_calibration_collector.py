@@ -359,3 +359,26 @@ def test_disk_files_go_with_reset():
     assert len(list(folder.iterdir())) == 3
     watch.reset()
     assert not folder.exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_watching_never_waits_for_the_gpu_and_sees_the_same_rows():
+    net = Net()
+    on_cpu = run(collector(net, rows_per_step=20), net)
+    net.cuda()
+    watch = collector(net, rows_per_step=20)
+    g = [torch.Generator().manual_seed(step) for step in range(4)]
+    inputs = [(torch.randn(2, 50, 16, generator=at).cuda(), torch.randn(2, 8, generator=at).cuda()) for at in g]
+    step = iter(range(4))
+    with watch.capture(net, lambda: CallContext(next(step), 0.5, ("uncond", "cond"))):
+        net(*inputs[0])  # makes the accumulators
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for x, c in inputs[1:]:
+                net(x, c)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name, found in watch.result().statistics.items():
+        wanted = on_cpu.statistics[name]
+        assert torch.allclose(found.hessian_sum().cpu(), wanted.hessian_sum(), rtol=1e-3, atol=1e-3)
+        assert int(found.count) == int(wanted.count) and torch.equal(found.reservoir.keys, wanted.reservoir.keys)
