@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,12 +37,13 @@ def portable(name: str, *args):
 
 @pytest.fixture(autouse=True)
 def portable_statistics(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)     # the library would compile its portable kernels
     def quantize_blockwise(values, blocksize):
         code = bnb.create_dynamic_map()
         codes, absmax = portable("quantize_blockwise", values, code, blocksize)
         return codes, bnb.QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=values.dtype)
     monkeypatch.setattr(bnb, "quantize_blockwise", quantize_blockwise)
+    with torch.compiler.set_stance("force_eager"):       # the library would compile its portable kernels: 40 s
+        yield
 
 
 def library_file(path: Path, quant_type: str, nested: bool, blocksize: int = 64, k: int = 256, under_layer: bool = False) -> Path:

@@ -1,0 +1,172 @@
+"""Putting files together and taking them apart: the diffusion model of a checkpoint, and shards."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..checkpoint.layers import QUANT_SUFFIXES
+from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
+from ..checkpoint.part import cannot_write, part_path, remove
+from ..checkpoint.source import INDEX_SUFFIX, Source
+from ..errors import OutputError, PlanError, RequestError, some_of
+from ..report import Progress
+from .configs import header_object
+from .rewrite import Draft, Rewrite
+
+MODEL_PREFIX = "model.diffusion_model."
+
+
+def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
+    """The tensors under `prefix`, without it; the header's entries for them follow. All else is left out.
+
+    Raises RequestError: nothing is under the prefix.
+    """
+    if not any(name.startswith(prefix) for name in src.tensors):
+        raise RequestError(f"{src.path}: no tensor is called {prefix}...; it holds {some_of(list(src.tensors), shown=3)}. Give "
+                           "the prefix with --prefix, or use the file as it is.")
+    draft = Draft(src, empty=True)
+    for name in src.tensors:
+        if name.startswith(prefix):
+            draft.take(src, name, name.removeprefix(prefix))
+    _rename_header(draft, lambda layer: layer.removeprefix(prefix) if layer.startswith(prefix) else None)
+    return draft.finish()
+
+
+def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, force: bool = False) -> Rewrite:
+    """The checkpoint with the tensors under `prefix` replaced by all of the model's.
+
+    Raises PlanError: the checkpoint has weights or biases there that the model lacks, or the other way round, unless
+    forced; RequestError: the checkpoint has nothing there.
+    """
+    here = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
+    if not here:
+        raise RequestError(f"{checkpoint.path}: no tensor is called {prefix}..., so it holds no diffusion model to replace. Give "
+                           "the prefix with --prefix.")
+    strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
+    there = {name.removeprefix(strip) for name in model.tensors}
+    problems = [f"{len(names)} tensors are only in {where.path.name}: {some_of(sorted(names))}. Are these the same model?"
+                for names, where in ((_weights(here) - _weights(there), checkpoint), (_weights(there) - _weights(here), model))
+                if names]
+    if problems and not force:
+        raise PlanError(problems)
+    draft = Draft(checkpoint)
+    for name in checkpoint.tensors:
+        if name.startswith(prefix):
+            draft.drop(name)
+    for name in model.tensors:
+        draft.take(model, name, prefix + name.removeprefix(strip))
+    kept = _header_layers(checkpoint, lambda layer: None if layer.startswith(prefix) else layer)
+    new = _header_layers(model, lambda layer: prefix + layer.removeprefix(strip))
+    for key, value in model.metadata.items():
+        draft.metadata.setdefault(key, value)
+    _set_layers(draft, {**kept, **new}, HEADER_KEY in checkpoint.metadata or HEADER_KEY in model.metadata)
+    return draft.finish()
+
+
+def join(src: Source) -> Rewrite:
+    """All shards as one file: the same tensors, in order, with the headers' entries merged."""
+    return Draft(src).finish()
+
+
+def split(src: Source, index: str | Path, max_bytes: int, *, overwrite: bool = False,
+          progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> list[Path]:
+    """Shards of at most max_bytes of data, and their index, which is written last; each layer stays in one shard.
+
+    index: `<name>.safetensors.index.json`; the shards lie beside it. On an error no index and none of the new shards
+    stays. Returns the shards. Raises RequestError (a bad name; a layer larger than max_bytes), OutputError.
+    """
+    index = Path(index)
+    if not index.name.endswith(INDEX_SUFFIX):
+        raise RequestError(f"{index}: the index's name must end in {INDEX_SUFFIX}. Rename it.")
+    if index.exists() and not overwrite:
+        raise OutputError(f"{index}: the target exists. Choose another name, or allow overwriting.")
+    groups = _groups(src, max_bytes)
+    stem = index.name.removesuffix(INDEX_SUFFIX)
+    shards = [index.with_name(f"{stem}-{i:05}-of-{len(groups):05}.safetensors") for i in range(1, len(groups) + 1)]
+    with ExitStack() as undo:
+        for path, names in zip(shards, groups):
+            _shard(src, names).apply(path, overwrite=overwrite, force=True, progress=progress, cancel=cancel)
+            undo.callback(remove, path)
+        weight_map = {name: path.name for path, names in zip(shards, groups) for name in names}
+        content = {"metadata": {"total_size": src.nbytes}, "weight_map": weight_map}
+        _write_text(index, json.dumps(content, indent=2, ensure_ascii=False))
+        undo.pop_all()
+    return shards
+
+
+def _shard(src: Source, names: list[str]) -> Rewrite:
+    draft = Draft(src, empty=True)
+    for name in names:
+        draft.take(src, name)
+    owners = {_owner(name) for name in names}
+    _rename_header(draft, lambda layer: layer if layer in owners else None)
+    return draft.finish()
+
+
+def _groups(src: Source, max_bytes: int) -> list[list[str]]:
+    """Names of the shards' tensors, in file order as far as layers stay together."""
+    layers: dict[str, list[str]] = {}
+    for name in src.tensors:
+        layers.setdefault(_owner(name), []).append(name)
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for layer, names in layers.items():
+        size = sum(src.tensors[name].nbytes for name in names)
+        if size > max_bytes:
+            raise RequestError(f"{layer} alone takes {size} bytes, more than {max_bytes} for a shard. Allow larger shards.")
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += names
+        filled += size
+    return groups
+
+
+def _owner(name: str) -> str:
+    """The layer a tensor belongs to: also of `x.weight.absmax`."""
+    return name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0] or name
+
+
+def _weights(names: set[str]) -> set[str]:
+    """Without what quantization adds to a layer."""
+    suffixes = tuple(f".{suffix}" for suffix in (*QUANT_SUFFIXES, "scale_weight", "scale_input") if suffix != "weight")
+    return {name for name in names if not name.endswith(suffixes) and ".weight." not in name
+            and not name.endswith("scaled_fp8")}
+
+
+def _header_layers(src: Source, rename: Callable[[str], str | None]) -> dict[str, object]:
+    text = src.metadata.get(HEADER_KEY)
+    layers = header_object(text)["layers"] if text is not None else {}
+    return {new: config for layer, config in layers.items() if (new := rename(layer)) is not None}
+
+
+def _rename_header(draft: Draft, rename: Callable[[str], str | None]) -> None:
+    if HEADER_KEY in draft.metadata:
+        _set_layers(draft, _header_layers(draft.src, rename), True)
+
+
+def _set_layers(draft: Draft, layers: dict[str, object], present: bool) -> None:
+    if not present:
+        return
+    text = draft.metadata.get(HEADER_KEY)
+    old = header_object(text) if text is not None else {"format_version": "1.0"}
+    described = {layer for layer in layers if layer + CONFIG_SUFFIX in draft or f"{layer}.weight" in draft}
+    if not layers:
+        draft.metadata.pop(HEADER_KEY, None)
+    else:
+        draft.metadata[HEADER_KEY] = json.dumps({**old, "layers": {k: v for k, v in layers.items() if k in described}},
+                                                ensure_ascii=False)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """All or nothing, as the sink does it for model files."""
+    part = part_path(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as err:
+        remove(part)
+        raise cannot_write(path, err) from err
