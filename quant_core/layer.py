@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bias import correct_bias
+from .cancel import cancel_scope
 from .choosers import CHOOSERS
-from .objective import make_objective, ratio
+from .objective import Objective, make_objective, ratio
+from .options import read_options
 from .recipe import Evidence, Recipe, layer_generator
+from .residual import Residual, ResidualOptions, make_residual
 from .rounders import ROUNDERS
-from .task import Rounded, Task, never
+from .task import Rounded, Task
 
 NO_EVIDENCE = Evidence()
 
@@ -22,8 +26,8 @@ class Judgement:
     """What was used for a layer and how it ended, for the report.
 
     scales, rounding: the algorithms that ran, "auto" resolved; rounding is "nearest" after a fallback.
-    objective: "output" (Hessian), "weighted" (its diagonal), "weight", or "projected" (learned rounding). error, nearest_error: relative, under that
-    objective, of the result and of round-to-nearest with absmax scales; None where nothing was compared.
+    objective: "output" (Hessian), "weighted" (its diagonal), "weight", or "projected" (learned rounding).
+    error, nearest_error: relative, under that objective, of the result and of round-to-nearest with absmax scales; None where nothing was compared.
     fell_back: the algorithms ended above round-to-nearest, which was taken instead.
     """
 
@@ -40,7 +44,8 @@ class LayerResult:
     """tensors: {suffix: tensor} on the compute device. config: the comfy_quant object.
 
     weight_error: relative Frobenius error of the re-decoded weight; None when it was not measured.
-    notes: anything that differs from the recipe (a smaller rotation group, a fallback), in words.
+    notes: anything that differs from the recipe (a smaller rotation group, a fallback), in words. judgement: what was
+    used. bias: the corrected one, None where it stays. residual: the low-rank part, None unless the options ask for it.
     """
 
     tensors: dict[str, Tensor]
@@ -48,31 +53,58 @@ class LayerResult:
     weight_error: float | None
     notes: tuple[str, ...] = ()
     judgement: Judgement = field(default_factory=Judgement)
+    bias: Tensor | None = None
+    residual: Residual | None = None
 
 
 def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = NO_EVIDENCE, measure: bool = True,
-                   cancel: Callable[[], bool] = never) -> LayerResult:
-    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32.
+                   bias: Tensor | None = None, cancel: Callable[[], bool] | None = None) -> LayerResult:
+    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. bias: [N], to be corrected.
 
-    cancel: asked several times a second; Cancelled is raised when it says True.
+    cancel: asked several times a second; Cancelled is raised when it says True. None: an enclosing cancel_scope counts.
     """
+    with cancel_scope(cancel):
+        return _quantize(layer, w, recipe, evidence, measure, bias)
+
+
+def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None) -> LayerResult:
     shape, source_dtype = tuple(w.shape), w.dtype
     fmt = recipe.format.for_shape(shape)
     notes = () if fmt == recipe.format else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
     scales, rounding = recipe.resolve(evidence)
-    work = fmt.prepare(w.to(torch.float32))
+    w = w.to(torch.float32)
+    work = fmt.prepare(w)
     objective = make_objective(fmt, evidence, w.device)
     rounder = ROUNDERS[rounding]
     task = rounder.prepare(Task(layer, fmt, work, objective, recipe.options, layer_generator(recipe.seed, layer, "cpu"),
-                                weights=objective.diagonal, cancel=cancel))
+                                weights=objective.diagonal))
     rounded = rounder.round_codes(task, CHOOSERS[scales](task))
     judgement = Judgement(scales, rounding, task.judge.name)
     if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
         rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
     error = fmt.decoding_error(work, rounded.codes, rounded.qp) if measure else None
+    new_bias, residual, more = _extras(task, w, rounded, recipe, evidence, bias)
     return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), fmt.config(shape, source_dtype), error,
-                       notes + rounded.notes, judgement)
+                       notes + rounded.notes + more, judgement, new_bias, residual)
+
+
+def _extras(task: Task, w: Tensor, rounded: Rounded, recipe: Recipe, evidence: Evidence,
+            bias: Tensor | None) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
+    """The corrected bias, the low-rank part, and notes; from what a reader decodes, in the layer's own basis."""
+    options = read_options(ResidualOptions, recipe.options)
+    wanted = options.wants(task.layer)
+    if bias is None and not wanted:
+        return None, None, ()
+    error = w - task.fmt.restore(task.fmt.decode(rounded.codes, rounded.qp), tuple(w.shape))
+    residual = None
+    if wanted:
+        hessian = None if evidence.hessian is None else evidence.hessian.to(w.device, torch.float32)
+        residual = make_residual(w, error, options.residual_rank, Objective(hessian))
+    if bias is None:
+        return None, residual, ()
+    corrected, note = correct_bias(bias, error, evidence)
+    return corrected, residual, () if note is None else (note,)
 
 
 def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:

@@ -49,11 +49,12 @@ class Recipe:
         """RequestError when an algorithm's name or an option is unknown, or an option's value does not fit."""
         from .choosers import CHOOSER_OPTIONS, CHOOSERS
         from .options import check_known
+        from .residual import ResidualOptions
         from .rounders import ROUNDER_OPTIONS, ROUNDERS
         for what, name, known in (("scales", self.scales, CHOOSERS), ("rounding", self.rounding, ROUNDERS)):
             if name != AUTO and name not in known:
                 raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join((AUTO, *known))}.")
-        check_known(self.options, CHOOSER_OPTIONS + ROUNDER_OPTIONS)
+        check_known(self.options, (*CHOOSER_OPTIONS, *ROUNDER_OPTIONS, ResidualOptions))
 
     def resolve(self, evidence: Evidence) -> tuple[str, str]:
         """(scales, rounding) for a layer with this evidence, "auto" replaced.

@@ -1,22 +1,17 @@
 """What choosers and rounders are given: one layer's work weight with everything known about it."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import Cancelled
+from . import cancel
 from .factor import Factor
 from .format import Format
 from .objective import Objective
 from .scales import QParams
-
-
-def never() -> bool:
-    return False
 
 
 class Aim(Protocol):
@@ -32,7 +27,7 @@ class Task:
     """layer: its name, for messages. work: float32 [Np, Kp], read only. options: `Recipe.options`.
 
     weights: float32 [Kp], how much an error in each column counts when scales are chosen; None: all the same.
-    factor: what the rounder prepared of the Hessian. aim: what it minimises in place of `objective`. cancel: asked between steps; when True, `poll` raises Cancelled.
+    factor: what the rounder prepared of the Hessian. aim: what it minimises in place of `objective`.
     """
 
     layer: str
@@ -44,7 +39,6 @@ class Task:
     weights: Tensor | None = None
     factor: Factor | None = None
     aim: Aim | None = None
-    cancel: Callable[[], bool] = never
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,9 +50,8 @@ class Task:
         return self.objective if self.aim is None else self.aim
 
     def poll(self) -> None:
-        """Called at least once a second by every loop."""
-        if self.cancel():
-            raise Cancelled(f"{self.layer}: cancelled")
+        """Called at least once a second by every loop; raises Cancelled when the caller wants it."""
+        cancel.poll()
 
 
 @dataclass(frozen=True, slots=True)
