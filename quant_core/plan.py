@@ -78,7 +78,7 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
     stay. keep_layers: {layer: reason}, layers that stay for a reason found elsewhere (non-finite weights, say).
     source_hash: recorded in the file; computed when None. Raises PlanError with all problems, RequestError.
     """
-    for one in (recipe, policy.fallback):
+    for one in (recipe, policy.fallback, *(rule.recipe for rule in policy.rules)):
         if one is not None:
             one.validate()
     stored = stored_layers(src)
@@ -118,6 +118,8 @@ def _plan_layer(src: Source, layer: str, stored: StoredLayer | None, recipe: Rec
                 never_pack: frozenset[str], keep_layers: Mapping[str, str]) -> LayerPlan:
     info = src.tensors[f"{layer}.weight"]
     shape = stored.shape if stored else (info.shape[0], info.shape[1])
+    rule = policy.rule_for(layer)
+    recipe = rule.recipe if rule is not None and rule.recipe is not None else recipe
     reason = keep_layers.get(layer) or policy.reason_to_keep(layer)
     chosen = None
     if reason is None:
@@ -137,6 +139,8 @@ def _plan_layer(src: Source, layer: str, stored: StoredLayer | None, recipe: Rec
     fmt = chosen.format.for_shape(shape)
     chosen = replace(chosen, format=fmt)
     config = fmt.config(shape, CODE_TO_TORCH[info.dtype] if stored is None else torch.bfloat16)
+    if rule is not None:
+        config = {**config, **rule.config}
     outputs = tuple(OutputTensor(f"{layer}.{spec.suffix}", TORCH_TO_CODE[spec.dtype], spec.shape)
                     for spec in fmt.tensor_specs(shape))
     outputs += (OutputTensor(config_tensor_name(layer), "U8", (encode_config(config).numel(),)),)
@@ -174,6 +178,8 @@ def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPl
     record: dict[str, Any] = {"version": __version__, "recipe": recipe.describe(),
                               "source": src.path.name, "source_hash": source_hash or src.identity_hash(),
                               "policy": {"keep": list(policy.keep), "only": list(policy.only)}}
+    if policy.rules:
+        record["policy"]["rules"] = [rule.describe() for rule in policy.rules]
     if policy.fallback is not None:
         record["fallback"] = policy.fallback.describe()
     return {**src.metadata, HEADER_KEY: build_header_metadata(configs), RECIPE_KEY: json.dumps(record, sort_keys=True)}

@@ -5,8 +5,9 @@ Names are matched without their checkpoint prefix. The tables per architecture c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import PlanError
 from ..recipe import Recipe
@@ -31,22 +32,41 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((why, re.compile(pattern
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """What the layers get whose name (without `.weight`) the regex is found in.
+
+    recipe: None keeps them. config: keys added to their comfy_quant object.
+    """
+
+    pattern: str
+    recipe: Recipe | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON object for the file's header."""
+        described: dict[str, Any] = {"pattern": self.pattern, "recipe": self.recipe.describe() if self.recipe else None}
+        return described | ({"config": dict(self.config)} if self.config else {})
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """Which layers are quantized. keep, only: regexes searched in the layer's name (without `.weight`).
 
     keep: these stay. only: nothing else is quantized, and the name rules do not apply to these: who names a layer
     wants it. keep wins over only. fallback: the recipe for layers whose shape the main format cannot take, or whose
-    weight must not be packed.
+    weight must not be packed. rules: recipes for single layers; the first that matches wins, over all of the above.
     """
 
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fallback: Recipe | None = None
+    rules: tuple[Rule, ...] = ()
 
     def check(self, layers: Iterable[str]) -> None:
         """PlanError: a regex that does not compile, or that matches no layer."""
         layers, problems = list(layers), []
-        for option, patterns in (("keep", self.keep), ("only", self.only)):
+        for option, patterns in (("keep", self.keep), ("only", self.only),
+                                 ("rule", tuple(rule.pattern for rule in self.rules))):
             for pattern in patterns:
                 try:
                     matches = any(re.search(pattern, layer) for layer in layers)
@@ -60,8 +80,15 @@ class Policy:
         if problems:
             raise PlanError(problems)
 
+    def rule_for(self, layer: str) -> Rule | None:
+        """The rule that decides about this layer; None when the general ones do."""
+        return next((rule for rule in self.rules if re.search(rule.pattern, layer)), None)
+
     def reason_to_keep(self, layer: str) -> str | None:
         """Why this linear layer stays in its source dtype; None when it is to be quantized."""
+        rule = self.rule_for(layer)
+        if rule is not None:
+            return f"rule {rule.pattern}" if rule.recipe is None else None
         for pattern in self.keep:
             if re.search(pattern, layer):
                 return f"--keep {pattern}"
