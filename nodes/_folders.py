@@ -23,6 +23,7 @@ _SUFFIXES = (".safetensors", ".sft", INDEX_SUFFIX)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 _WINDOWS_DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+_PACK = Path(__file__).resolve().parent.parent
 _MAX_NAME_BYTES = 200     # of one part; file systems allow 255, and a temporary name beside it is longer
 
 
@@ -67,7 +68,8 @@ def write_roots() -> dict[str, Path]:
     """Where Save may write: folder name -> its root. The first folder that exists; for models as ComfyUI orders them."""
     roots = {}
     for folder in SOURCE_FOLDERS:
-        paths = folder_paths.get_folder_paths(folder)
+        # Never into the pack: it adds a folder of its own for the demo model.
+        paths = [path for path in folder_paths.get_folder_paths(folder) if not Path(path).is_relative_to(_PACK)]
         # diffusion_models is also called unet: prefer the folder whose name people know.
         named = [path for path in paths if os.path.basename(os.path.normpath(path)) == folder and os.path.isdir(path)]
         existing = [path for path in paths if os.path.isdir(path)]

@@ -5,6 +5,10 @@ from comfy_api.latest import ComfyExtension, io
 
 
 class QuantPressExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from ._demo_models import offer
+        offer()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .inspect_quantization import InspectQuantization
         from .load_quantized_file import LoadQuantizedFile

@@ -18,7 +18,7 @@ class QuantizeModel(io.ComfyNode):
             node_id="QuantPressQuantize", display_name="Quantize Model", category=CATEGORY,
             description=("Quantizes a model layer by layer. It streams from file to file: memory holds one layer at a time, "
                          "whatever the model's size. The result stays in ComfyUI's temporary folder until it is saved."),
-            search_aliases=["fp8", "nvfp4", "mxfp8", "int8", "nf4", "convrot", "convert"],
+            has_intermediate_output=True, search_aliases=["fp8", "nvfp4", "mxfp8", "int8", "nf4", "convrot", "convert"],
             inputs=[SourceType.Input("source", tooltip="From Load Model to Quantize, or Model from Graph."), *widgets()],
             outputs=[QuantizedType.Output("quantized", tooltip="To load in this graph, to save, or to inspect."),
                      io.String.Output("report", tooltip="Sizes, what was kept and why, and the worst layers, as text.")],
@@ -29,5 +29,5 @@ class QuantizeModel(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id, "Quantizing")
         handle = quantize(source, read_settings(values), progress)
         text = summary(handle.report)
-        progress.say(text)
+        progress.say(text.partition("\n")[0])
         return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ._conditioning import conditioning
+from ._conditioning import KINDS, conditioning
 from ._handles import CATEGORY
 
 
@@ -17,11 +17,12 @@ class TestConditioning(io.ComfyNode):
                          "form: the picture means little, the difference between two pictures much."),
             inputs=[
                 io.Model.Input("model", tooltip="Its text input decides the size. Any diffusion model with a known text width."),
-                io.Combo.Input("kind", options=["zeros", "noise"], default="noise", tooltip=(
+                io.Combo.Input("kind", options=list(KINDS), default="noise", tooltip=(
                     "'noise': exercises the text layers as a prompt would, so the comparison is strict. "
-                    "'zeros': no prompt at all, and a good negative.")),
+                    "'zeros': no prompt at all, and a good negative. 'demo shapes': what the demo model was trained on.")),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=(
-                    "Of the noise. Compare several seeds before trusting one.")),
+                    "Of the noise; compare several before trusting one. Of 'demo shapes': 0 to 9, circle to ring in warm and "
+                    "in cool colours.")),
             ],
             outputs=[io.Conditioning.Output("conditioning", tooltip="For KSampler. Use your text encoder for real pictures.")])
 
