@@ -75,20 +75,19 @@ def inputs_of(m: int, k: int) -> list[Tensor]:
 def our_routes(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int], m: int,
                every: bool) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     qt = tensor_of_layer(fmt, tensors, shape, torch.bfloat16)
-    weight = maths._weight(fmt, qt._qdata, qt._params)
-    problem = maths._problem(weight, m, torch.bfloat16)
+    weight = maths.weight_of(fmt.name, qt._qdata, qt._params)
     able = ability(qt._qdata.device)
-    yield f"layout:{maths.linear_path(problem, able)}", lambda x: linear(x, qt)
+    yield f"layout:{maths.linear_path(weight.geometry, m, torch.bfloat16, able)}", lambda x: linear(x, qt)
     yield "dequantize, then matmul", lambda x: linear(x, fmt.dequantize(tensors, shape).to(x.dtype))
-    if not every or not kernels_read(problem, able):
+    if not every or not kernels_read(weight.geometry, able):
         return
     yield "decode, then matmul", lambda x: linear(x, maths.decode(weight, x.dtype))
     if m <= 64:
         yield "gemv", lambda x: maths.gemv(x, weight, None)
     if m <= 1024:
         yield "decode_dot", lambda x: maths.decode_dot(x, weight, None)
-    if weight.kind == "int8" or (weight.kind == "fp8" and able.fp8_dot):
-        yield "scaled_dot", lambda x: maths._on_kernel("scaled_dot", x, weight, None)
+    if weight.geometry.kind == "int8" or (weight.geometry.kind == "fp8" and able.fp8_dot):
+        yield "scaled_dot", lambda x: maths.on_kernel("scaled_dot", x, weight, None)
 
 
 def kitchen_route(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:

@@ -51,7 +51,7 @@ class QuantPressLayout(QuantizedLayout):
 
     @classmethod
     def _format(cls, group_size: int | None, codebook: Tensor | None) -> Format:
-        fmt = linear.variant(cls.FORMAT, group_size or cls.FORMAT.group_size or 0)
+        fmt = linear.variant(cls.FORMAT.name, group_size or 0)
         if codebook is None:
             return fmt
         table = tuple(codebook.tolist())
@@ -82,7 +82,7 @@ class QuantPressLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: PlainParams) -> Tensor:
         """The stored [N, K] in params.orig_dtype (QuantizedTensor itself transposes it where that is asked)."""
-        return linear.dequantize(cls.FORMAT, qdata, params, params.orig_dtype)
+        return linear.dequantize(cls.FORMAT.name, qdata, params, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:

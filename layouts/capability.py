@@ -13,26 +13,31 @@ import torch
 
 from ..quant_core.format import Format
 from .kernels.activation import LONGEST_GROUP
-from .kernels.weight import kind_of
+from .kernels.weight import Geometry, geometry_of
 
 logger = logging.getLogger(__name__)
 
-# Rows of x up to which one weight row per program beats a tile, and up to which decoding inside the matmul beats
-# decoding first. Measured by bench/layouts.py on an H200; see there.
-GEMV_ROWS = 8
-DECODE_DOT_ROWS = 64
+# Rows of x up to which each kernel is the fastest, read from rows of bench/layouts.py --routes on an H200.
+GEMV_ROWS = 2                     # one program per few weight rows; each row of x reads the weight again
+FEW_ROWS = 16                     # weights decoded inside the matmul; activations stay float
+DECODE_DOT_ROWS = 64              # the same, where decoding first would write DECODE_DOT_WEIGHTS or more
+DECODE_DOT_WEIGHTS = 1 << 24
+SCALED_MM_ROWS = 64               # above this torch's fp8 matmul beats ours
+SCALED_DOT_ROWS = 256             # up to here it pays to scale every row and group of a weight inside the matmul
 
 
 @dataclass(frozen=True, slots=True)
 class Ability:
     """triton: our kernels run. fp8_dot: they may multiply fp8. scaled_mm: torch's row-wise fp8 matmul is there.
 
+    fast_16bit: a data-centre GPU, whose 16-bit matmul has half the rate of its 8-bit one; consumer GPUs have a quarter.
     reason: why there are no kernels, as a phrase; empty where there are.
     """
 
     triton: bool
     fp8_dot: bool
     scaled_mm: bool
+    fast_16bit: bool
     reason: str
 
 
@@ -67,7 +72,8 @@ def judge(kind: str, capability: tuple[int, int], *, is_rocm: bool, has_triton: 
     reason = next((text for applies, text in reasons if applies), "")
     fp8_dot = not reason and capability >= (8, 9)
     # Row-wise scales: tried on Hopper only; torch's Windows builds lack them. Elsewhere our own fp8 kernel serves.
-    return Ability(not reason, fp8_dot, fp8_dot and capability == (9, 0) and platform != "win32", reason)
+    return Ability(triton=not reason, fp8_dot=fp8_dot, scaled_mm=fp8_dot and capability == (9, 0) and platform != "win32",
+                   fast_16bit=not reason and capability in {(8, 0), (9, 0), (10, 0), (10, 3)}, reason=reason)
 
 
 def _has_c_compiler() -> bool:
@@ -80,46 +86,45 @@ def path(fmt: Format, device: torch.device) -> str:
     able = ability(device)
     if not able.triton:
         return "dequantize"
-    whole_rows = fmt.group_size is None
-    return "scaled_mm" if able.scaled_mm and kind_of(fmt) == "fp8" and whole_rows else "triton"
+    multiple = fmt.group_size or 16
+    large = geometry_of(fmt, (multiple * 16, multiple * 32))
+    return "scaled_mm" if linear_path(large, 4096, torch.bfloat16, able) == "scaled_mm" else "triton"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One call of a linear layer. group_rows, group_cols: the weights that share a scale; kind: see Weight."""
-
-    kind: str
-    m: int
-    n: int
-    k: int
-    group_rows: int
-    group_cols: int
-    dtype: torch.dtype
-
-
-def kernels_read(problem: Problem, able: Ability) -> bool:
+def kernels_read(geometry: Geometry, able: Ability) -> bool:
     """The kernels can decode this weight: groups are whole rows or powers of two from 16 to 1024."""
-    group = problem.group_cols
-    return able.triton and (group == problem.k or (16 <= group <= 1024 and group & (group - 1) == 0))
+    group = geometry.group_cols
+    return able.triton and (geometry.whole_row or (16 <= group <= 1024 and group & (group - 1) == 0))
 
 
-def linear_path(problem: Problem, able: Ability) -> str:
+@lru_cache(maxsize=4096)
+def linear_path(geometry: Geometry, rows: int, dtype: torch.dtype, able: Ability) -> str:
     """"dequantize", "gemv", "decode_dot", "decode" (then torch's matmul), "scaled_dot" or "scaled_mm".
 
     float32 inputs ask for precision: their activations stay float. So do those of a few rows, where the weight's
     bytes alone cost time.
     """
-    p = problem
-    if p.m == 0 or not kernels_read(p, able):
+    n, k = geometry.shape
+    if rows == 0 or not kernels_read(geometry, able):
         return "dequantize"
-    if p.m <= GEMV_ROWS:
+    if rows <= GEMV_ROWS:
         return "gemv"
-    if p.dtype is torch.float32:
+    if dtype is torch.float32:
         return "decode"
-    dots = p.kind == "int8" or (p.kind == "fp8" and able.fp8_dot)
-    fits = p.group_cols % 64 == 0 or p.group_cols == p.k
-    if dots and fits and p.group_cols <= LONGEST_GROUP:
-        whole = p.kind == "fp8" and p.group_cols == p.k and p.group_rows == 1
-        aligned = p.n % 16 == 0 and p.k % 16 == 0
-        return "scaled_mm" if able.scaled_mm and whole and aligned and p.dtype is torch.bfloat16 else "scaled_dot"
-    return "decode_dot" if p.m <= DECODE_DOT_ROWS else "decode"
+    if rows > FEW_ROWS and _multiplies_codes(geometry, rows, able):
+        whole = geometry.kind == "fp8" and geometry.whole_row and geometry.group_rows == 1 and n % 16 == 0 and k % 16 == 0
+        torchs = able.scaled_mm and whole and dtype is torch.bfloat16 and rows > SCALED_MM_ROWS
+        return "scaled_mm" if torchs else "scaled_dot"
+    fused = rows <= FEW_ROWS or (rows <= DECODE_DOT_ROWS and n * k >= DECODE_DOT_WEIGHTS)
+    return "decode_dot" if fused else "decode"
+
+
+def _multiplies_codes(geometry: Geometry, rows: int, able: Ability) -> bool:
+    """8-bit codes are multiplied as they are: the chip can, the groups fit the kernel, and it is the faster way."""
+    if not (geometry.kind == "int8" or (geometry.kind == "fp8" and able.fp8_dot)):
+        return False
+    if geometry.whole_row:
+        return geometry.group_cols <= LONGEST_GROUP
+    # Scaling a product by every row's and group's own scale costs more than decoding first where 16 bits are fast.
+    pays = geometry.group_rows > 1 or rows <= SCALED_DOT_ROWS or not able.fast_16bit
+    return geometry.group_cols % 64 == 0 and pays

@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as float_linear
 
-from ..quant_core.format import Format
-from .capability import Problem, ability, kernels_read, linear_path
+from ..quant_core.format import Format, get_format
+from .capability import ability, kernels_read, linear_path
 from .kernels.activation import quantize_activation
 from .kernels.decode import decode
 from .kernels.scaled_dot import scaled_dot, scaled_mm
-from .kernels.weight import Weight, weight_of
+from .kernels.weight import Geometry, Weight, geometry_of
 from .kernels.weight_only import decode_dot, gemv
 from .params import PlainParams
 
 
 @lru_cache(maxsize=256)
-def variant(fmt: Format, group_size: int) -> Format:
-    """The format with a layer's own group size, whether or not the pack offers that size for new files."""
-    return fmt if fmt.group_size is None or fmt.group_size == group_size else replace(fmt, group_size=group_size)
+def variant(name: str, group_size: int) -> Format:
+    """The format with a layer's own group size (0: its default), whether or not the pack offers it for new files."""
+    fmt = get_format(name)
+    return replace(fmt, group_size=group_size) if group_size and fmt.group_size else fmt
+
+
+@lru_cache(maxsize=4096)
+def _geometry(name: str, group_size: int, shape: tuple[int, int]) -> Geometry:
+    return geometry_of(variant(name, group_size), shape)
 
 
 def stored_shape(params: PlainParams) -> tuple[int, int]:
@@ -35,48 +41,40 @@ def stored_shape(params: PlainParams) -> tuple[int, int]:
     return shape[::-1] if params.transposed else shape
 
 
-def dequantize(fmt: Format, qdata: Tensor, params: PlainParams, dtype: torch.dtype) -> Tensor:
+def weight_of(name: str, qdata: Tensor, params: PlainParams) -> Weight:
+    """A QuantizedTensor's parts as the kernels take them. name: the format's."""
+    geometry = _geometry(name, params.group_size, stored_shape(params))
+    return Weight(geometry, qdata.contiguous(), params.scale, getattr(params, "codebook", None))
+
+
+def dequantize(name: str, qdata: Tensor, params: PlainParams, dtype: torch.dtype) -> Tensor:
     """[N, K] of dtype: value * scale in float32, rounded once. The same bits on every device."""
-    weight = _weight(fmt, qdata, params)
-    if kernels_read(_problem(weight, 0, dtype), ability(qdata.device)):
+    weight = weight_of(name, qdata, params)
+    if kernels_read(weight.geometry, ability(qdata.device)):
         return decode(weight, dtype)
-    shape = stored_shape(params)
-    return variant(fmt, params.group_size).dequantize(_tensors(qdata, params), shape).to(dtype)
+    fields = {f"weight_{field}": getattr(params, field) for field in params._tensor_fields()}
+    return variant(name, params.group_size).dequantize({"weight": qdata, **fields}, stored_shape(params)).to(dtype)
 
 
-def linear(fmt: Format, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tensor | None) -> Tensor:
+def linear(name: str, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tensor | None) -> Tensor:
     """x [..., K] of a float dtype -> [..., N] in x's dtype. The bias is cast to it. x and the weight share a device."""
-    weight = _weight(fmt, qdata, params)
-    bias = None if bias is None else bias.to(x.dtype)
+    weight = weight_of(name, qdata, params)
+    n, k = weight.geometry.shape
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
     rows = x.shape[:-1].numel()
-    usable = x.device == qdata.device and x.shape[-1:] == (weight.shape[1],)
-    chosen = linear_path(_problem(weight, rows, x.dtype), ability(qdata.device)) if usable else "dequantize"
+    usable = x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k
+    chosen = linear_path(weight.geometry, rows, x.dtype, ability(qdata.device)) if usable else "dequantize"
     if chosen in ("dequantize", "decode"):      # also a mismatch, so that torch words the error
-        return float_linear(x, dequantize(fmt, qdata, params, x.dtype), bias)
-    flat = x.reshape(rows, weight.shape[1]).contiguous()
-    return _on_kernel(chosen, flat, weight, None if bias is None else bias.contiguous()).view(*x.shape[:-1], -1)
+        return float_linear(x, dequantize(name, qdata, params, x.dtype), bias)
+    return on_kernel(chosen, x.reshape(rows, k).contiguous(), weight, bias).view(*x.shape[:-1], n)
 
 
-def _on_kernel(chosen: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def on_kernel(chosen: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x [M, K] contiguous -> [M, N]. chosen: one of linear_path's kernels."""
     if chosen == "gemv":
         return gemv(x, weight, bias)
     if chosen == "decode_dot":
         return decode_dot(x, weight, bias)
-    codes, scale = quantize_activation(x, weight.group_cols, weight.codes.dtype)
+    codes, scale = quantize_activation(x, weight.geometry.group_cols, weight.codes.dtype)
     matmul = scaled_mm if chosen == "scaled_mm" else scaled_dot
     return matmul(codes, scale, weight, bias, x.dtype)
-
-
-def _problem(weight: Weight, rows: int, dtype: torch.dtype) -> Problem:
-    return Problem(weight.kind, rows, weight.shape[0], weight.shape[1], weight.group_rows, weight.group_cols, dtype)
-
-
-def _weight(fmt: Format, qdata: Tensor, params: PlainParams) -> Weight:
-    return weight_of(variant(fmt, params.group_size), qdata, params.scale, getattr(params, "codebook", None),
-                     stored_shape(params))
-
-
-def _tensors(qdata: Tensor, params: PlainParams) -> dict[str, Tensor]:
-    """As on disk: {suffix: tensor}."""
-    fields = {f"weight_{name}": getattr(params, name) for name in params._tensor_fields()}
-    return {"weight": qdata, **fields}

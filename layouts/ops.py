@@ -23,7 +23,7 @@ def _is_ours(value: Any) -> bool:
 
 
 def _run(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    return linear(weight.layout_cls.FORMAT, x, weight._qdata, weight._params, bias)
+    return linear(weight.layout_cls.FORMAT.name, x, weight._qdata, weight._params, bias)
 
 
 def _linear(qt: Any, args: tuple, kwargs: dict) -> Tensor:

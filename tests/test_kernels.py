@@ -5,7 +5,7 @@ import torch
 from comfyui_quantpress.layouts.kernels.activation import quantize_activation, quantize_activation_spec
 from comfyui_quantpress.layouts.kernels.decode import decode, decode_spec
 from comfyui_quantpress.layouts.kernels.scaled_dot import scaled_dot, scaled_dot_spec, scaled_mm
-from comfyui_quantpress.layouts.kernels.weight import decoded, weight_of
+from comfyui_quantpress.layouts.kernels.weight import Weight, decoded, geometry_of
 from comfyui_quantpress.layouts.kernels.weight_only import decode_dot, decode_dot_spec, gemv, gemv_spec
 from comfyui_quantpress.quant_core.format import all_formats
 
@@ -42,13 +42,17 @@ def random(shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def weight_of(fmt, tensors, shape):
+    return Weight(geometry_of(fmt, shape), tensors["weight"], tensors["weight_scale"], tensors.get("weight_codebook"))
+
+
 def layer(fmt, n, k):
     """A quantized weight of at least [n, k], with rows and columns that differ in size, so a wrong scale shows."""
     if fmt.granularity.value == "block":
         n = -(-n // fmt.group_size) * fmt.group_size
     w = random((n, k), seed=1) * torch.logspace(-2, 1, k, device=DEVICE) * torch.logspace(-1, 1, n, device=DEVICE)[:, None]
     tensors = fmt.quantize(w)
-    return weight_of(fmt, tensors["weight"], tensors["weight_scale"], tensors.get("weight_codebook"), (n, k))
+    return weight_of(fmt, tensors, (n, k))
 
 
 def inputs(m, k, dtype):
@@ -56,7 +60,7 @@ def inputs(m, k, dtype):
 
 
 def bias_of(weight, dtype, wanted):
-    return random((weight.shape[0],), seed=3, dtype=dtype) * 5 if wanted else None
+    return random((weight.geometry.shape[0],), seed=3, dtype=dtype) * 5 if wanted else None
 
 
 def close(ours, spec, tolerance):
@@ -71,7 +75,7 @@ def close(ours, spec, tolerance):
 def test_the_weight_specification_is_the_engine(fmt):
     w = random((256, 256), seed=4)
     tensors = fmt.quantize(w)
-    weight = weight_of(fmt, tensors["weight"], tensors["weight_scale"], tensors.get("weight_codebook"), (256, 256))
+    weight = weight_of(fmt, tensors, (256, 256))
     assert torch.equal(decoded(weight), fmt.dequantize(tensors, (256, 256)))
 
 
@@ -85,7 +89,7 @@ def test_decode_equals_its_specification_bit_for_bit(fmt, shape, dtype, with_bia
 def test_every_fp8_code_decodes_as_torch_does():
     fmt = next(fmt for fmt in FORMATS if fmt.name == "float8_e4m3fn_rowwise")
     codes = torch.arange(256, device=DEVICE).to(torch.uint8).view(1, 256).view(torch.float8_e4m3fn)
-    weight = weight_of(fmt, codes, torch.ones(1, device=DEVICE), None, (1, 256))
+    weight = weight_of(fmt, {"weight": codes, "weight_scale": torch.ones(1, device=DEVICE)}, (1, 256))
     assert torch.equal(decode(weight, torch.float32).isnan(), codes.float().isnan())
     assert torch.equal(decode(weight, torch.float32).nan_to_num(), codes.float().nan_to_num())
 
@@ -134,9 +138,9 @@ def test_a_spoilt_activation_reaches_the_scale_and_spoils_no_other_row(bad):
 @cases
 def test_scaled_dot_equals_its_specification(fmt, shape, dtype, with_bias):
     weight = layer(fmt, shape[1], shape[2])
-    if CUDA and weight.kind == "fp8" and CAPABILITY < (8, 9):
+    if CUDA and weight.geometry.kind == "fp8" and CAPABILITY < (8, 9):
         pytest.skip("fp8 matrix products need compute capability 8.9")
-    codes, scale = quantize_activation_spec(inputs(shape[0], shape[2], torch.float32), weight.group_cols, weight.codes.dtype)
+    codes, scale = quantize_activation_spec(inputs(shape[0], shape[2], torch.float32), weight.geometry.group_cols, weight.codes.dtype)
     bias = bias_of(weight, dtype, with_bias)
     close(scaled_dot(codes, scale, weight, bias, dtype), scaled_dot_spec(codes, scale, weight, bias, dtype), 2e-3)
 
@@ -169,7 +173,7 @@ def test_the_other_group_sizes_of_the_8_bit_formats(fmt):
         assert torch.equal(decode(weight, torch.float16), decode_spec(weight, torch.float16))
         close(gemv(x, weight, None), gemv_spec(x, weight, None), 1e-5)
         close(decode_dot(x, weight, None), decode_dot_spec(x, weight, None), 1e-4)
-        if CUDA and weight.kind == "fp8" and CAPABILITY < (8, 9):
+        if CUDA and weight.geometry.kind == "fp8" and CAPABILITY < (8, 9):
             continue
         codes, scale = quantize_activation_spec(x, group_size, weight.codes.dtype)
         close(scaled_dot(codes, scale, weight, None, x.dtype), scaled_dot_spec(codes, scale, weight, None, x.dtype), 2e-3)

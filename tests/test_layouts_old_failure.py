@@ -74,7 +74,7 @@ def test_cause_3_the_fallback_multiplies_the_dequantized_weight(fmt, monkeypatch
     """Where the device has no kernel, what reaches torch's linear is a float [N, K] and never the stored codes."""
     from comfyui_quantpress.layouts import capability
     from comfyui_quantpress.layouts import linear as maths
-    none = capability.Ability(triton=False, fp8_dot=False, scaled_mm=False, reason="test")
+    none = capability.Ability(triton=False, fp8_dot=False, scaled_mm=False, fast_16bit=False, reason="test")
     monkeypatch.setattr(maths, "ability", lambda device: none)
     seen = []
     monkeypatch.setattr(maths, "float_linear", lambda x, w, b: seen.append(w) or linear(x, w, b))
@@ -117,7 +117,7 @@ def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until
     assert type(flipped) is type(qt) and flipped._params.transposed and flipped._layout_cls == qt._layout_cls
     reached = []
     whole = ops.linear
-    monkeypatch.setattr(ops, "linear", lambda *args: reached.append(args[0].name) or whole(*args))
+    monkeypatch.setattr(ops, "linear", lambda *args: reached.append(args[0]) or whole(*args))
     with torch.no_grad():
         assert linear(x, qt, b).dtype is torch.bfloat16
     assert reached == [fmt.name]

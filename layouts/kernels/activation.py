@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .weight import on_device_of
+
 SMALLEST_ABSMAX = 1e-30     # a group of zeros keeps a normal scale and codes 0
 LONGEST_GROUP = 1 << 16     # one program holds a whole group in registers
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -35,7 +37,7 @@ def quantize_activation(x: Tensor, group: int, dtype: torch.dtype) -> tuple[Tens
     block = triton.next_power_of_2(group)
     rows = max(1, 1024 // block)
     groups = x.numel() // group
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         quantize_groups_kernel[(triton.cdiv(groups, rows),)](
             x, codes, scale, groups, group, LARGEST=_LARGEST[dtype], INTEGER=dtype is torch.int8, ROWS=rows,
             BLOCK=block, num_warps=4 if block <= 4096 else 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .weight import Weight, decoded
+from .weight import Weight, decoded, on_device_of
 
 
 def decode_spec(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -17,16 +17,17 @@ def decode(weight: Weight, dtype: torch.dtype) -> Tensor:
     import triton
 
     from .jit import decode_kernel
-    n, k = weight.shape
+    g = weight.geometry
+    n, k = g.shape
     out = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     rows, cols = 16, 256
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         decode_kernel[(triton.cdiv(k, cols), triton.cdiv(n, rows))](
-            raw_codes(weight), weight.scale, weight.codebook, out, n, k, weight.scale.shape[1], weight.group_rows,
-            KIND=weight.kind, GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row, BN=rows, BK=cols, num_warps=4)
+            raw_codes(weight), weight.scale, weight.codebook, out, n, k, g.grid[1], g.group_rows, KIND=g.kind,
+            GROUP=g.group_constant, WHOLE_ROW=g.whole_row, BN=rows, BK=cols, num_warps=4)
     return out
 
 
 def raw_codes(weight: Weight) -> Tensor:
     """fp8 codes as bytes, because older chips have no fp8 type; others as they are."""
-    return weight.codes.view(torch.uint8) if weight.kind == "fp8" else weight.codes
+    return weight.codes.view(torch.uint8) if weight.geometry.kind == "fp8" else weight.codes

@@ -1,28 +1,27 @@
 """A layer's stored weight as the kernels see it, whatever the format: codes, a grid of scales, perhaps a codebook."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...quant_core.format import Format
 
+_KINDS = {(8, torch.float8_e4m3fn): "fp8", (8, torch.int8): "int8", (4, torch.uint8): "nibble"}
+
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """codes: fp8 or int8 [N, K], or uint8 [N, K / 2] with the even column in the high nibble; contiguous.
+class Geometry:
+    """shape: [N, K]. grid: [NB, KB], how many scales; one per group_rows x group_cols weights.
 
-    scale: float32 [NB, KB]; one per group_rows x group_cols weights. codebook: float32 [16] for nibbles.
-    kind: "fp8", "int8" or "nibble".
+    kind: how a code is decoded: "fp8" or "int8", one code per byte, or "nibble", two, the even column in the high one.
     """
 
     kind: str
-    codes: Tensor
-    scale: Tensor
-    codebook: Tensor | None
     shape: tuple[int, int]
+    grid: tuple[int, int]
     group_rows: int
     group_cols: int
 
@@ -37,27 +36,42 @@ class Weight:
         return 1 if self.whole_row else self.group_cols
 
 
-@lru_cache(maxsize=64)
-def kind_of(fmt: Format) -> str:
-    """How one code of the format is decoded by the kernels."""
-    return {(8, torch.float8_e4m3fn): "fp8", (8, torch.int8): "int8", (4, torch.uint8): "nibble"}[
-        fmt.element.bits, fmt.element.dtype]
+def geometry_of(fmt: Format, shape: tuple[int, int]) -> Geometry:
+    """fmt: with the layer's own group size."""
+    return Geometry(_KINDS[fmt.element.bits, fmt.element.dtype], shape, fmt.scale_grid(shape), *fmt.block(shape))
 
 
-def weight_of(fmt: Format, codes: Tensor, scale: Tensor, codebook: Tensor | None, shape: tuple[int, int]) -> Weight:
-    """fmt: with the layer's group size. scale: in the shape stored on disk. Copies nothing when contiguous."""
-    rows, cols = fmt.block(shape)
-    return Weight(kind_of(fmt), codes.contiguous(), scale.reshape(fmt.scale_grid(shape)).contiguous(), codebook,
-                  shape, rows, cols)
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """codes: fp8 or int8 [N, K], or uint8 [N, K / 2]. scale: float32, the grid in any shape. codebook: float32 [16].
+
+    All contiguous and on one device.
+    """
+
+    geometry: Geometry
+    codes: Tensor
+    scale: Tensor
+    codebook: Tensor | None
 
 
 def decoded(weight: Weight) -> Tensor:
     """Specification: float32 [N, K], element value times scale."""
-    n, k = weight.shape
-    if weight.kind == "nibble":
+    g = weight.geometry
+    n, k = g.shape
+    if g.kind == "nibble":
         pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).reshape(n, k)
         values = weight.codebook[pairs.to(torch.int32)]
     else:
         values = weight.codes.to(torch.float32)
-    view = values.view(n // weight.group_rows, weight.group_rows, k // weight.group_cols, weight.group_cols)
-    return (view * weight.scale[:, None, :, None]).view(n, k)
+    view = values.view(n // g.group_rows, g.group_rows, k // g.group_cols, g.group_cols)
+    return (view * weight.scale.view(g.grid)[:, None, :, None]).view(n, k)
+
+
+_HERE: AbstractContextManager = nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU. Entering a device costs microseconds, so only where it is another one."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .decode import raw_codes
-from .weight import Weight, decoded
+from .weight import Weight, decoded, on_device_of
 
 
 def gemv_spec(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -22,15 +22,14 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     import triton
 
     from .jit import gemv_kernel
-    m, k = x.shape
-    n = weight.shape[0]
+    g = weight.geometry
+    m, (n, k) = x.shape[0], g.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     rows = 4
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         gemv_kernel[(triton.cdiv(n, rows), m)](
-            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, n, k, weight.scale.shape[1],
-            weight.group_rows, KIND=weight.kind, GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row,
-            HAS_BIAS=bias is not None, BN=rows, BK=1024, num_warps=4)
+            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, n, k, g.grid[1], g.group_rows, KIND=g.kind,
+            GROUP=g.group_constant, WHOLE_ROW=g.whole_row, HAS_BIAS=bias is not None, BN=rows, BK=1024, num_warps=2)
     return out
 
 
@@ -45,15 +44,16 @@ def decode_dot(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     import triton
 
     from .jit import decode_dot_kernel
-    m, k = x.shape
-    n = weight.shape[0]
+    g = weight.geometry
+    m, (n, k) = x.shape[0], g.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    step = 64 if weight.whole_row else min(64, weight.group_cols)
-    tile_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    tile_n = 32 if m <= 32 else 64
-    with torch.cuda.device_of(x):
+    # Tiles timed on an H200: with few rows the longest K step the group allows, with many the weight tile narrow.
+    longest = 128 if m <= 16 else 64
+    step = longest if g.whole_row else min(longest, g.group_cols)
+    tile_m, tile_n = (16, 32) if m <= 16 else (32, 32) if m <= 32 else (64, 32)
+    with on_device_of(x):
         decode_dot_kernel[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)](
-            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, m, n, k, weight.scale.shape[1],
-            weight.group_rows, KIND=weight.kind, GROUP=weight.group_constant, WHOLE_ROW=weight.whole_row,
-            HAS_BIAS=bias is not None, BM=tile_m, BN=tile_n, BK=step, GM=8, num_warps=4, num_stages=3)
+            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, m, n, k, g.grid[1], g.group_rows,
+            KIND=g.kind, GROUP=g.group_constant, WHOLE_ROW=g.whole_row, HAS_BIAS=bias is not None, BM=tile_m,
+            BN=tile_n, BK=step, GM=8, num_warps=4, num_stages=4 if m <= 16 else 3)
     return out
