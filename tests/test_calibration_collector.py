@@ -204,6 +204,20 @@ def test_autocast_around_the_model_does_not_round_the_sums():
     assert plain["up"] == cast["up"]
 
 
+def test_a_default_device_set_around_the_model_changes_nothing():
+    net = Net()
+    x, c = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 8)
+
+    def capture():
+        watch = collector(net, rows_per_step=20)
+        with watch.capture(net):
+            net(x, c)
+        return contents(watch.result())
+    with torch.device("meta"):  # as some loaders do; what is made without a device lands there
+        inside = capture()
+    assert inside == capture()
+
+
 def test_bf16_model_gives_float32_statistics():
     net = Net().to(torch.bfloat16)
     calibration = run(collector(net), net, dtype=torch.bfloat16)

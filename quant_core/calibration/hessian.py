@@ -150,7 +150,7 @@ class SketchHessian:
 
     def tensors(self) -> dict[str, Tensor]:
         self.flush()
-        return {"hessian_sketch": self.rows, "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64)}
+        return {"hessian_sketch": self.rows, "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64, device="cpu")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of tensors()."""

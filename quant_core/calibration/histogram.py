@@ -36,7 +36,7 @@ def count_into(histogram: Tensor, x: Tensor) -> None:
 
 def edges() -> Tensor:
     """Lower edges of the bins and the upper edge of the last: float64 [BINS + 1]."""
-    bits = (torch.arange(BINS + 1, dtype=torch.int32) + _FIRST_BIN) << _SHIFT
+    bits = (torch.arange(BINS + 1, dtype=torch.int32, device="cpu") + _FIRST_BIN) << _SHIFT
     return bits.view(torch.float32).double()
 
 

@@ -77,7 +77,7 @@ def plan_patch(source: Source, scales: Mapping[str, float], method: str = "") ->
     added, changed, kept = [], [], []
     for name, value in wanted.items():
         layer = layers[name]
-        tensor = torch.tensor(value, dtype=torch.float32)
+        tensor = torch.tensor(value, dtype=torch.float32, device="cpu")
         old = layer.names.get("input_scale")
         same = old is not None and source.tensors[old].shape == () and source.tensors[old].dtype == "F32"
         if same and present[name] == float(tensor):
@@ -105,7 +105,7 @@ def _resolve(source: Source, layers: Mapping[str, StoredLayer],
         elif rule_of(layers[layer]) is None:
             skipped[name] = f"{layers[layer].format.on_disk} does not use input_scale" if not layers[layer].config.get(
                 "full_precision_matrix_mult") else "its matrix multiplication is in full precision"
-        elif float(torch.tensor(value, dtype=torch.float32)) in (0.0, math.inf):
+        elif float(torch.tensor(value, dtype=torch.float32, device="cpu")) in (0.0, math.inf):
             raise RequestError(f"{name}: the input scale {value} is beyond float32. Correct it.")
         else:
             wanted[layer] = value

@@ -17,7 +17,7 @@ class Reservoir:
 
     def __init__(self, size: int, in_features: int, device: torch.device | str) -> None:
         self.rows = torch.zeros(size, in_features, dtype=torch.bfloat16, device=device)
-        self.keys = torch.full((size,), -torch.inf)
+        self.keys = torch.full((size,), -torch.inf, device="cpu")
 
     @property
     def size(self) -> int:
@@ -30,7 +30,7 @@ class Reservoir:
         entering = best[best >= size] - size
         if not len(entering):
             return
-        stays = torch.zeros(size, dtype=torch.bool)
+        stays = torch.zeros(size, dtype=torch.bool, device="cpu")
         stays[best[best < size]] = True
         slots = (~stays).nonzero().flatten()  # as many as rows enter
         self.keys[slots] = keys[entering]
@@ -39,7 +39,7 @@ class Reservoir:
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the rows with the largest keys of both."""
-        self.offer(other.rows, torch.arange(other.size), other.keys)
+        self.offer(other.rows, torch.arange(other.size, device="cpu"), other.keys)
 
     def filled(self) -> Tensor:
         """The finite rows held, bf16 [R, K], in order of falling key."""
@@ -51,4 +51,4 @@ class Reservoir:
 
 def draw_keys(count: int, weight: float, generator: torch.Generator) -> Tensor:
     """float32 [count], each below 0. weight > 0: a row of twice the weight is kept twice as often."""
-    return -torch.empty(count).exponential_(1.0, generator=generator) / weight
+    return -torch.empty(count, device="cpu").exponential_(1.0, generator=generator) / weight

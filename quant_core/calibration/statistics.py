@@ -114,7 +114,7 @@ class LayerStatistics:
             self._work_in(torch.cat(pieces), weight)
         if held:
             keys = torch.cat([keys for _, keys in held])
-            self.hold_out(torch.cat([rows for rows, _ in held]), torch.arange(len(keys)), keys)
+            self.hold_out(torch.cat([rows for rows, _ in held]), torch.arange(len(keys), device="cpu"), keys)
 
     def add(self, x: Tensor, weight: float = 1.0, label: str = "") -> None:
         """Sampled rows into everything but the absmax and the reservoir, at once. x: [n, K]."""

@@ -49,7 +49,7 @@ def simulated_magnitude(layer: str, w: Tensor, settings: SimulationSettings = Si
     """
     generator = layer_generator(settings.seed, layer)
     if directions is None:
-        x = torch.randn(settings.samples, w.shape[1], generator=generator)
+        x = torch.randn(settings.samples, w.shape[1], generator=generator, device="cpu")
     else:
         x = directions.rows
         if x.shape[1] != w.shape[1]:
