@@ -5,11 +5,11 @@ import ctypes
 import sys
 
 _M_MMAP_THRESHOLD = -3      # <malloc.h>
-_THRESHOLD_BYTES = 1 << 20
+_THRESHOLD_BYTES = 4 << 20
 
 
 def give_freed_weights_back() -> None:
-    """glibc only, else nothing: blocks over 1 MiB go back to the system when they are freed.
+    """glibc only, else nothing: blocks over 4 MiB go back to the system when they are freed.
 
     By default glibc raises that limit to 32 MiB as blocks are freed; with a reading, a computing and a writing thread
     its heaps then hold 150 MB of freed weights. For the command only: inside ComfyUI the process is not ours.

@@ -112,6 +112,7 @@ class Format:
     pad_to: int = 1
     k_multiple: int = 1
     zero_policy: str = "a block of zeros gets scale 1 and codes 0"
+    rows_are_independent: bool = True      # but for the tensor's absmax
 
     # ---- options -----------------------------------------------------------------------------------------------
     def with_options(self, group_size: int | None = None, rotation: int | None = None) -> "Format":
@@ -163,6 +164,18 @@ class Format:
     def scale_grid(self, work_shape: tuple[int, int]) -> tuple[int, int]:
         return self.granularity.grid(work_shape, self.group_size)
 
+    @property
+    def row_multiple(self) -> int:
+        """Slices of rows that begin at multiples of this are quantized and stored on their own."""
+        if self.granularity is Granularity.BLOCK:
+            return self.group_size
+        return 1 if self.pad_to == 1 else 128            # the swizzle's tile
+
+    def row_axis(self, suffix: str) -> int | None:
+        """Along which axis a stored tensor follows the weight's rows; None when it is the same for all rows."""
+        spec = next(s for s in self.tensor_specs((256, 1024)) if s.suffix == suffix)
+        return None if spec.shape == () or suffix == "weight_codebook" else 0
+
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         """The tensors of one layer as written, `comfy_quant` excepted. shape: the weight's [N, K]."""
         raise NotImplementedError(self.name)
@@ -209,6 +222,12 @@ class Format:
     def absmax(self, work: Tensor) -> QParams:
         """The default scales: the block's largest magnitude lands on the element's largest value."""
         return self.qparams(block_absmax(work, self.block(tuple(work.shape))) / self.element.max)
+
+    def absmax_under(self, rows: Tensor, largest: Tensor) -> QParams:
+        """absmax for some rows of a work weight whose largest magnitude is `largest`, float32 ()."""
+        if self.granularity is Granularity.TENSOR:
+            return self.qparams((largest / self.element.max).reshape(1, 1))
+        return self.absmax(rows)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         """Wished effective scales [NB, KB], float32 >= 0 -> storable ones. like: whose parent, zero, codebook to keep."""

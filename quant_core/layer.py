@@ -16,6 +16,7 @@ from .options import read_options
 from .recipe import Evidence, Recipe, layer_generator
 from .residual import Residual, ResidualOptions, make_residual
 from .rounders import ROUNDERS
+from .row_slices import can_slice, quantize_rows
 from .task import Rounded, Task
 
 NO_EVIDENCE = Evidence()
@@ -72,6 +73,10 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
     fmt = recipe.format.for_shape(shape)
     notes = () if fmt == recipe.format else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
     scales, rounding = recipe.resolve(evidence)
+    wants_more = bias is not None or read_options(ResidualOptions, recipe.options).wants(layer)
+    if (scales, rounding) == ("absmax", "nearest") and not wants_more and can_slice(fmt, w):
+        tensors, error = quantize_rows(fmt, w, measure)
+        return LayerResult(tensors, fmt.config(shape, source_dtype), error, notes)
     w = w.to(torch.float32)
     work = fmt.prepare(w)
     objective = make_objective(fmt, evidence, w.device)

@@ -16,6 +16,7 @@ from comfyui_quantpress.quant_core.format import all_formats, format_of_layer, g
 from comfyui_quantpress.quant_core.packing import (pack_nibbles, sign_extend_nibbles, swizzle_scales, unpack_nibbles,
                                                    unswizzle_scales)
 from comfyui_quantpress.quant_core.ranks import rank_table
+from comfyui_quantpress.quant_core.row_slices import can_slice, quantize_rows
 from comfyui_quantpress.quant_core.scales import block_absmax, block_view, decode_e8m0, encode_e8m0
 
 FORMATS = all_formats()
@@ -68,6 +69,29 @@ def test_the_sliced_error_is_the_whole_error(fmt):
     decoded = fmt.decode(codes, qp)
     assert fmt.decoding_error(work, codes, qp) == pytest.approx(float((decoded - work).norm() / work.norm()), rel=1e-5)
     assert fmt.decoding_error(torch.zeros_like(work), codes, qp) == float("inf")
+
+
+@every_format
+@pytest.mark.parametrize("shape", [(1100, 2048), (4096, 1024)], ids=str)
+def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
+    if fmt.problem(shape) or not fmt.rows_are_independent:
+        shape = (4096, 1024)
+    w = normal(shape, 12).bfloat16()
+    w[300:600] *= 30
+    if not fmt.rows_are_independent:
+        assert not can_slice(fmt, w)
+        return
+    assert can_slice(fmt, w)
+    tensors, error = quantize_rows(fmt, w)
+    whole = fmt.quantize(w)
+    assert tensors.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape, name
+        same = tensors[name].reshape(-1).view(torch.uint8) == tensor.reshape(-1).view(torch.uint8)
+        # A rotation is a matrix product, whose last bit may depend on the number of rows.
+        assert float(same.float().mean()) > 0.9999 if fmt.rotation else bool(same.all()), name
+    work = fmt.prepare(w.float())
+    assert error == pytest.approx(fmt.decoding_error(work, fmt.encode(work, fmt.absmax(work)), fmt.absmax(work)), rel=1e-3)   # float32 sums
 
 
 @every_format

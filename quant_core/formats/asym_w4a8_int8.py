@@ -34,6 +34,7 @@ _SLICE = 1 << 20
 @dataclass(frozen=True)
 class W4A8(Format):
     zero_policy: str = "a group of zeros gets the smallest scale and decodes to at most 1e-8"
+    rows_are_independent: bool = False      # the codebook is chosen from all of them
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape

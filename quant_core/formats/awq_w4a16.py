@@ -28,6 +28,9 @@ class AwqW4A16(Format):
                 TensorSpec("weight_scale", torch.bfloat16, (groups, n)),
                 TensorSpec("weight_zeros", torch.bfloat16, (groups, n)))
 
+    def row_axis(self, suffix: str) -> int | None:
+        return 0 if suffix == "weight" else 1
+
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "group_size": self.group_size}
 

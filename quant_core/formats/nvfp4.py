@@ -22,9 +22,16 @@ class Nvfp4(PaddedBlockFormat):
                 TensorSpec("weight_scale_2", torch.float32, ()))
 
     def absmax(self, work: Tensor) -> QParams:
+        return self._absmax(work, None)
+
+    def absmax_under(self, rows: Tensor, largest: Tensor) -> QParams:
+        return self._absmax(rows, largest)
+
+    def _absmax(self, work: Tensor, tensor_largest: Tensor | None) -> QParams:
         largest = block_absmax(work, self.block(tuple(work.shape)))
+        tensor_largest = largest.max() if tensor_largest is None else tensor_largest
         # amax / (448 * 6) in one division, as the reference writes it; dividing twice can differ by an ulp.
-        parent = (largest.max() / (_LARGEST_SCALE * self.element.max)).clamp(min=SCALE_FLOOR)
+        parent = (tensor_largest / (_LARGEST_SCALE * self.element.max)).clamp(min=SCALE_FLOOR)
         return self._under(largest / self.element.max, parent)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
