@@ -150,9 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the rows to this file too")
     parser.add_argument("--routes", action="store_true", help="time every kernel that can run the shape, not only the chosen one")
+    parser.add_argument("--commit", help="the commit to record, where this copy has no git history")
     arguments = parser.parse_args()
     register_layouts()
-    common = {"machine": machine(), "commit": commit(), "torch": torch.__version__}
+    common = {"machine": machine(), "commit": arguments.commit or commit(), "torch": torch.__version__}
     with torch.inference_mode():
         for m, n, k in SHAPES:
             for found in measure((m, n, k), arguments.routes):

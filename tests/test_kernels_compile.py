@@ -24,11 +24,13 @@ CODES = {"nibble": "*u8", "fp8": "*u8", "int8": "*i8"}
 GROUPED = {"GROUP": 64, "WHOLE_ROW": False}
 
 
-def shared(kernel, codes, **constants):
+def shared(kernel, codes, options=None, **constants):
     types = {**INTEGERS, **FLOATS, "codes": codes, "a": codes, "b": codes}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    built = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32))
+    # As at a launch with aligned tensors and sizes; only then are loads pipelined through shared memory.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    built = triton.compile(ASTSource(kernel, signature, places, aligned), options=options or {}, target=GPUTarget("cuda", 90, 32))
     return built.metadata.shared
 
 
@@ -40,7 +42,7 @@ def biggest():
         yield shared(jit.decode_dot_kernel, codes, KIND=kind, **GROUPED, **book, HAS_BIAS=True, BM=64, BN=64, BK=64, GM=8)
     for codes in ("*i8", "*fp8e4nv"):
         integer = codes == "*i8"
-        yield shared(jit.scaled_dot_kernel, codes, GROUP=128, WHOLE_ROW=False, ONE_BLOCK_ROW=False, INTEGER=integer,
+        yield shared(jit.scaled_dot_kernel, codes, {"num_warps": 8, "num_stages": 4}, GROUP=128, WHOLE_ROW=False, ONE_BLOCK_ROW=False, INTEGER=integer,
                      HAS_BIAS=True, BM=128, BN=128, BK=128, GM=8)
         yield shared(jit.quantize_groups_kernel, codes, LARGEST=127.0, INTEGER=integer, ROWS=8, BLOCK=128)
 
@@ -53,4 +55,5 @@ def test_every_kernel_compiles_for_hopper_and_fits_in_its_shared_memory(tmp_path
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run([sys.executable, "-c", COMPILE_ALL], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) <= 227 * 1024
+    largest = json.loads(run.stdout.splitlines()[-1])
+    assert 64 * 1024 < largest <= 227 * 1024        # the lower bound: the loads were pipelined, as at a real launch
