@@ -20,7 +20,7 @@ class TestConditioning(io.ComfyNode):
                 io.Combo.Input("kind", options=list(KINDS), default="noise", tooltip=(
                     "'noise': exercises the text layers as a prompt would, so the comparison is strict. "
                     "'zeros': no prompt at all, and a good negative. 'demo shapes': what the demo model was trained on.")),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=(
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
                     "Of the noise; compare several before trusting one. Of 'demo shapes': 0 to 9, circle to ring in warm and "
                     "in cool colours.")),
             ],

@@ -8,7 +8,7 @@ const FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', 
 const MODEL = 'quantpress_demo_model.safetensors', VAE = 'quantpress_demo_vae.safetensors';
 const recipe = (format) => ({ source: ['1', 0], format, group_size: 'automatic', scales: 'absmax', rounding: 'nearest', seed: 0,
   keep: '', only: '', fallback: 'keep in source dtype', device: 'auto' });
-const sampler = (model) => ({ model, positive: ['4', 0], negative: ['5', 0], latent_image: ['6', 0], seed: 3, steps: 20, cfg: 3.0,
+const sampler = (model, seed) => ({ model, positive: ['4', 0], negative: ['5', 0], latent_image: ['6', 0], seed, steps: 20, cfg: 3.0,
   sampler_name: 'euler', scheduler: 'simple', denoise: 1.0 });
 const node = (class_type, inputs, at, size, title) => ({ class_type, inputs, at, size, title });
 
@@ -18,10 +18,10 @@ const EXAMPLES = {
       1: node('QuantPressLoadSource', { file: `diffusion_models/${MODEL}` }, [40, 110], [380, 190]),
       2: node('QuantPressQuantize', recipe('int8_convrot'), [450, 110], [440, 570]),
       3: node('QuantPressLoadQuantized', { quantized: ['2', 0] }, [920, 110], [300, 60]),
-      4: node('QuantPressTestConditioning', { model: ['3', 0], kind: 'demo shapes', seed: 3 }, [920, 230], [300, 110], 'Positive (use your text encoder)'),
+      4: node('QuantPressTestConditioning', { model: ['3', 0], kind: 'demo shapes', seed: 9 }, [920, 230], [300, 110], 'Positive (use your text encoder)'),
       5: node('QuantPressTestConditioning', { model: ['3', 0], kind: 'zeros', seed: 0 }, [920, 400], [300, 110], 'Negative'),
       6: node('EmptySD3LatentImage', { width: 128, height: 128, batch_size: 4 }, [920, 570], [300, 110]),
-      7: node('KSampler', sampler(['3', 0]), [1250, 110], [300, 270]),
+      7: node('KSampler', sampler(['3', 0], 9), [1250, 110], [300, 270]),
       8: node('VAELoader', { vae_name: VAE }, [1250, 450], [300, 60]),
       9: node('VAEDecode', { samples: ['7', 0], vae: ['8', 0] }, [1250, 580], [300, 50]),
       10: node('SaveImage', { images: ['9', 0], filename_prefix: 'QuantPress/quantized' }, [1580, 110], [440, 570]),
@@ -46,9 +46,9 @@ A new seed or prompt does not quantize again; a new format does. Add *Save Quant
       3: node('UNETLoader', { unet_name: ['12', 0], weight_dtype: 'default' }, [920, 350], [430, 90], 'The saved file, by the stock loader'),
       8: node('VAELoader', { vae_name: VAE }, [920, 490], [430, 60]),
       13: node('QuantPressInspect', { file: '(the connected model)', quantized: ['2', 0] }, [920, 600], [430, 470]),
-      7: node('KSampler', sampler(['11', 0]), [1390, 110], [300, 270], 'KSampler: original'),
+      7: node('KSampler', sampler(['11', 0], 8), [1390, 110], [300, 270], 'KSampler: original'),
       9: node('VAEDecode', { samples: ['7', 0], vae: ['8', 0] }, [1390, 450], [300, 50]),
-      14: node('KSampler', sampler(['3', 0]), [1390, 600], [300, 270], 'KSampler: quantized'),
+      14: node('KSampler', sampler(['3', 0], 8), [1390, 600], [300, 270], 'KSampler: quantized'),
       15: node('VAEDecode', { samples: ['14', 0], vae: ['8', 0] }, [1390, 940], [300, 50]),
       10: node('PreviewImage', { images: ['9', 0] }, [1720, 110], [400, 440], 'Original'),
       16: node('PreviewImage', { images: ['15', 0] }, [1720, 600], [400, 470], 'Quantized'),
