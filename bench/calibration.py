@@ -263,11 +263,12 @@ def measure_overhead(device: str, row: Callable[..., None], width: int, tokens: 
             return min(run() for _ in range(3))
 
     plain = seconds(None)
-    for name, hessians, rows in (("diagonal", False, 128), ("hessian", True, 64), ("hessian", True, 128), ("hessian", True, 512)):
+    for hessians, rows, stride in ((False, 128, 1), (False, 32, 1), (False, 32, 4), (True, 64, 1), (True, 128, 1), (True, 128, 4),
+                                   (True, 512, 1)):
         plan = plan_budget(shapes, Budget(64 * 2**30, hessians=hessians))
-        watched = seconds(Collector(modules, plan, CaptureSettings(rows_per_step=rows)))
-        row(keeps=name, rows_per_step=rows, width=width, tokens=2 * tokens, blocks=blocks, plan=plan.counts(),
-            plain_ms=plain * 1e3, watched_ms=watched * 1e3, slowdown_percent=(watched / plain - 1) * 100)
+        watched = seconds(Collector(modules, plan, CaptureSettings(rows_per_step=rows, absmax_stride=stride)))
+        row(hessians=hessians, rows_per_step=rows, absmax_stride=stride, width=width, tokens=2 * tokens, blocks=blocks,
+            plan=plan.counts(), plain_ms=plain * 1e3, watched_ms=watched * 1e3, slowdown_percent=(watched / plain - 1) * 100)
 
 
 def main() -> None:

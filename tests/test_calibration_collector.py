@@ -153,6 +153,31 @@ def test_cap_balances_steps_and_labels_whatever_the_calls():
     assert watch.result().statistics["up"].seen == 160 + 20 + 120 + 100  # every row counts for the absmax
 
 
+def test_a_strided_absmax_sees_every_row_over_the_calls():
+    net = nn.Sequential(nn.Linear(4, 4))
+    watch = collector(net, absmax_stride=3)
+    x = torch.arange(28.0).view(7, 4)
+    found = []
+    with watch.capture(net):
+        for _ in range(3):
+            net(x)
+            found.append(watch.result().statistics["0"].absmax.tolist())
+    assert found == [x[6].tolist()] * 3 and watch.result().statistics["0"].seen == 7
+    other = collector(net, absmax_stride=3)
+    with other.capture(net):
+        net(x[:6])
+        assert other.result().statistics["0"].absmax.tolist() == x[3].tolist()
+        net(x[:6])
+        net(x[:6])
+    assert other.result().statistics["0"].absmax.tolist() == x[5].tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"rows_per_step": 0}, {"absmax_stride": 0}, {"holdout": 1.0}, {"holdout": -0.1}])
+def test_capture_settings_refuse_nonsense(wrong):
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        CaptureSettings(**wrong)
+
+
 def test_held_out_rows_are_in_no_other_statistic():
     net = Net()
     watch = collector(net, holdout=0.25, rows_per_step=40)
