@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import recipe_options
 from .console import duration_text, print_json, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -35,6 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--scales", default="absmax", metavar="NAME", help="how scales are chosen (default: %(default)s)")
     parser.add_argument("--rounding", default="nearest", metavar="NAME",
                         help="how weights are rounded (default: %(default)s)")
+    recipe_options.add_arguments(parser)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for methods that use chance (default: 0)")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report of every layer here")
@@ -70,7 +72,7 @@ def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
 
     recipe = Recipe(get_format(args.format, args.group_size, args.rotation), args.scales, args.rounding, args.seed)
     fallback = Recipe(get_format(args.fallback), args.scales, args.rounding, args.seed) if args.fallback else None
-    return recipe, Policy(tuple(args.keep), tuple(args.only), fallback)
+    return recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
 
 
 def _dry_run(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> int:

@@ -139,8 +139,7 @@ def _plan_layer(src: Source, layer: str, stored: StoredLayer | None, recipe: Rec
     fmt = chosen.format.for_shape(shape)
     chosen = replace(chosen, format=fmt)
     config = fmt.config(shape, CODE_TO_TORCH[info.dtype] if stored is None else torch.bfloat16)
-    if rule is not None:
-        config = {**config, **rule.config}
+    config = {**config, **policy.config, **(rule.config if rule is not None else {})}
     outputs = tuple(OutputTensor(f"{layer}.{spec.suffix}", TORCH_TO_CODE[spec.dtype], spec.shape)
                     for spec in fmt.tensor_specs(shape))
     outputs += (OutputTensor(config_tensor_name(layer), "U8", (encode_config(config).numel(),)),)

@@ -55,12 +55,14 @@ class Policy:
     keep: these stay. only: nothing else is quantized, and the name rules do not apply to these: who names a layer
     wants it. keep wins over only. fallback: the recipe for layers whose shape the main format cannot take, or whose
     weight must not be packed. rules: recipes for single layers; the first that matches wins, over all of the above.
+    config: keys added to the comfy_quant object of every quantized layer.
     """
 
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fallback: Recipe | None = None
     rules: tuple[Rule, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, layers: Iterable[str]) -> None:
         """PlanError: a regex that does not compile, or that matches no layer."""
