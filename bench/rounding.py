@@ -165,8 +165,9 @@ def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, 
     device, shape = str(layer.weight.device), tuple(layer.weight.shape)
     recipe = Recipe(get_format(fmt_name), scales, rounding, options=options)
     evidence = layer.evidence if data else Evidence()
-    seconds, peak = [], 0
+    seconds, peak, result = [], 0, None
     for _ in range(repeat + device.startswith("cuda")):
+        del result
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             peak = -torch.cuda.memory_allocated()

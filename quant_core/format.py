@@ -76,7 +76,7 @@ class Runtime:
 class ColumnGrid:
     """The decoded values that weights of some columns can take: `zero + scale * levels`.
 
-    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C] >= 0.
+    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C], negative only with signed_scales.
     zero: float32 [N, C], or None for 0.
     """
 
@@ -93,6 +93,7 @@ class Format:
     error_bound: largest |w - decode| as a fraction of the block's absmax, for round-to-nearest with absmax scales;
     tensor_bound: what is added to it as a fraction of the tensor's absmax (a coarse parent scale).
     pad_to: N and K of the work weight are padded with zeros to multiples of this.
+    signed_scales: a scale may be negative, which mirrors the grid: worth it where the grid is not symmetric.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Format:
     rotations: tuple[int, ...] = ()
     pad_to: int = 1
     k_multiple: int = 1
+    signed_scales: bool = False
     zero_policy: str = "a block of zeros gets scale 1 and codes 0"
     rows_are_independent: bool = True      # but for the tensor's absmax
 
@@ -305,8 +307,8 @@ class Format:
                         work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The decoded neighbours lo <= w <= hi of each weight (equal on the grid and beyond its ends)."""
         scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
-        lo, hi = self.element.bracket(self._to_units(columns, scale))
-        return lo * scale, hi * scale
+        lo, hi = (part * scale for part in self.element.bracket(self._to_units(columns, scale)))
+        return (torch.minimum(lo, hi), torch.maximum(lo, hi)) if self.signed_scales else (lo, hi)
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
         """The values within reach of the weights in `columns`, int64 [C], in any order."""

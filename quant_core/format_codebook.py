@@ -44,7 +44,8 @@ class CodebookFormat(Format):
         return QParams(effective)
 
     def _to_units(self, view: Tensor, scale: Tensor) -> Tensor:
-        return view * scale.clamp(min=_SMALLEST_DIVISOR).reciprocal()
+        divisor = torch.where(scale < 0, scale.clamp(max=-_SMALLEST_DIVISOR), scale.clamp(min=_SMALLEST_DIVISOR))
+        return view * divisor.reciprocal()
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {"weight": pack_nibbles(codes, high_first=True), "weight_scale": qp.scale.contiguous(),

@@ -19,7 +19,7 @@ _SLICE = 1 << 22                      # weights scored at once
 _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
 _PARENT_ROWS = 256                    # rows sampled to choose the parent
 _COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
-_FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
 _NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 5), ScaleDtype.E8M0: range(-3, 2)}
 
 
@@ -40,8 +40,8 @@ def choose(task: Task) -> QParams:
     best = _Best(task, base)
     for candidate in _multiples(task, base):
         best.offer(candidate)
-    for step in _FINE if task.fmt.scale_dtype not in _NEIGHBOURS else ():
-        best.offer(task.fmt.qparams(best.qp.effective() + step * base.effective(), like=best.qp))
+    for factor in _FINE if task.fmt.scale_dtype not in _NEIGHBOURS else ():
+        best.offer(task.fmt.qparams(best.qp.effective() * factor, like=best.qp))
     for _ in range(options.search_refits):
         best.offer(least_squares(task, best.qp))
     return best.qp
@@ -84,7 +84,7 @@ def _multiples(task: Task, base: QParams) -> Iterator[QParams]:
     steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
     if steps is None:
         effective = base.effective()
-        for multiple in _COARSE:
+        for multiple in (*_COARSE, *(-m for m in _COARSE)) if task.fmt.signed_scales else _COARSE:
             yield task.fmt.qparams(effective * multiple, like=base)
         return
     for step in steps:
@@ -136,7 +136,7 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
         target, value = block_view(part, block), block_view(near, block)
         if sub.zero is not None:
             value = value - sub.zero[:, None, :, None]
-        unit = torch.where(scale > 0, value / scale, torch.zeros_like(value))
+        unit = torch.where(scale == 0, torch.zeros_like(value), value / scale)
         weight = torch.ones_like(part[0]) if weights is None else weights
         weight = weight.view(1, 1, -1, block[1])
         sums.append(torch.stack([(weight * x).sum(dim=(1, 3)) for x in
@@ -148,8 +148,8 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
 def _solve(task: Task, qp: QParams, cc: Tensor, c: Tensor, one: Tensor, cw: Tensor, w: Tensor) -> QParams:
     """Least squares of target = scale * unit (+ zero); blocks that determine none keep theirs."""
     if qp.zero is None:
-        scale = cw / cc
-        return task.fmt.qparams(torch.where((cc > 0) & (scale > 0), scale, qp.effective()), like=qp)
+        scale, effective = cw / cc, qp.effective()
+        return task.fmt.qparams(torch.where((cc > 0) & (scale * effective > 0), scale, effective), like=qp)
     det = cc * one - c * c
     scale, zero = (cw * one - c * w) / det, (cc * w - c * cw) / det
     good = (det > 1e-6 * cc * one) & (scale > 0)

@@ -72,7 +72,7 @@ def round_block_torch(original: Tensor, target: Tensor, errors: Tensor, inner: T
 
 def nearest(x: Tensor, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x, scale, zero: [N]; levels: [L] or [N, L], ascending -> nearest of zero + scale * levels. A tie goes down."""
-    units = (x if zero is None else x - zero) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    units = (x if zero is None else x - zero) / torch.where(scale == 0, torch.ones_like(scale), scale)
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     if levels.dim() == 1:
         chosen = levels[torch.bucketize(units, middles)]

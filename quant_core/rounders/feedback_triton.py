@@ -46,7 +46,7 @@ def _round_block(original, target, errors, inner, levels, scale, zero, rows, col
         base = tl.zeros([ROWS], dtype=tl.float32)
         if HAS_ZERO:
             base = tl.load(zero + row * zr + i * zc, mask=live, other=0.0)
-        unit = (x - base) / tl.where(step > 0, step, 1.0)
+        unit = (x - base) / tl.where(step == 0, 1.0, step)
         first = tl.zeros([ROWS], dtype=tl.int64)
         if PER_WEIGHT:
             first = tl.where(live, (row * columns + i) * COUNT, 0)

@@ -51,12 +51,12 @@ def _refit_block(task: Task, sub: QParams, original: Tensor, errors: Tensor, col
     effective = sub.effective()
     view = block_view(rounded, block)
     view = view if sub.zero is None else view - sub.zero[:, None, :, None]
-    divisor = torch.where(effective > 0, effective, torch.ones_like(effective))
+    divisor = torch.where(effective == 0, torch.ones_like(effective), effective)
     unit = (view / divisor[:, None, :, None]).reshape(original.shape)
     numerator = sums(pull, unit)
     denominator = sums(torch.addmm(added * unit, unit, within), unit)
     wished = effective + torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
-    new = fmt.qparams(torch.where((wished > 0) & (effective > 0), wished, effective), like=sub)
+    new = fmt.qparams(torch.where(wished * effective > 0, wished, effective), like=sub)
 
     change = fmt.decode(codes, new) - rounded
     gain = sums(torch.addmm(added * change, change, within).sub_(pull, alpha=2), change)
