@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import platform
@@ -155,14 +156,13 @@ def with_quantized_inputs(bench: Bench, on_disk: str, scales: dict[str, float | 
 
 def measure_snr(bench: Bench, row: Callable[..., None], formats: Sequence[str]) -> None:
     calibration = bench.calibrate()
-    for fmt in formats:
-        for method in METHODS:
-            started = time.perf_counter()
-            model = bench.quantized(fmt, method, calibration)
-            seconds = time.perf_counter() - started
-            mean, spread = bench.latent_db(model)
-            row(format=fmt, method=method, one_step_db=bench.one_step_db(model), latent_db=mean, latent_db_std=spread,
-                seeds=len(bench.seeds), quantize_s=seconds)
+    for fmt, method in itertools.product(formats, METHODS):
+        started = time.perf_counter()
+        model = bench.quantized(fmt, method, calibration)
+        seconds = time.perf_counter() - started
+        mean, spread = bench.latent_db(model)
+        row(format=fmt, method=method, one_step_db=bench.one_step_db(model), latent_db=mean, latent_db_std=spread,
+            seeds=len(bench.seeds), quantize_s=seconds)
 
 
 def measure_curve(bench: Bench, row: Callable[..., None], formats: Sequence[str]) -> None:
@@ -186,9 +186,7 @@ def measure_curve(bench: Bench, row: Callable[..., None], formats: Sequence[str]
 
 def measure_activations(bench: Bench, row: Callable[..., None], formats: Sequence[str]) -> None:
     statistics = bench.calibrate().statistics
-    for on_disk in formats:
-        if on_disk not in RULES:
-            continue
+    for on_disk in [name for name in formats if name in RULES]:
         rule = RULES[on_disk]
         sources: dict[str, dict[str, float | None]] = {"measured per call": dict.fromkeys(bench.names)}
         for percent in (100.0, 99.99, 99.9, 99.0):
@@ -289,10 +287,9 @@ def main() -> None:
         print(json.dumps(about | shown), flush=True)
 
     if args.what == "overhead":
-        measure_overhead(args.device, row, args.width, args.tokens, args.blocks)
-        return
+        return measure_overhead(args.device, row, args.width, args.tokens, args.blocks)
     measure = {"snr": measure_snr, "curve": measure_curve, "activations": measure_activations}[args.what]
-    measure(Bench(args.device, args.seeds), row, args.formats)
+    return measure(Bench(args.device, args.seeds), row, args.formats)
 
 
 def commit() -> str:
