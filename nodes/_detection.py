@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def _detect_diffusion(source: Source) -> Detection | None:
     if config is None:
         return None
     plain = {key: str(value) for key, value in config.items()}
-    known = model_detection.model_config_from_unet_config(dict(config), state, prefix)
+    match = model_detection.model_config_from_unet_config
+    arguments = (dict(config), state, prefix)[:len(signature(match).parameters)]      # the prefix came later
+    known = match(*arguments)
     if known is None:
         return None
     return Detection(type(known).__name__, plain, _fixed(state))

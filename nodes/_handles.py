@@ -9,6 +9,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..quant_core.errors import InputFileError
+
 CATEGORY = "QuantPress"
 SourceType = io.Custom("QUANTPRESS_SOURCE")
 QuantizedType = io.Custom("QUANTPRESS_MODEL")
@@ -38,6 +40,14 @@ class QuantizedHandle:
 
     def __post_init__(self) -> None:
         _held.add(self)
+
+
+def spool_of(handle: QuantizedHandle) -> Path:
+    """The handle's file, which someone may have removed with the temporary folder. Raises InputFileError."""
+    if not handle.path.is_file():
+        raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, "
+                             "the seed for example, and run again.")
+    return handle.path
 
 
 def held_files() -> set[Path]:

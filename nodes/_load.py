@@ -15,6 +15,7 @@ from ..quant_core.checkpoint.metadata import HEADER_KEY
 from ..quant_core.checkpoint.source import open_source
 from ..quant_core.errors import InputFileError
 from ._progress import NodeProgress
+from ._schema import known
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def _load_decoded(path: Path) -> Any:
             poll()
             state[f"{layer.layer}.weight"] = layer.decode(source).to(torch.bfloat16)
         metadata = {key: value for key, value in source.metadata.items() if key != HEADER_KEY}
-    model = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
+    load = comfy.sd.load_diffusion_model_state_dict
+    model = load(state, **known(load, metadata=metadata))
     if model is None:
         raise _unknown(path)
     return model

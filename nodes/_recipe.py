@@ -59,11 +59,10 @@ def widgets() -> list[Any]:
         io.String.Input("only", default="", multiline=False, tooltip=(
             "If filled: only layers that match this regular expression are quantized, even those that would be kept by "
             "default. For experiments, and for sparing all but the largest layers.")),
-        io.Combo.Input("fallback", options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))], default=KEEP,
-                       advanced=True, tooltip=(
+        io.Combo.Input("fallback", options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))], default=KEEP, tooltip=(
             "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by it. "
             "Keeping them is safest; an 8-bit format saves a little more space.")),
-        io.Combo.Input("device", options=devices(), default="auto", advanced=True, tooltip=(
+        io.Combo.Input("device", options=devices(), default="auto", tooltip=(
             "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
             "'cpu' leaves the GPU alone; slower.")),
     ]

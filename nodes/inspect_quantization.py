@@ -6,8 +6,9 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import RequestError
 from ._folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
+from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
 from ._inspect import inspect, table
+from ._schema import schema
 
 CONNECTED = "(the connected model)"
 
@@ -15,7 +16,7 @@ CONNECTED = "(the connected model)"
 class InspectQuantization(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressInspect", display_name="Inspect Quantization", category=CATEGORY, is_output_node=True,
             description="Shows what is inside a file: layer groups, formats, sizes, and what a loader would stumble over.",
             inputs=[
@@ -31,7 +32,7 @@ class InspectQuantization(io.ComfyNode):
     def execute(cls, file: str, quantized: QuantizedHandle | None = None) -> io.NodeOutput:
         if file == CONNECTED and quantized is None:
             raise RequestError("Choose a file, or connect a quantized model.")
-        found = inspect(quantized.path if file == CONNECTED else resolve_model(file, *SOURCE_FOLDERS))
+        found = inspect(spool_of(quantized) if file == CONNECTED else resolve_model(file, *SOURCE_FOLDERS))
         text = table(found)
         return io.NodeOutput(text, json.dumps(found, indent=1), ui=ui.PreviewText(text))
 

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ._folders import list_models, resolve_model, stamp
 from ._handles import CATEGORY
 from ._load import load_model
+from ._schema import schema
 
 _FOLDERS = ("diffusion_models", "checkpoints")
 
@@ -12,7 +13,7 @@ _FOLDERS = ("diffusion_models", "checkpoints")
 class LoadQuantizedFile(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressLoadFile", display_name="Load Quantized Diffusion Model", category=CATEGORY,
             description=("Loads a quantized file even where the stock loader cannot: in a ComfyUI that is too old (the weights "
                          "are then decoded to 16 bits), or beside ComfyUI-QuantOps."),

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
+from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
 from ._load import load_model
+from ._schema import schema
 
 
 class LoadQuantizedInGraph(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressLoadQuantized", display_name="Load Quantized Model (in graph)", category=CATEGORY,
             description="Loads the quantized model as a MODEL without saving it first, exactly as its file would load.",
             inputs=[QuantizedType.Input("quantized", tooltip=(
@@ -18,4 +19,4 @@ class LoadQuantizedInGraph(io.ComfyNode):
 
     @classmethod
     def execute(cls, quantized: QuantizedHandle) -> io.NodeOutput:
-        return io.NodeOutput(load_model(quantized.path, keep=quantized))
+        return io.NodeOutput(load_model(spool_of(quantized), keep=quantized))

@@ -5,13 +5,14 @@ from comfy_api.latest import io, ui
 from ._detection import detect
 from ._folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
 from ._handles import CATEGORY, SourceHandle, SourceType
+from ._schema import schema
 from ._source_text import describe_source, label_of
 
 
 class LoadSource(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressLoadSource", display_name="Load Model to Quantize", category=CATEGORY,
             description="Names a model file to be quantized. Only its header is read, so this takes no time and no memory.",
             has_intermediate_output=True, search_aliases=["quantize", "convert", "fp8", "nvfp4", "int8"],

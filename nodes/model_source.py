@@ -7,12 +7,13 @@ from comfy_api.latest import io
 from ._graph_source import write_source
 from ._handles import CATEGORY, SourceType
 from ._progress import NodeProgress
+from ._schema import schema
 
 
 class ModelSource(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressModelSource", display_name="Model from Graph", category=CATEGORY,
             description="Takes a MODEL of the graph, with its LoRAs or merges, as the model to quantize.",
             search_aliases=["bake lora", "quantize"],

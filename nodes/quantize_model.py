@@ -9,12 +9,13 @@ from ._progress import NodeProgress
 from ._quantize import quantize
 from ._recipe import read_settings, widgets
 from ._report_text import summary
+from ._schema import schema
 
 
 class QuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressQuantize", display_name="Quantize Model", category=CATEGORY,
             description=("Quantizes a model layer by layer. It streams from file to file: memory holds one layer at a time, "
                          "whatever the model's size. The result stays in ComfyUI's temporary folder until it is saved."),

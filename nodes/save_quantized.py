@@ -3,14 +3,15 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
+from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
 from ._save import DEFAULT_PATTERN, expand, publish
+from ._schema import schema
 
 
 class SaveQuantized(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressSave", display_name="Save Quantized Model", category=CATEGORY, is_output_node=True,
             description="Saves the quantized model as a file. It is verified before it appears under its name.",
             inputs=[
@@ -30,7 +31,7 @@ class SaveQuantized(io.ComfyNode):
     def execute(cls, quantized: QuantizedHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
         expanded = expand(name, quantized)
         target = write_target(folder, expanded)
-        publish(quantized.path, target, overwrite)
+        publish(spool_of(quantized), target, overwrite)
         listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
         return io.NodeOutput(listed, ui=ui.PreviewText(text))

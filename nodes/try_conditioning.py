@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ._conditioning import KINDS, conditioning
 from ._handles import CATEGORY
+from ._schema import schema
 
 
 class TestConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="QuantPressTestConditioning", display_name="Test Conditioning", category=CATEGORY,
             description=("Conditioning that fits the model, without a text encoder. For comparing a model with its quantized "
                          "form: the picture means little, the difference between two pictures much."),

@@ -1,0 +1,19 @@
+"""Calls that older versions of ComfyUI take too: options that they can do without are left out where they are unknown."""
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+_OPTIONAL = {"has_intermediate_output", "search_aliases", "metadata"}
+
+
+def known(call: Any, **options: Any) -> dict[str, Any]:
+    """The options that `call` has parameters for; others than _OPTIONAL pass unseen, so that a typo is still an error."""
+    parameters = inspect.signature(call).parameters
+    return {name: value for name, value in options.items() if name in parameters or name not in _OPTIONAL}
+
+
+def schema(**fields: Any) -> io.Schema:
+    return io.Schema(**known(io.Schema, **fields))
