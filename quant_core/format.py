@@ -17,7 +17,7 @@ from torch import Tensor
 from .cancel import poll
 from .errors import RequestError
 from .metrics import relative_error
-from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, snap
+from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
 
 # On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
 _CPU_SLICE = 1 << 18
@@ -223,12 +223,12 @@ class Format:
 
     def absmax(self, work: Tensor) -> QParams:
         """The default scales: the block's largest magnitude lands on the element's largest value."""
-        return self.qparams(block_absmax(work, self.block(tuple(work.shape))) / self.element.max)
+        return self.qparams(divide(block_absmax(work, self.block(tuple(work.shape))), self.element.max))
 
     def absmax_under(self, rows: Tensor, largest: Tensor) -> QParams:
         """absmax for some rows of a work weight whose largest magnitude is `largest`, float32 ()."""
         if self.granularity is Granularity.TENSOR:
-            return self.qparams((largest / self.element.max).reshape(1, 1))
+            return self.qparams(divide(largest, self.element.max).reshape(1, 1))
         return self.absmax(rows)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:

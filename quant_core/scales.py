@@ -50,6 +50,11 @@ class ScaleDtype(Enum):
     E8M0 = torch.uint8
 
 
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded on every device: CUDA multiplies by the reciprocal of a Python number, an ulp off."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 def snap(scale: Tensor, dtype: ScaleDtype) -> Tensor:
     """float32 scales > 0 -> the nearest float32 values that the stored dtype holds exactly.
 

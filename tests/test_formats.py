@@ -94,6 +94,19 @@ def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
     assert error == pytest.approx(fmt.decoding_error(work, fmt.encode(work, fmt.absmax(work)), fmt.absmax(work)), rel=1e-3)   # float32 sums
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device to compare with the CPU")
+@every_format
+def test_cuda_gives_the_bytes_of_the_cpu(fmt):
+    for seed in range(4):
+        w = normal((512, 1024), seed)
+        ours, theirs = fmt.quantize(w), fmt.quantize(w.cuda())
+        for name, tensor in ours.items():
+            same = tensor.reshape(-1).view(torch.uint8) == theirs[name].cpu().reshape(-1).view(torch.uint8)
+            # Matrix products (rotation) and least squares (W4A8) sum in another order.
+            exact = fmt.rotation is None
+            assert bool(same.all()) if exact else float(same.float().mean()) > 0.98, name
+
+
 @every_format
 def test_decoded_weights_keep_their_codes(fmt):
     work = fmt.prepare(normal((256, 512), 5))

@@ -14,7 +14,7 @@ from ..elements import CodebookElement
 from ..format import ColumnGrid, Format, Runtime, TensorSpec, register
 from ..packing import pack_nibbles, unpack_nibbles
 from ..ranks import look_up, rank_table
-from ..scales import Granularity, QParams, ScaleDtype, load, snap, store
+from ..scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
 DEFAULT_CODEBOOK = CodebookElement("w4a8", (
@@ -63,13 +63,13 @@ class W4A8(Format):
             scale = ((grouped * levels).sum(-1, keepdim=True)
                      / (levels * levels).sum(-1, keepdim=True).clamp(min=_TINY)).clamp(min=_TINY)
             levels = look_up(table, _nearest(grouped / scale, table))
-        channel = ((levels * scale).abs().amax(dim=(1, 2)) / 127.0).clamp(min=_TINY)[:, None]
+        channel = divide((levels * scale).abs().amax(dim=(1, 2)), 127.0).clamp(min=_TINY)[:, None]
         return snap(scale.squeeze(-1) / channel, self.scale_dtype), channel
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         if like is None:
             table = torch.tensor(DEFAULT_CODEBOOK.table, device=effective.device)
-            channel = (effective.amax(dim=1, keepdim=True) * table.abs().max() / 127.0).clamp(min=_TINY)
+            channel = divide(effective.amax(dim=1, keepdim=True) * table.abs().max(), 127.0).clamp(min=_TINY)
         else:
             table, channel = like.codebook, like.parent
         return QParams(snap((effective / channel).clamp(min=2.0**-9), self.scale_dtype), channel, codebook=table)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..elements import CodebookElement
 from ..format import ColumnGrid, Format, Runtime, TensorSpec, register
 from ..packing import pack_nibbles, unpack_nibbles
-from ..scales import Granularity, QParams, ScaleDtype, block_view, snap
+from ..scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
 
 # value = (code - 8) * scale + zero
 UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))
@@ -38,7 +38,7 @@ class AwqW4A16(Format):
         """Here min-max: code 0 lands on the group's smallest weight, code 15 on its largest."""
         view = block_view(work, self.block(tuple(work.shape)))
         low, high = view.amin(dim=(1, 3)), view.amax(dim=(1, 3))
-        scale = snap((high / 15 - low / 15).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
+        scale = snap((divide(high, 15) - divide(low, 15)).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
         # The middle of the 16 codes sits at -0.5: centre them on the group, so that bf16's rounding of the
         # zero point costs both ends the same.
         zero = snap(low / 2 + high / 2 + scale / 2, ScaleDtype.BF16)

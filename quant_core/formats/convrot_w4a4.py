@@ -8,7 +8,7 @@ from torch import Tensor
 from ..elements import INT4
 from ..format import Format, Runtime, TensorSpec, register
 from ..packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
-from ..scales import Granularity, QParams, block_absmax
+from ..scales import Granularity, QParams, block_absmax, divide
 
 _ABSMAX_FLOOR = 1e-10       # as the reference writes rows of zeros
 
@@ -25,7 +25,7 @@ class ConvRotW4A4(Format):
         return {**super().config(shape, dtype), "convrot_groupsize": self.rotation}
 
     def absmax(self, work: Tensor) -> QParams:
-        return QParams(block_absmax(work, self.block(tuple(work.shape))).clamp(min=_ABSMAX_FLOOR) / self.element.max)
+        return QParams(divide(block_absmax(work, self.block(tuple(work.shape))).clamp(min=_ABSMAX_FLOOR), self.element.max))
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=_ABSMAX_FLOOR / self.element.max))

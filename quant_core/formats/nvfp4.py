@@ -8,7 +8,7 @@ from ..elements import E2M1
 from ..format import Runtime, TensorSpec, register
 from ..format_padded import PaddedBlockFormat
 from ..packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
-from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, load, snap, store
+from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
 
 _LARGEST_SCALE = 448.0
 
@@ -31,11 +31,11 @@ class Nvfp4(PaddedBlockFormat):
         largest = block_absmax(work, self.block(tuple(work.shape)))
         tensor_largest = largest.max() if tensor_largest is None else tensor_largest
         # amax / (448 * 6) in one division, as the reference writes it; dividing twice can differ by an ulp.
-        parent = (tensor_largest / (_LARGEST_SCALE * self.element.max)).clamp(min=SCALE_FLOOR)
-        return self._under(largest / self.element.max, parent)
+        parent = divide(tensor_largest, _LARGEST_SCALE * self.element.max).clamp(min=SCALE_FLOOR)
+        return self._under(divide(largest, self.element.max), parent)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        parent = like.parent if like is not None else (effective.max() / _LARGEST_SCALE).clamp(min=SCALE_FLOOR)
+        parent = like.parent if like is not None else divide(effective.max(), _LARGEST_SCALE).clamp(min=SCALE_FLOOR)
         return self._under(effective, parent)
 
     def _under(self, effective: Tensor, parent: Tensor) -> QParams:
