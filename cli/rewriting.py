@@ -3,17 +3,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import print_json, size_text
+from .console import print_json, size_text, table_lines
+from .groups import collapse
 from .interrupt import stop_on_signal
 from .progress import show_progress
 
 if TYPE_CHECKING:
-    from ..quant_core.tools.rewrite import Rewrite
+    from ..quant_core.tools.rewrite import Change, Rewrite
 
-_SHOWN = 12
+_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +53,23 @@ def lines(rewrite: Rewrite, target: Path | None) -> list[str]:
     changes = rewrite.changes()
     counts = Counter(change.kind for change in changes)
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing to change"
-    shown = [f"  {change}" for change in changes[:_SHOWN]]
-    if len(changes) > _SHOWN:
-        shown.append(f"  and {len(changes) - _SHOWN} more (--json lists all)")
     unchanged = len(rewrite.outputs) - sum(counts[kind] for kind in ("renamed", "retyped", "rewritten", "added"))
     head = (f"{target}: written and verified, {size_text(rewrite.nbytes)}; {summary}; {unchanged} tensors copied as they were"
             if target else f"would change: {summary}; {unchanged} tensors stay as they are")
-    return [head, *shown, *(f"note: {note}" for note in rewrite.notes)]
+    rows = _rows(changes)
+    more = [f"  and {len(rows) - _SHOWN} more rows (--json lists every tensor)"] if len(rows) > _SHOWN else []
+    return [head, *table_lines(rows[:_SHOWN], right=(1,), indent="  "), *more, *(f"note: {note}" for note in rewrite.notes)]
+
+
+def _rows(changes: Sequence[Change]) -> list[tuple[str, str, str]]:
+    """Like changes of like layers as one row: what, how many, where."""
+    named: dict[str, list[str]] = {}
+    for change in changes:
+        named.setdefault(change.kind, []).append(_label(change))
+    return [(kind, f"{count}x", pattern) for kind, names in named.items() for pattern, count in collapse(names)]
+
+
+def _label(change: Change) -> str:
+    if change.kind == "renamed":
+        return f"{change.name} (was {change.before.rpartition('.')[2]})"
+    return f"{change.name} ({change.before} -> {change.after})" if change.kind == "retyped" else change.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,18 @@ def verify_file(path: str | Path, against: str | Path | None = None, *, worst_al
         return report
     findings = list(report.findings)
     with open_source(path) as src, open_source(against) as ref:
+        report = _with_older_forms(src, report)
         layers = tuple(_compare_layers(src, ref, report, worst_allowed, findings, progress))
         findings += _compare_copies(src, ref, report)
     return VerifyReport(str(path), layers, tuple(findings))
+
+
+def _with_older_forms(src: Source, report: VerifyReport) -> VerifyReport:
+    """The report with the layers of legacy and foreign forms, which decode, though ComfyUI's rules do not know them."""
+    known = {check.layer for check in report.layers}
+    more = tuple(LayerCheck(layer, entry.format.name, entry.shape) for layer, entry in stored_layers(src).items()
+                 if layer not in known)
+    return replace(report, layers=report.layers + more)
 
 
 def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -224,11 +233,12 @@ def _compare_layers(src: Source, ref: Source, report: VerifyReport, worst_allowe
 
 
 def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Finding]:
-    quantized = tuple(f"{layer.layer}." for layer in report.layers)
+    quantized = {f"{layer.layer}." for layer in report.layers}
+    consumed = {name for layer in stored_layers(src).values() for name in layer.names.values()}
     findings = []
     for name, info in src.tensors.items():
-        owner = name.rpartition(".")[0] + "."
-        if owner in quantized and not name.endswith(".bias"):
+        owner, last = name.rpartition(".")[0] + ".", name.rpartition(".")[2]
+        if (owner in quantized and last != "bias") or name in consumed or last in LEGACY_NAMES or last == LEGACY_MARKER:
             continue
         poll()
         other = ref.tensors.get(name)

@@ -24,7 +24,7 @@ from comfyui_quantpress.quant_core.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.tools.canonicalize import InputScale  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import MigrateOptions, migrate  # noqa: E402
 from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy  # noqa: E402
-from comfyui_quantpress.quant_core.verify import check_file  # noqa: E402
+from comfyui_quantpress.quant_core.verify import check_file, verify_file  # noqa: E402
 
 ALL = [fmt.name for fmt in all_formats()]
 LEGACY = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d",
@@ -289,3 +289,14 @@ def test_plain_file_without_quantized_layers_is_unchanged(tmp_path):
     save_file({"a.weight": weight(0), "b.weight": weight(1).to(torch.float8_e4m3fn)}, path)
     with open_source(path) as src:
         assert stored_layers(src) == {} and migrate(src).changes() == ()
+
+
+def test_legacy_files_are_verified_against_their_source(tmp_path):
+    source = legacy_file(tmp_path / "old.safetensors", "float8_e4m3fn")
+    plain = {**bystanders(), **{f"blocks.{i}.weight": weight(i) for i in range(2)}}
+    report = verify_file(source, save(tmp_path / "plain.safetensors", plain))
+    assert not report.errors and [check.format for check in report.layers] == ["float8_e4m3fn"] * 2
+    assert all(0 < check.relative_error < 0.05 for check in report.layers)
+    other = {**plain, "norm.weight": torch.zeros(7, dtype=torch.float16)}
+    report = verify_file(source, save(tmp_path / "other.safetensors", other))
+    assert [finding.code for finding in report.errors] == ["copy-differs"]
