@@ -5,7 +5,7 @@ OUTPUT than absmax scales (measured: up to three times), because clipping a few 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,8 +17,9 @@ from ..tiles import row_slices, tile
 
 _SLICE = 1 << 22                      # weights scored at once
 _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
-_PARENT_ROWS = 256                    # rows sampled to choose the parent
+_PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)                          # rows and neighbours sampled for it
 _COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
+_SMALL_BLOCK, _SMALL_COARSE = 256, 11                                    # small blocks never want less than 0.6
 _FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
 _NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 5), ScaleDtype.E8M0: range(-3, 2)}
 
@@ -38,9 +39,10 @@ def choose(task: Task) -> QParams:
     if base.parent is not None and base.parent.dim() == 0:
         base = _choose_parent(task, base)
     best = _Best(task, base)
-    for candidate in _multiples(task, base):
+    steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
+    for candidate in _multiples(task, base, steps):
         best.offer(candidate)
-    for factor in _FINE if task.fmt.scale_dtype not in _NEIGHBOURS else ():
+    for factor in _FINE if steps is None else ():
         best.offer(task.fmt.qparams(best.qp.effective() * factor, like=best.qp))
     for _ in range(options.search_refits):
         best.offer(least_squares(task, best.qp))
@@ -80,11 +82,13 @@ def block_loss(task: Task, qp: QParams) -> Tensor:
     return sum(parts) if fmt.block(shape)[0] == shape[0] and len(parts) > 1 else torch.cat(parts)
 
 
-def _multiples(task: Task, base: QParams) -> Iterator[QParams]:
-    steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
+def _multiples(task: Task, base: QParams, steps: Sequence[int] | None) -> Iterator[QParams]:
+    """steps: how many representable values to move by, for coarse stored scales; None for multiples."""
     if steps is None:
         effective = base.effective()
-        for multiple in (*_COARSE, *(-m for m in _COARSE)) if task.fmt.signed_scales else _COARSE:
+        rows, cols = task.fmt.block(task.shape)
+        coarse = _COARSE[:_SMALL_COARSE] if rows * cols <= _SMALL_BLOCK else _COARSE
+        for multiple in (*coarse, *(-m for m in coarse)) if task.fmt.signed_scales else coarse:
             yield task.fmt.qparams(effective * multiple, like=base)
         return
     for step in steps:
@@ -112,7 +116,7 @@ def _choose_parent(task: Task, base: QParams) -> QParams:
         parent = base.parent * multiple
         start = task.fmt.qparams(effective[rows], like=replace(base, scale=base.scale[rows], parent=parent))
         found = _Best(sample, start)
-        for candidate in _multiples(sample, start):
+        for candidate in _multiples(sample, start, _PARENT_STEPS):
             found.offer(candidate)
         loss = float(found.loss.sum(dtype=torch.float64))
         if best is None or loss < best[0]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..options import read_options
-from ..scales import QParams
+from ..scales import QParams, ScaleDtype
 from ..task import Rounded, Task
 from ..factor import Factor, column_order, factor
 from .feedback import feedback_pass
 from .refit import refit_scales
 
+_REFITTED = (ScaleDtype.F32, ScaleDtype.BF16)
 _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factorisation fails
 
 
@@ -24,7 +25,9 @@ _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factor
 class GptqOptions:
     """damping: share of the Hessian's mean diagonal added to it. order: which columns are rounded first.
 
-    sweeps: coordinate descents afterwards. refits: how many of them start with a re-fit of the scales.
+    sweeps: coordinate descents afterwards. refits: how many of them start with a re-fit of the scales; only formats
+    with float32 or bfloat16 scales are re-fitted, because for coarser ones it was measured to give 0.03 dB for a third
+    of the time.
     """
 
     damping: float = field(default=0.01, metadata={"low": 1e-6, "high": 10.0})
@@ -60,7 +63,7 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
     feedback_pass(task, qp, errors, found.order, found.columns)
     descent = Descent(task.objective.hessian, found.order, found.damping)
     for sweep in range(options.sweeps):
-        if sweep < options.refits:
+        if sweep < options.refits and task.fmt.scale_dtype in _REFITTED:
             errors = _in_channel_order(errors, descent.order)
             qp = refit_scales(task, qp, errors, descent.added)
             errors = errors[:, descent.order]
