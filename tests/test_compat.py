@@ -48,7 +48,7 @@ def compat(text: str, capsys) -> tuple[int, list[list[str]], list[str]]:
     """(exit code, the printed commands' arguments, the printed notes)."""
     code = main(["compat", *shlex.split(text)])
     lines = capsys.readouterr().out.splitlines()
-    return (code, [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ ")],
+    return (code, [shlex.split(line[6:])[1:] for line in lines if line.startswith("runs: ")],
             [line[6:] for line in lines if line.startswith("note: ")])
 
 

@@ -1,5 +1,6 @@
 """The README cannot rot: its commands are run, what they print is compared, its tables are those of the registry."""
 
+import argparse
 import json
 import re
 import shlex
@@ -71,9 +72,12 @@ def test_the_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys)
 
 
 def test_options_and_commands_named_in_the_text_exist():
-    known = set()
-    for parser in COMMANDS.values():
+    known, parsers = set(), list(COMMANDS.values())
+    while parsers:
+        parser = parsers.pop()
         known |= set(parser._option_string_actions)
+        for action in parser._actions:       # `merge` has commands of its own
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + JSON_DOC))
     assert {"--format", "--fallback", "--against"} <= named
     assert named - known == set()

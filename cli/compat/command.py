@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     options = {dest: value for dest, value in vars(args).items() if dest in known}
     translation = translate(options, _linear_layers(options.get("input")))
     for step in translation.steps:
-        print(f"$ quantpress {shlex.join(step)}")
+        print(f"runs: quantpress {shlex.join(step)}")
     for note in translation.notes:
         print(f"note: {note}")
     sys.stdout.flush()
