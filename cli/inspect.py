@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 def summarize(path: Path) -> dict[str, Any]:
     """The object that --json prints; docs/json.md describes it. Raises InputFileError: no safetensors file."""
+    from ..quant_core.checkpoint.families import refusal
     from ..quant_core.checkpoint.layers import stored_layers
     from ..quant_core.checkpoint.source import open_source
     from ..quant_core.verify import check_file
@@ -46,6 +47,9 @@ def summarize(path: Path) -> dict[str, Any]:
         except InputFileError as err:  # a damaged description: the tensors are listed as they lie in the file
             stored = {}
             findings.append({"code": "undecodable", "severity": "error", "layer": "", "message": str(err)})
+        foreign = refusal(src)
+        if foreign is not None:
+            findings.append({"code": "foreign", "severity": "error", "layer": "", "message": foreign})
         taken = {name for layer in stored.values() for name in layer.names.values()}
         rest = [info for info in src.tensors.values() if info.name not in taken]
         return {"path": str(src.path), "files": [file.name for file in src.files], "bytes": src.nbytes,

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ._version import __version__
+from .checkpoint.families import refusal
 from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
 from .checkpoint.layers import StoredLayer, config_tensor_name, stored_layers
 from .checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from .checkpoint.source import Source
-from .errors import PlanError
+from .errors import InputFileError, PlanError
 from .format import Format
 from .policy.general import Policy
 from .recipe import Recipe
@@ -76,12 +77,16 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
 
     never_pack: layers whose weight must keep its stored shape (a loader reads it); they take the policy's fallback, or
     stay. keep_layers: {layer: reason}, layers that stay for a reason found elsewhere (non-finite weights, say).
-    source_hash: recorded in the file; computed when None. Raises PlanError with all problems, RequestError.
+    source_hash: recorded in the file; computed when None. Raises PlanError with all problems, RequestError,
+    InputFileError (another quantizer's file).
     """
     for one in (recipe, policy.fallback, *(rule.recipe for rule in policy.rules)):
         if one is not None:
             one.validate()
     stored = stored_layers(src)
+    foreign = refusal(src)
+    if foreign is not None:
+        raise InputFileError(foreign)
     candidates = _linear_layers(src, stored)
     policy.check(candidates)
     layers = tuple(_plan_layer(src, layer, stored.get(layer), recipe, policy, never_pack, keep_layers or {})

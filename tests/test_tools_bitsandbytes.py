@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
 from tool_files import assert_untouched, bystanders, canonical_file, decoded, save, weight  # noqa: E402
 
+from comfyui_quantpress.cli.inspect import summarize  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError  # noqa: E402
 from comfyui_quantpress.quant_core.format import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.plan import make_plan  # noqa: E402
 from comfyui_quantpress.quant_core.recipe import Recipe  # noqa: E402
 from comfyui_quantpress.quant_core.tools.bitsandbytes import dynamic_map, export_bitsandbytes, quantize_absmax  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
@@ -161,8 +163,11 @@ def test_export_refuses_other_formats(tmp_path):
     (("a.weight_packed", "a.weight_global_scale"), "NVFP4 of compressed-tensors"), (("a.SCB",), "LLM.int8")])
 def test_other_families_are_named_with_what_to_do(tmp_path, names, family):
     source = save(tmp_path / "a.safetensors", {**bystanders(), **{name: torch.zeros(4, dtype=torch.int32) for name in names}})
-    with open_source(source) as src, pytest.raises(InputFileError, match=f"this file is {family}.*[Tt]ake the 16-bit"):
-        migrate(src)
+    with open_source(source) as src:
+        for use in (migrate, lambda src: make_plan(src, Recipe(get_format("nvfp4")))):
+            with pytest.raises(InputFileError, match=f"this file is {family}.*[Tt]ake the 16-bit"):
+                use(src)
+    assert [f["code"] for f in summarize(source)["findings"]] == ["foreign"]
 
 
 def test_gguf_is_named(tmp_path):

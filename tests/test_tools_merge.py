@@ -151,6 +151,13 @@ def test_quantized_weights_are_refused_with_the_remedy(tmp_path):
         bake(src, [(lora, 1.0)])
 
 
+@pytest.mark.parametrize("record", ["nonsense", "{}"])
+def test_a_damaged_record_of_earlier_loras_is_not_lost(tmp_path, record):
+    save_file({"blocks.0.weight": torch.ones(8, 8)}, tmp_path / "m.safetensors", {RECORD_KEY: record})
+    with pytest.raises(InputFileError, match=RECORD_KEY):
+        baked(tmp_path / "m.safetensors", {"blocks.0.lora_down.weight": torch.ones(4, 8), "blocks.0.lora_up.weight": torch.ones(8, 4)})
+
+
 def test_overflow_is_an_error(tmp_path):
     save_file({"blocks.0.weight": torch.full((8, 8), 60000.0, dtype=torch.float16)}, tmp_path / "m.safetensors")
     with pytest.raises(InputFileError, match="exceed what F16 holds"):

@@ -85,6 +85,17 @@ def header_only(tensors: Tensors, configs: Configs, meta: dict) -> None:
     del tensors["blocks.0.comfy_quant"]
 
 
+def scales_under_a_prefix(tensors: Tensors, configs: Configs, meta: dict) -> None:
+    for name in [n for n in tensors if n.startswith("blocks.") and not n.endswith((".weight", ".bias"))]:
+        tensors[f"model.diffusion_model.{name}"] = tensors.pop(name)
+
+
+def descriptions_under_a_prefix(tensors: Tensors, configs: Configs, meta: dict) -> None:
+    for name in [n for n in tensors if n.startswith("blocks.") and not n.endswith((".weight", ".bias"))]:
+        tensors[f"diffusion_model.{name}"] = tensors.pop(name)
+    del meta[HEADER]
+
+
 def orphan(tensors: Tensors, configs: Configs, meta: dict) -> None:
     tensors["final.weight_scale"] = torch.tensor(1.0)
 
@@ -97,7 +108,8 @@ COMMON = [(nul, "config-nul"), (invalid_json, "config-json"), (signed_config, "c
           (no_header, "header-missing"), (broken_header, "header-json"), (header_lacks_a_layer, "header-incomplete"),
           (header_with_prefix, "header-prefix"), (header_names_a_stranger, "header-orphan"),
           (header_contradicts_the_data, "header-sync"), (header_only, "config-tensor-missing"), (orphan, "orphan"),
-          (described_but_whole, "not-quantized")]
+          (described_but_whole, "not-quantized"), (scales_under_a_prefix, "tensor-prefix"),
+          (descriptions_under_a_prefix, "tensor-prefix")]
 
 
 def damaged(path: Path, name: str, damage: Callable[[Tensors, Configs, dict], None]) -> Path:
@@ -122,6 +134,8 @@ def test_damaged_metadata_is_found_and_put_right(tmp_path, name, damage, code):
         assert json.loads(one.metadata[HEADER]) == json.loads(two.metadata[HEADER])
         assert repair(two).rewrite.changes() == ()
     touched = {"blocks.0.comfy_quant", "final.weight_scale", "final.comfy_quant"}
+    with open_source(source) as src:
+        touched |= {name for name in src.tensors if "diffusion_model." in name}
     assert_untouched(source, target, touched)
 
 

@@ -54,7 +54,9 @@ def canonicalize(draft: Draft, stored: StoredLayer, input_scale: InputScale = In
             _place(draft, stored, spec)
             written.add(spec.suffix)
     for suffix, name in stored.names.items():
-        if suffix not in written and name in draft:
+        if suffix == "pre_quant_scale":
+            draft.rename(name, f"{stored.layer}.{suffix}")
+        elif suffix not in written and name in draft:
             draft.drop(name)
     _place_input_scale(draft, stored, input_scale)
 

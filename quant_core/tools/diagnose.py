@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_conf
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
 from ..format import get_format
-from ..policy.general import CHECKPOINT_PREFIXES
 from ..verify import Finding, check_file
 from .configs import header_object
+from .prefixes import moved_layers, prefix_changes
 
 MODELOPT = "modelopt"
 
@@ -26,7 +26,8 @@ MODELOPT = "modelopt"
 class Diagnosis:
     """layers: what each quantized layer is, where that is certain. drop: tensors that belong to nothing.
 
-    unsettled: what the file says of layers of which it is not certain. unfixed: the findings that no exact repair exists for; their messages say what to do.
+    unsettled: what the file says of layers of which it is not certain. unfixed: the findings that no exact repair
+    exists for; their messages say what to do.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -47,18 +48,27 @@ def diagnose(src: Source, assume: str | None = None) -> Diagnosis:
     do not tell what they are. Raises RequestError: there is no such format."""
     found = Diagnosis()
     header = _header_configs(src, found)
-    tensors = _tensor_configs(src, found)
+    moved = moved_layers(src)
+    if moved:
+        old, new = next(iter(moved.items()))
+        found.note("tensor-prefix", "", f"the scales or descriptions of {len(moved)} layers are called {old!r} and so on, their "
+                   f"weights {new!r}. The former are renamed.")
+    tensors = _tensor_configs(src, moved, found)
     coded = _undescribed(src, {**header, **tensors})
-    for layer in dict.fromkeys([*tensors, *header, *coded]):
-        stored = _settle(src, layer, header.get(layer), tensors.get(layer), assume, found)
+    origin = {new: old for old, new in moved.items()}
+    for layer in dict.fromkeys([*tensors, *header, *moved.values(), *coded]):
+        names = {**layer_names(src, origin.get(layer, layer)), **layer_names(src, layer)}
+        stored = _settle(src, layer, names, (header.get(layer), tensors.get(layer)), assume, found)
         if stored is not None:
             found.layers[layer] = stored
             _tensor_steps(src, stored, found)
         said = header.get(layer) or tensors.get(layer)
         if layer not in found.layers and said and f"{layer}{CONFIG_SUFFIX}" not in found.drop:
             found.unsettled[layer] = said
+    found.drop += [old + CONFIG_SUFFIX for old, new in moved.items()
+                   if new in found.layers and old + CONFIG_SUFFIX in src.tensors]
     _header_state(src, header, found)
-    _orphans(src, found)
+    _orphans(src, {old for old, new in moved.items() if new in found.layers}, found)
     _the_rest(src, found)
     return found
 
@@ -80,7 +90,7 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
     missing = [layer for layer in configs if f"{layer}.weight" not in src.tensors]
     if not missing:
         return configs
-    for rename in _prefix_changes():
+    for rename in prefix_changes():
         moved = {rename(layer): config for layer, config in configs.items()}
         if len(missing) == len(configs) and all(f"{layer}.weight" in src.tensors for layer in moved):
             found.note("header-prefix", "", f"the header calls the layers {missing[0]!r} and so on; the tensors are called "
@@ -91,19 +101,13 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
     return {layer: config for layer, config in configs.items() if layer not in missing}
 
 
-def _prefix_changes() -> Iterator[Any]:
-    for prefix in CHECKPOINT_PREFIXES:
-        yield lambda layer, prefix=prefix: prefix + layer
-        yield lambda layer, prefix=prefix: layer.removeprefix(prefix)
-
-
-def _tensor_configs(src: Source, found: Diagnosis) -> dict[str, Config | None]:
-    """Each comfy_quant tensor's object; None for one that cannot be read."""
+def _tensor_configs(src: Source, moved: Mapping[str, str], found: Diagnosis) -> dict[str, Config | None]:
+    """Each comfy_quant tensor's object, by the name of the layer's weight; None for one that cannot be read."""
     configs: dict[str, Config | None] = {}
     for name, info in src.tensors.items():
         layer = name.removesuffix(CONFIG_SUFFIX)
         if layer != name:
-            configs[layer] = _read_config(src, layer, info, found)
+            configs[moved.get(layer, layer)] = _read_config(src, layer, info, found)
     return configs
 
 
@@ -130,11 +134,10 @@ def _undescribed(src: Source, described: Mapping[str, Any]) -> list[str]:
             and f"{layer}.weight.absmax" not in src.tensors]
 
 
-def _settle(src: Source, layer: str, header: Config | None, tensor: Config | None, assume: str | None,
-            found: Diagnosis) -> StoredLayer | None:
+def _settle(src: Source, layer: str, names: dict[str, str], described: tuple[Config | None, Config | None],
+            assume: str | None, found: Diagnosis) -> StoredLayer | None:
     """The layer under the description that fits its tensors. Where both fit, the header's: ComfyUI takes that one."""
-    names, errors = layer_names(src, layer), []
-    fitting = []
+    (header, tensor), errors, fitting = described, [], []
     for config in (header, tensor):
         try:
             fitting.append(describe_layer(src, layer, _flat(config), names) if config is not None else None)
@@ -246,12 +249,14 @@ def _header_state(src: Source, header: Mapping[str, Config], found: Diagnosis) -
                        "warning")
 
 
-def _orphans(src: Source, found: Diagnosis) -> None:
+def _orphans(src: Source, settled: set[str], found: Diagnosis) -> None:
     suffixes = {s for s in QUANT_SUFFIXES if s not in ("weight", "comfy_quant")}
     for name in src.tensors:
         layer, _, last = name.rpartition(".")
         weight = src.tensors.get(f"{layer}.weight")
-        if last not in suffixes or layer in found.layers or name in found.drop or f"{layer}{CONFIG_SUFFIX}" in src.tensors:
+        if last not in suffixes or layer in found.layers or layer in settled:
+            continue
+        if name in found.drop or f"{layer}{CONFIG_SUFFIX}" in src.tensors:
             continue
         if weight is not None and weight.dtype not in CODED:
             found.note("orphan", layer, f"{name} stands beside a {weight.dtype} weight and serves nothing; it is removed.")

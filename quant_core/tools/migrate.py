@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.families import refusal
 from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
 from ..checkpoint.legacy import CODED, is_marker
 from ..checkpoint.metadata import Config
@@ -14,7 +15,6 @@ from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, RequestError, some_of
 from .canonicalize import InputScale, canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
-from .families import refusal
 from .rewrite import Draft, Rewrite
 
 

@@ -3,16 +3,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checkpoint.source import Source
+from .source import Source
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """needs: name endings, every one of which some tensor has. sentence: what is so about it, and what to do."""
+    """needs: name endings, every one of which some tensor has. sentence: what is so about it, and what to do.
+
+    plain: its weights are ordinary 16-bit ones, and can be quantized.
+    """
 
     name: str
     needs: tuple[str, ...]
     sentence: str
+    plain: bool = False
 
 
 # The first that fits is named: those with more needs stand before those with fewer.
@@ -29,12 +33,12 @@ FAMILIES = (
     Family("LLM.int8 of bitsandbytes", (".SCB",), "its scales are absmax values over 127, which round when they are divided. "
            "Take the 16-bit model."),
     Family("ModelOpt with simulated quantization", (".weight_quantizer._amax",),
-           "its weights are still in 16 bits, so there is nothing to convert: quantize it like any 16-bit file."),
+           "its weights are still in 16 bits, so there is nothing to convert: quantize it like any 16-bit file.", plain=True),
     Family("ModelOpt before export", (".weight_quantizer._scale",),
            "it is a training checkpoint: let ModelOpt export it (export_hf_checkpoint), and migrate what comes out."),
     Family("quanto", (".weight._data", ".weight._scale"), "take the 16-bit model."),
-    Family("HQQ", (".W_q",), "take the 16-bit model."),
-    Family("MXFP4 of transformers", ("_blocks", "_scales"), "its experts are packed together. Take the 16-bit model."),
+    Family("HQQ", (".W_q", ".zero", ".scale"), "take the 16-bit model."),
+    Family("MXFP4 of transformers", (".gate_up_proj_blocks", ".gate_up_proj_scales"), "its experts are packed together. Take the 16-bit model."),
 )
 
 
@@ -47,6 +51,6 @@ def recognise(src: Source) -> Family | None:
 
 
 def refusal(src: Source) -> str | None:
-    """A sentence that names the family and says what to do; None when the file is of none."""
+    """A sentence that names the family and says what to do; None when this pack can work with the file."""
     family = recognise(src)
-    return None if family is None else f"{src.path}: this file is {family.name}: {family.sentence}"
+    return None if family is None or family.plain else f"{src.path}: this file is {family.name}: {family.sentence}"

@@ -1,0 +1,41 @@
+"""Descriptions and scales that stand under another checkpoint prefix than the weights they belong to."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from ..checkpoint.layers import QUANT_SUFFIXES
+from ..checkpoint.legacy import CODED
+from ..checkpoint.source import Source
+from ..policy.general import CHECKPOINT_PREFIXES
+
+_BESIDE = tuple(suffix for suffix in QUANT_SUFFIXES if suffix != "weight")
+
+
+def prefix_changes() -> Iterator[Callable[[str], str]]:
+    """Adding, and removing, each prefix that checkpoints have."""
+    for prefix in CHECKPOINT_PREFIXES:
+        yield lambda layer, prefix=prefix: prefix + layer
+        yield lambda layer, prefix=prefix: layer.removeprefix(prefix)
+
+
+def moved_layers(src: Source) -> dict[str, str]:
+    """{layer as its scales and description call it: as its weight is called}, where one change of prefix puts all right.
+
+    Only for weights that are codes and have no scales or description of their own.
+    """
+    strays = _strays(src)
+    for change in prefix_changes() if strays else ():
+        moved = {layer: change(layer) for layer in strays}
+        if all(_lacks_its_own(src, layer) for layer in moved.values()) and len(set(moved.values())) == len(moved):
+            return moved
+    return {}
+
+
+def _strays(src: Source) -> Iterable[str]:
+    owners = [name.rpartition(".")[0] for name in src.tensors if name.rpartition(".")[2] in _BESIDE]
+    return dict.fromkeys(layer for layer in owners if layer and f"{layer}.weight" not in src.tensors)
+
+
+def _lacks_its_own(src: Source, layer: str) -> bool:
+    weight = src.tensors.get(f"{layer}.weight")
+    return weight is not None and weight.dtype in CODED and not any(f"{layer}.{s}" in src.tensors for s in _BESIDE)
