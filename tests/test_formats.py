@@ -99,12 +99,13 @@ def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
 def test_cuda_gives_the_bytes_of_the_cpu(fmt):
     for seed in range(4):
         w = normal((512, 1024), seed)
-        ours, theirs = fmt.quantize(w), fmt.quantize(w.cuda())
-        for name, tensor in ours.items():
-            same = tensor.reshape(-1).view(torch.uint8) == theirs[name].cpu().reshape(-1).view(torch.uint8)
-            # Matrix products (rotation) and least squares (W4A8) sum in another order.
-            exact = fmt.rotation is None
-            assert bool(same.all()) if exact else float(same.float().mean()) > 0.98, name
+        ours, theirs = fmt.quantize(w), {name: t.cpu() for name, t in fmt.quantize(w.cuda()).items()}
+        if fmt.rotation is None:
+            for name, tensor in ours.items():
+                assert torch.equal(tensor.reshape(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8)), name
+        else:            # a matrix product sums in another order: some weights take the neighbouring code
+            one, other = fmt.dequantize(ours, (512, 1024)), fmt.dequantize(theirs, (512, 1024))
+            assert float((one - other).norm() / one.norm()) < 0.01
 
 
 @every_format
