@@ -102,7 +102,10 @@ def every_format_loads_runs_and_saves_the_same_bits():
             exact = x.to(dtype).float() @ fmt.dequantize({k.removeprefix("l."): v for k, v in state.items()}, (256, 512)).T \
                 + state["l.bias"].float()
             error = float((out.float() - exact).norm() / exact.norm())
-            assert out.dtype is dtype and error < (0.2 if fmt.name == "convrot_w4a4" else 0.05 if fmt.runtime.quantizes_input else 0.01), (fmt.name, dtype, error)
+            # comfy-kitchen's AWQ layout promotes its bfloat16 scales: float16 comes out as float32, in stock ComfyUI too.
+            assert out.dtype is dtype or (fmt.name, dtype) == ("awq_w4a16", torch.float16), (fmt.name, out.dtype)
+            bound = 0.2 if fmt.name == "convrot_w4a4" else 0.05 if fmt.runtime.quantizes_input else 0.01
+            assert error < bound, (fmt.name, dtype, error)
             saved = net.state_dict()
             for key, tensor in kept.items():
                 if key.endswith("comfy_quant"):
