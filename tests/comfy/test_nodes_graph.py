@@ -305,3 +305,33 @@ def test_a_layer_with_a_damaged_scale_is_named_by_the_stock_loader(server):
     with pytest.raises(WorkflowError, match="single_blocks.0.linear2") as failed:
         server.run(graph)
     assert failed.value.node == "UNETLoader"
+
+
+def test_a_checkpoint_with_prefixed_keys_goes_through_the_stock_checkpoint_loader(server):
+    tensors = load_file(server.base / "models/diffusion_models/trained_sd3.safetensors")
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()},
+              server.base / "models/checkpoints/prefixed.safetensors")
+    graph = Graph()
+    source = graph.add("QuantPressLoadSource", file="checkpoints/prefixed.safetensors")
+    quantized = graph.quantize(source, format="bnb_af4")
+    graph.add("QuantPressSave", quantized=(quantized, 0), folder="checkpoints", name="prefixed-af4", overwrite=True)
+    in_graph = graph.add("QuantPressLoadQuantized", quantized=(quantized, 0))
+    graph.sample(in_graph, in_graph, "checkpoint/graph", steps=1)
+    assert "architecture: SD3" in server.run(graph)[source]["text"][0]
+    graph = Graph()
+    loaded = graph.add("CheckpointLoaderSimple", ckpt_name="prefixed-af4.safetensors")
+    graph.sample(loaded, loaded, "checkpoint/file", steps=1)
+    server.run(graph)
+    assert (server.latent("checkpoint/graph") == server.latent("checkpoint/file")).all()
+    with safe_open(server.base / "models/checkpoints/prefixed-af4.safetensors", "pt") as file:
+        assert sum(name.endswith(".comfy_quant") for name in file.keys()) == 29
+
+
+def test_a_spool_file_that_is_gone_is_named(server):
+    (spool,) = quantize_file(server, "random_flux", format="mxfp8", seed=99)
+    spool.unlink()
+    graph = Graph()
+    node = graph.quantize(graph.source("random_flux"), format="mxfp8", seed=99)
+    graph.add("QuantPressSave", quantized=(node, 0), folder="output", name="gone", overwrite=True)
+    with pytest.raises(WorkflowError, match="is gone from ComfyUI's temporary folder"):
+        server.run(graph)

@@ -1,8 +1,11 @@
-// Shows the text that a QuantPress node reports (what was quantized, saved, found) in a read-only box on the node.
+// Shows the text that a QuantPress node reports (what was quantized, saved, found, or why it failed) in a read-only box on
+// the node. The frontend alone shows a failure as "threw an error" until one asks for details.
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const PREFIX = "QuantPress";
+const TABLE = "QuantPressInspect";
 const WIDGET = "report";
 const PROGRESS = "$$node-text-preview"; // where the frontend shows progress text
 
@@ -16,7 +19,6 @@ function reportWidget(node) {
   if (widget.inputEl) {
     widget.inputEl.readOnly = true;
     widget.inputEl.style.fontFamily = "monospace";
-    widget.inputEl.style.whiteSpace = "pre";
   }
   return widget;
 }
@@ -26,18 +28,24 @@ function show(node, text) {
   if (progress) node.removeWidget(progress); // the report replaces it; the next run brings it back
   const widget = reportWidget(node);
   widget.value = text;
-  const lines = text.split("\n");
-  const longest = Math.max(...lines.map((line) => line.length));
-  const [width, height] = node.computeSize();
-  node.setSize([
-    Math.max(node.size[0], Math.min(760, width, 40 + longest * 6.5)),
-    Math.max(node.size[1], height + Math.min(240, 14 * lines.length)),
-  ]);
+  // The width stays the user's: prose wraps, and the table of Inspect scrolls.
+  const room = Math.max(20, (node.size[0] - 30) / 6);
+  const wraps = node.comfyClass !== TABLE;
+  if (widget.inputEl) widget.inputEl.style.whiteSpace = wraps ? "pre-wrap" : "pre";
+  const lines = text.split("\n").reduce((sum, line) => sum + (wraps ? Math.ceil((line.length + 1) / room) : 1), 0);
+  const height = node.computeSize()[1] + Math.min(240, 14 * lines);
+  if (height > node.size[1]) node.setSize([node.size[0], height]);
   app.graph.setDirtyCanvas(true, true);
 }
 
 app.registerExtension({
   name: "QuantPress.ReportText",
+  setup() {
+    api.addEventListener("execution_error", ({ detail }) => {
+      const node = app.graph.getNodeById(detail.node_id);
+      if (node?.comfyClass?.startsWith(PREFIX)) show(node, `${detail.exception_message}`.trim());
+    });
+  },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith(PREFIX)) return;
     const before = node.onExecuted;
