@@ -49,8 +49,9 @@ def widgets() -> list[Any]:
             "How scales are chosen. 'absmax' is fastest and never clips. 'search' tries several per block and keeps the best: "
             "less error, a few times slower.")),
         io.Combo.Input("rounding", options=list(ROUNDERS), default="nearest", tooltip=(
-            "How weights are rounded. 'nearest' is fast and right for 8 bits. 'gptq' corrects later columns for earlier "
-            "errors, best with calibration data, slower. 'stochastic' is unbiased noise: for merging, not for quality.")),
+            "How weights are rounded. 'nearest' is fast and right for 8 bits. 'gptq' corrects later columns for earlier errors, "
+            "best with calibration data. 'learned' optimises every layer's rounding: slowest, take a GPU. 'stochastic' is unbiased "
+            "noise: for merging, not for quality.")),
         io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
             "Drives every random choice. The same source, recipe and seed give the same bytes.")),
         io.String.Input("keep", default="", multiline=False, tooltip=(

@@ -167,21 +167,22 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
         elif CODE_TO_TORCH.get(info.dtype) != spec.dtype or info.shape != spec.shape:
             problem("tensor-shape", f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
                     f"{list(shape)} weight needs {spec.dtype} {list(spec.shape)}.")
-    _check_scales(src, layer, names, findings)
+    _check_scales(src, layer, names, fmt.signed_scales, findings)
     bias = src.tensors.get(f"{layer}.bias")
     if bias is not None and bias.shape != (shape[0],):
         problem("bias-shape", f"{layer}.bias has shape {list(bias.shape)}; the weight has {shape[0]} output channels.")
     return LayerCheck(layer, fmt.name, shape)
 
 
-def _check_scales(src: Source, layer: str, names: dict[str, str], findings: list[Finding]) -> None:
+def _check_scales(src: Source, layer: str, names: dict[str, str], signed_scales: bool, findings: list[Finding]) -> None:
+    may_be_negative = {"weight_codebook", "weight_zeros", "pre_quant_scale"} | ({"weight_scale"} if signed_scales else set())
     for suffix, name in names.items():
         info = src.tensors[name]
         if suffix == "weight" or info.dtype == "U8":
             continue
         values = src.read(name).to(torch.float32)
         bad = int((~torch.isfinite(values)).sum())
-        negative = int((values < 0).sum()) if suffix not in ("weight_codebook", "weight_zeros", "pre_quant_scale") else 0
+        negative = 0 if suffix in may_be_negative else int((values < 0).sum())
         if bad or negative:
             findings.append(Finding("scale-value", "error", layer, f"{name}: {bad} of {values.numel()} values are NaN or Inf "
                                     f"and {negative} are negative; scales must be finite and not negative."))

@@ -335,3 +335,13 @@ def test_a_spool_file_that_is_gone_is_named(server):
     graph.add("QuantPressSave", quantized=(node, 0), folder="output", name="gone", overwrite=True)
     with pytest.raises(WorkflowError, match="is gone from ComfyUI's temporary folder"):
         server.run(graph)
+
+
+@pytest.mark.parametrize("recipe", [{"rounding": "learned"}, {"rounding": "gptq"}, {"rounding": "stochastic", "seed": 3},
+                                    {"scales": "search"}], ids=str)
+def test_every_method_works_inside_comfyuis_inference_mode(server, recipe):
+    """Nodes run in torch.inference_mode, where nothing can be differentiated and tensors refuse in-place changes."""
+    graph = Graph()
+    node = graph.quantize(graph.source("random_flux"), format="bnb_nf4", only=r"double_blocks\.0\.img_attn\.proj", **recipe)
+    graph.add("QuantPressInspect", file="(the connected model)", quantized=(node, 0))
+    assert "1 x bnb_nf4" in server.run(graph)[node]["text"][0]
