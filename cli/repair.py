@@ -8,6 +8,7 @@ from . import rewriting
 from .console import print_json
 
 if TYPE_CHECKING:
+    from ..quant_core.checkpoint.source import Source
     from ..quant_core.tools.repair import Repair
 
 
@@ -21,6 +22,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                                                            "int8_rowwise, int8_convrot, nvfp4, modelopt ...")
     parser.add_argument("--unswizzled", action="store_true",
                         help="the block scales of NVFP4 and MXFP8 are in row order, even where their shape does not show it")
+    parser.add_argument("--against", metavar="SOURCE", help="the model that the file was made from: finds out by itself what "
+                                                           "--assume and --unswizzled would have to say")
     parser.set_defaults(run=run)
     _add_cleanup(commands)
 
@@ -31,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     args.dry_run = args.dry_run or args.output is None
     with open_source(args.input) as src:
+        if args.against:
+            _look_at_source(args, src)
         result = repair(src, assume=args.assume, unswizzled=args.unswizzled)
         stays = any(finding.severity == "error" for finding in result.unfixed)
         if args.json and args.dry_run:
@@ -40,6 +45,21 @@ def run(args: argparse.Namespace) -> int:
                 print("\n".join(_lines(result)))
             rewriting.finish(result.rewrite, args, "repairing", extra={"findings": result.to_json()["findings"]})
     return int(stays)
+
+
+def _look_at_source(args: argparse.Namespace, src: Source) -> None:
+    """Set --assume and --unswizzled to what decodes to the source."""
+    from ..quant_core.checkpoint.source import open_source
+    from ..quant_core.tools.against import find_layout
+
+    if args.assume or args.unswizzled:
+        args.parser.error("--against finds the layout: leave out --assume and --unswizzled")
+    with open_source(args.against) as reference:
+        layout = find_layout(src, reference)
+    args.assume, args.unswizzled = layout.assume, layout.unswizzled
+    if not args.json:
+        words = [f"--assume {layout.assume}"] * bool(layout.assume) + ["--unswizzled"] * layout.unswizzled
+        print(f"against the source: {layout.layer} is {layout.error:.4f} off{' with ' + ' '.join(words) if words else ''}")
 
 
 def _lines(result: Repair) -> list[str]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tool_files import bystanders, canonical_file, config_of, quantized, save, w
 from comfyui_quantpress.cli.compat.options import HELP_FLAGS, OPTIONS, SECTIONS  # noqa: E402
 from comfyui_quantpress.cli.compat.translate import translate  # noqa: E402
 from comfyui_quantpress.cli.main import main  # noqa: E402
+from comfyui_quantpress.quant_core.checkpoint.canonical import STEPS  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.format import get_format  # noqa: E402
@@ -271,3 +273,14 @@ def test_commands_of_the_tools_work_from_the_shell(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["edit", str(a), str(b)])
     assert stopped.value.code == 2
+
+
+def test_every_finding_code_and_field_is_documented(tmp_path, capsys):
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "docs" / "json.md").read_text(encoding="utf-8")
+    codes = set(re.findall(r'found\.note\("([a-z0-9-]+)"', (root / "quant_core/tools/diagnose.py").read_text(encoding="utf-8"))) | set(STEPS)
+    assert len(codes) > 20 and {code for code in codes if f"`{code}`" not in text} == set()
+    assert main(["repair", str(canonical_file(tmp_path / "a.safetensors", header=False)), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    fields = set(content) | set(content["findings"][0]) | set(content["changes"][0]) | set(content["summary"])
+    assert {field for field in fields if f"`{field}`" not in text} == set()

@@ -12,14 +12,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
 from tool_files import (  # noqa: E402
-    K, N, assert_untouched, bystanders, canonical_file, config_of, decoded, quantized, save,
+    K, N, assert_untouched, bystanders, canonical_file, config_of, decoded, quantized, save, weight,
 )
 
+from comfyui_quantpress.cli.main import main  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.format import all_formats, get_format  # noqa: E402
+from comfyui_quantpress.quant_core.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.packing import unswizzle_scales  # noqa: E402
+from comfyui_quantpress.quant_core.tools.against import find_layout  # noqa: E402
 from comfyui_quantpress.quant_core.tools.repair import Repair, repair  # noqa: E402
 from comfyui_quantpress.quant_core.verify import check_file  # noqa: E402
 
@@ -241,6 +244,50 @@ def test_what_the_file_does_not_tell_is_told_by_the_user(tmp_path, assume):
     assert not check_file(target).findings
     with open_source(source) as src, pytest.raises(RequestError, match="no format"):
         repair(src, assume="nvfp5")
+
+
+def plain(path: Path) -> Path:
+    return save(path, {f"blocks.{i}.weight": weight(i) for i in range(2)})
+
+
+@pytest.mark.parametrize(("name", "described", "row_order", "expected"), [
+    ("nvfp4", True, False, (None, False)), ("nvfp4", True, True, (None, True)), ("nvfp4", False, False, ("nvfp4", False)),
+    ("nvfp4", False, True, ("nvfp4", True)), ("mxfp8", True, True, (None, True)), ("int8_rowwise", False, False, ("int8_rowwise", False)),
+    ("int8_convrot", False, False, ("int8_convrot", False))])
+def test_the_source_tells_the_layout_that_the_file_does_not(tmp_path, name, described, row_order, expected):
+    tensors, configs = quantized(get_format(name))
+    if row_order:
+        in_row_order(16 if name == "nvfp4" else 32)(tensors)
+    bad = save(tmp_path / "bad.safetensors", {**tensors, **bystanders()}, configs if described else None)
+    with open_source(bad) as src, open_source(plain(tmp_path / "plain.safetensors")) as reference:
+        layout = find_layout(src, reference)
+        assert (layout.assume, layout.unswizzled) == expected and layout.error < 0.12
+    code = main(["repair", str(bad), str(tmp_path / "good.safetensors"), "--against", str(tmp_path / "plain.safetensors")])
+    assert code == 0 and not check_file(tmp_path / "good.safetensors").errors
+    got = decoded(tmp_path / "good.safetensors")
+    assert all(relative_error(weight(i), got[f"blocks.{i}"]) < 0.12 for i in range(2))
+
+
+def test_modelopt_order_is_found_by_the_source(tmp_path):
+    tensors, _ = quantized(get_format("nvfp4"))
+    in_row_order(16)(tensors)
+    for i in range(2):
+        packed = tensors[f"blocks.{i}.weight"]
+        tensors[f"blocks.{i}.weight"] = (packed << 4) | (packed >> 4)
+    bad = save(tmp_path / "bad.safetensors", {**tensors, **bystanders()})
+    with open_source(bad) as src, open_source(plain(tmp_path / "plain.safetensors")) as reference:
+        assert find_layout(src, reference).assume == "modelopt"
+
+
+def test_another_model_tells_nothing(tmp_path):
+    bad = canonical_file(tmp_path / "bad.safetensors", "nvfp4")
+    other = save(tmp_path / "other.safetensors", {f"blocks.{i}.weight": weight(i + 50) for i in range(2)})
+    stranger = save(tmp_path / "stranger.safetensors", {"else.weight": weight(0)})
+    with open_source(bad) as src, open_source(other) as one, open_source(stranger) as two:
+        with pytest.raises(RequestError, match="no layout decodes near"):
+            find_layout(src, one)
+        with pytest.raises(RequestError, match="shares no layer"):
+            find_layout(src, two)
 
 
 def test_damage_without_an_exact_answer_is_reported_and_left(tmp_path):

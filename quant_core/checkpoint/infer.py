@@ -69,7 +69,7 @@ def _int8(layer: str, weight: tuple[int, ...], scale: tuple[int, ...], unrotated
         if not unrotated:
             raise InputFileError(f"{layer}: int8 with one scale per row and no metadata: the rows may be rotated (ConvRot) or "
                                  "not, and the file does not say. Name the format: `quantpress repair --assume int8_rowwise` or "
-                                 "`--assume int8_convrot`.")
+                                 "`--assume int8_convrot`, or find out with `--against SOURCE`.")
         return {"format": "int8_tensorwise", "per_row": True}
     if len(scale) == 2 and scale[1] and cols % scale[1] == 0:
         group = cols // scale[1]

@@ -74,7 +74,8 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
     if swizzled == plain or infos["weight_scale"].shape != swizzled:
         raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
                              "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
-                             "(ComfyUI's) or `--assume modelopt`; or put ModelOpt's hf_quant_config.json beside the file.")
+                             "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
+                             "ModelOpt's hf_quant_config.json beside the file.")
     return Undescribed(layer, "bare", config, names)
 
 

@@ -190,7 +190,8 @@ def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
     rows, half = infos["weight"].shape
     if infos["weight_scale"].shape != swizzled_shape(rows, half // 8) or swizzled_shape(rows, half // 8) == (rows, half // 8):
         raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
-                             "and these shapes fit both. Name the layout: --assume nvfp4 (ComfyUI's) or --assume modelopt.")
+                             "and these shapes fit both. Name the layout, --assume nvfp4 (ComfyUI's) or --assume modelopt, or find "
+                             "it out with --against SOURCE.")
 
 
 def _assumed(infos: Mapping[str, TensorInfo], assume: str) -> dict[str, Any]:
