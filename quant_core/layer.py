@@ -11,15 +11,17 @@ from torch import Tensor
 from .bias import correct_bias
 from .cancel import cancel_scope
 from .choosers import CHOOSERS
-from .objective import Objective, make_objective, ratio
+from .objective import Objective, make_objective, ratio, total_loss
 from .options import read_options
 from .recipe import Evidence, Recipe, layer_generator
 from .residual import Residual, ResidualOptions, make_residual
 from .rounders import ROUNDERS
 from .row_slices import can_slice, quantize_rows
 from .task import Rounded, Task
+from .tiles import encode_rows, errors_by_rows
 
 NO_EVIDENCE = Evidence()
+JUDGED_AT_ONCE = 1 << 22      # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +116,15 @@ def _extras(task: Task, w: Tensor, rounded: Rounded, recipe: Recipe, evidence: E
 
 def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
     """`rounded`, or round-to-nearest with absmax scales where that is better under the objective of the algorithms."""
-    fmt, work = task.fmt, task.work
-    loss = task.judge.loss
-    reference, error = loss(work), loss(fmt.decode(rounded.codes, rounded.qp).sub_(work))
+    fmt, work, aim = task.fmt, task.work, task.judge
+    reference = total_loss(aim, work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
+    error = ratio(total_loss(aim, errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
     qp = fmt.absmax(work)
-    codes = fmt.encode(work, qp)
-    nearest = ratio(loss(fmt.decode(codes, qp).sub_(work)), reference)
-    error = ratio(error, reference)
+    nearest = ratio(total_loss(aim, errors_by_rows(fmt, work, None, qp)), reference)
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement
     note = (f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), above "
             f"{nearest:.4g} of round-to-nearest, which was taken instead")
-    return (Rounded(codes, qp, rounded.notes + (note,)),
+    return (Rounded(encode_rows(fmt, work, qp), qp, rounded.notes + (note,)),
             replace(judgement, scales="absmax", rounding="nearest", error=nearest, fell_back=True))

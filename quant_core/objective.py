@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +15,25 @@ from .recipe import Evidence
 _SLICE = 1 << 24     # weights whose product with the Hessian is held at once
 
 
+class Aim(Protocol):
+    """What a result is judged by: Objective here, or a rounder's own in fit/objectives.py."""
+
+    name: str
+    by_rows: bool
+
+    def loss(self, error: Tensor) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """In the work basis. hessian: float32 [Kp, Kp] or None. diagonal: float32 [Kp] or None, its diagonal.
 
-    name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
+    by_rows: the loss of the whole is the sum of its rows'. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
     """
 
     hessian: Tensor | None = None
     diagonal: Tensor | None = None
+    by_rows: bool = True
 
     @property
     def name(self) -> str:
@@ -41,6 +53,13 @@ class Objective:
                 weighted = part if self.diagonal is None else part * self.diagonal
             total += (weighted * part).sum(dtype=torch.float64)
         return max(0.0, float(total))
+
+
+def total_loss(aim: Aim, parts: Iterable[Tensor]) -> float:
+    """The loss of an error that comes in slices of rows; one that couples the rows needs them together."""
+    if aim.by_rows:
+        return sum(aim.loss(part) for part in parts)
+    return aim.loss(torch.cat(list(parts)))
 
 
 def ratio(loss: float, reference: float) -> float:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +10,8 @@ from torch import Tensor
 from . import cancel
 from .factor import Factor
 from .format import Format
-from .objective import Objective
+from .objective import Aim, Objective
 from .scales import QParams
-
-
-class Aim(Protocol):
-    """A rounder's own objective, see fit/objectives.py."""
-
-    name: str
-
-    def loss(self, error: Tensor) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

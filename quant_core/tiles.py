@@ -1,12 +1,17 @@
 """Row and column slices of a quantized weight, so that algorithms can work on a part of it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .format import Format
 from .scales import Granularity, QParams
+
+
+_SLICE = 1 << 22
 
 
 def tile(fmt: Format, qp: QParams, work_shape: tuple[int, int], rows: slice, cols: slice) -> QParams:
@@ -30,13 +35,27 @@ def _blocks(part: slice, size: int, fmt: Format) -> slice:
     return slice(part.start // size, part.stop // size)
 
 
-def row_slices(fmt: Format, work: Tensor, target: int):
+def row_slices(fmt: Format, work: Tensor, target: int) -> Iterator[slice]:
     """Slices of whole block rows with about `target` weights each."""
     n, k = work.shape
     unit = fmt.block((n, k))[0] if fmt.granularity is Granularity.BLOCK else 1
     step = max(1, target // (k * unit)) * unit
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def encode_rows(fmt: Format, work: Tensor, qp: QParams) -> Tensor:
+    """fmt.encode, a slice of rows at a time: on a GPU the whole weight at once takes up to four copies of it."""
+    parts = [fmt.encode(work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1])))
+             for rows in row_slices(fmt, work, _SLICE)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def errors_by_rows(fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams) -> Iterator[Tensor]:
+    """What a reader decodes minus `work`, a slice of rows at a time. codes None: those of rounding to nearest."""
+    for rows in row_slices(fmt, work, _SLICE):
+        part, sub = work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1]))
+        yield (fmt.round(part, sub) if codes is None else fmt.decode(codes[rows], sub)).sub_(part)
 
 
 def group_columns(fmt: Format, work_shape: tuple[int, int]) -> int:

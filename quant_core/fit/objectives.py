@@ -20,6 +20,7 @@ class Projected:
     right: Tensor
     ridge: float
     name: str = "projected"
+    by_rows: bool = False
 
     def loss(self, error: Tensor) -> float:
         """Without the ridge: what is reported and judged."""
@@ -36,6 +37,7 @@ class Output:
 
     hessian: Tensor
     name: str = "output"
+    by_rows: bool = True
 
     def loss(self, error: Tensor) -> float:
         return max(0.0, float(((error @ self.hessian) * error).sum(dtype=torch.float64)))

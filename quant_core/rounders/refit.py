@@ -6,11 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..scales import Granularity, QParams, block_view
+from ..format import Format
+from ..scales import Granularity, QParams, ScaleDtype, block_view
 from ..task import Task
 from ..tiles import group_columns, row_slices, tile
 
 _SLICE = 1 << 22      # weights worked on at once
+
+
+def worth_refitting(fmt: Format) -> bool:
+    """Coarse stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
+    return fmt.granularity in (Granularity.ROW, Granularity.GROUP) and fmt.scale_dtype in (ScaleDtype.F32, ScaleDtype.BF16)
 
 
 def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QParams:
@@ -18,17 +24,16 @@ def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QPar
 
     added: what is added to the Hessian's diagonal. Each block's scale moves to the minimum of the quadratic
     objective, is snapped to what can be stored, and is kept only where the decoded result is better, so the
-    objective never rises.
+    objective never rises. The format is one that `worth_refitting` accepts.
     """
     fmt, shape = task.fmt, task.shape
     scale, zero = qp.scale.clone(), None if qp.zero is None else qp.zero.clone()
     result = replace(qp, scale=scale, zero=zero)
     width = group_columns(fmt, shape)
-    whole = fmt.granularity is Granularity.TENSOR
     for start in range(0, shape[1], width):
         cols = slice(start, start + width)
         part = task.work[:, cols]
-        for rows in [slice(0, shape[0])] if whole else row_slices(fmt, part, _SLICE):
+        for rows in row_slices(fmt, part, _SLICE):
             task.poll()
             current = tile(fmt, result, shape, rows, cols)       # views into `scale`, `zero`
             new, keep = _refit_block(task, current, part[rows], errors[rows], cols, added)

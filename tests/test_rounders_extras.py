@@ -1,0 +1,125 @@
+"""What surrounds choosers and rounders: bias correction, the low-rank residual, options, automatic choice."""
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_quantpress.quant_core.errors import OutputError, RequestError
+from comfyui_quantpress.quant_core.format import get_format
+from comfyui_quantpress.quant_core.layer import quantize_layer
+from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.residual import ResidualOptions, lora_keys, low_rank, save_residuals
+from safetensors.torch import load_file
+
+NVFP4 = get_format("nvfp4")
+
+
+def layer(mean=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(64, 96, generator=generator)
+    draw = lambda rows: torch.randn(rows, 96, generator=generator) * torch.linspace(4, 0.1, 96) + mean  # noqa: E731
+    x, held_out = draw(600), draw(300)
+    return w, x, Evidence(hessian=x.T @ x / 600, mean=x.mean(0), rows=held_out, count=600)
+
+
+def output_error(w, bias, result, rows):
+    decoded = NVFP4.dequantize(result.tensors, tuple(w.shape))
+    new = bias if result.bias is None else result.bias
+    return float((rows @ (w - decoded).T + (bias - new).float()).norm())
+
+
+def test_bias_correction_lowers_the_error_on_inputs_with_a_mean():
+    w, _, evidence = layer(mean=3.0)
+    bias = torch.randn(64)
+    result = quantize_layer("l", w, Recipe(NVFP4), evidence, bias=bias)
+    assert result.bias is not None and result.bias.dtype == bias.dtype
+    assert output_error(w, bias, result, evidence.rows) < 0.8 * output_error(w, bias, replace(result, bias=None), evidence.rows)
+
+
+def test_bias_is_left_alone_where_the_correction_would_hurt_held_out_inputs():
+    w, _, evidence = layer(mean=3.0)
+    wrong = replace(evidence, mean=-evidence.mean)
+    result = quantize_layer("l", w, Recipe(NVFP4), wrong, bias=torch.zeros(64))
+    assert result.bias is None and any("bias correction would raise" in note for note in result.notes)
+
+
+def test_bias_is_left_alone_without_held_out_rows():
+    w, _, evidence = layer(mean=3.0)
+    assert quantize_layer("l", w, Recipe(NVFP4), replace(evidence, rows=None), bias=torch.zeros(64)).bias is None
+    assert quantize_layer("l", w, Recipe(NVFP4), bias=torch.zeros(64)).bias is None
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_residual_lowers_the_error_it_was_made_for(data):
+    w, _, evidence = layer()
+    recipe = Recipe(NVFP4, options={"residual_rank": 16})
+    residual = quantize_layer("blocks.0.attn", w, recipe, evidence if data else Evidence()).residual
+    assert residual.up.shape == (64, 16) and residual.down.shape == (16, 96)
+    assert residual.corrected_error < 0.85 * residual.error
+
+
+def test_weighted_residual_beats_the_plain_one_on_the_output():
+    w, x, evidence = layer()
+    error = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    loss = lambda parts: float((x @ (error - parts[0] @ parts[1]).T).norm())  # noqa: E731
+    assert loss(low_rank(error, 8, evidence.hessian)) < 0.95 * loss(low_rank(error, 8, None))
+
+
+def test_full_rank_residual_is_the_error():
+    error = torch.randn(20, 12, generator=torch.Generator().manual_seed(3))
+    up, down = low_rank(error, 99, None)
+    assert torch.allclose(up @ down, error, atol=1e-5)
+
+
+def test_residual_options_choose_layers():
+    options = ResidualOptions(8, r"attn\.", 2)
+    assert [options.wants(name) for name in ("blocks.0.attn.qkv", "blocks.2.attn.qkv", "blocks.1.mlp.fc1", "attn.qkv")] == [
+        True, False, False, False]
+    assert not ResidualOptions().wants("blocks.0.attn.qkv")
+    with pytest.raises(RequestError, match="regular expression"):
+        ResidualOptions(8, "(").wants("x")
+
+
+def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
+    w, _, evidence = layer()
+    residual = quantize_layer("x", w, Recipe(NVFP4, options={"residual_rank": 4}), evidence).residual
+    names = ("model.diffusion_model.blocks.0.attn.qkv", "diffusion_model.blocks.1.attn.qkv", "blocks.2.attn.qkv")
+    save_residuals(tmp_path / "lora.safetensors", dict.fromkeys(names, residual))
+    stored = load_file(tmp_path / "lora.safetensors")
+    assert sorted(stored) == sorted(f"diffusion_model.blocks.{i}.attn.qkv.lora_{side}.weight" for i in range(3) for side in ("up", "down"))
+    assert torch.equal(stored[lora_keys("blocks.2.attn.qkv")[0]], residual.up)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+    with pytest.raises(RequestError, match="no layer matches"):
+        save_residuals(tmp_path / "none.safetensors", {})
+    with pytest.raises((OutputError, RequestError)):
+        save_residuals(tmp_path / "missing" / "lora.safetensors", {"a": residual})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dampng": 0.1}, "no option 'dampng'"),
+    ({"damping": "much"}, "damping: found 'much', needs a value of type float"),
+    ({"damping": -1.0}, "damping: found -1.0, needs 1e-06 to 10.0"),
+    ({"order": "random"}, "order: found 'random'. Choose one of activation, natural"),
+    ({"sweeps": True}, "sweeps: found True"),
+    ({"sweeps": 1.5}, "sweeps: found 1.5"),
+    ({"optimizer": "prodigy"}, "optimizer: found 'prodigy'. Choose one of original, adamw, radam"),
+])
+def test_bad_options_are_named(options, message):
+    with pytest.raises(RequestError) as caught:
+        Recipe(NVFP4, options=options).validate()
+    assert message in str(caught.value)
+
+
+def test_good_options_pass():
+    Recipe(NVFP4, "auto", "auto", options={"damping": 1, "sweeps": 0, "residual_rank": 8, "lr": 1}).validate()
+
+
+def test_automatic_choice_follows_what_is_known():
+    _, _, evidence = layer()
+    recipe = Recipe(NVFP4, "auto", "auto")
+    assert recipe.resolve(Evidence()) == ("search", "nearest")
+    assert recipe.resolve(Evidence(hessian_diagonal=torch.ones(96))) == ("search", "nearest")
+    assert recipe.resolve(evidence) == ("search", "gptq")
+    w, _, _ = layer()
+    judgement = quantize_layer("l", w, recipe, evidence).judgement
+    assert (judgement.scales, judgement.rounding, judgement.objective) == ("search", "gptq", "output")
+    assert judgement.error < judgement.nearest_error
