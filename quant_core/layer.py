@@ -11,6 +11,7 @@ from torch import Tensor
 from .bias import correct_bias
 from .cancel import cancel_scope
 from .choosers import CHOOSERS
+from .footprint import choose_device, free_bytes, needed_bytes
 from .objective import Objective, make_objective, ratio, total_loss
 from .options import read_options
 from .recipe import Evidence, Recipe, layer_generator
@@ -44,7 +45,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """tensors: {suffix: tensor} on the compute device. config: the comfy_quant object.
+    """tensors: {suffix: tensor} on the device where it was computed (see footprint.py). config: the comfy_quant object.
 
     weight_error: relative Frobenius error of the re-decoded weight; None when it was not measured.
     notes: anything that differs from the recipe (a smaller rotation group, a fallback), in words. judgement: what was
@@ -79,7 +80,10 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
     if (scales, rounding) == ("absmax", "nearest") and not wants_more and can_slice(fmt, w):
         tensors, error = quantize_rows(fmt, w, measure)
         return LayerResult(tensors, fmt.config(shape, source_dtype), error, notes)
-    w = w.to(torch.float32)
+    needed = needed_bytes(shape, rounding, evidence.hessian is not None)
+    device, elsewhere = choose_device(w.device, free_bytes(w.device), needed)
+    notes += () if elsewhere is None else (elsewhere,)
+    w = w.to(device, torch.float32)
     work = fmt.prepare(w)
     objective = make_objective(fmt, evidence, w.device)
     rounder = ROUNDERS[rounding]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import OutputError, RequestError
@@ -109,7 +109,7 @@ def save_residuals(path: str | Path, residuals: Mapping[str, Residual], metadata
         raise RequestError("no layer matches residual_target and residual_depth: there is no low-rank part to write.")
     partial = target.with_name(target.name + ".partial")
     try:
-        save_file(tensors, partial, metadata=dict(metadata or {}))
+        partial.write_bytes(save(tensors, metadata=dict(metadata or {})))
         partial.replace(target)
     except OSError as problem:
         partial.unlink(missing_ok=True)

@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_quantpress.quant_core.errors import OutputError, RequestError
+from comfyui_quantpress.quant_core.footprint import WEIGHT_COPIES, choose_device, needed_bytes
 from comfyui_quantpress.quant_core.format import get_format
 from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.residual import ResidualOptions, lora_keys, low_rank, save_residuals
+from comfyui_quantpress.quant_core.rounders import ROUNDERS
 from safetensors.torch import load_file
 
 NVFP4 = get_format("nvfp4")
@@ -90,7 +92,7 @@ def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(RequestError, match="no layer matches"):
         save_residuals(tmp_path / "none.safetensors", {})
-    with pytest.raises((OutputError, RequestError)):
+    with pytest.raises(OutputError, match="Choose another folder"):
         save_residuals(tmp_path / "missing" / "lora.safetensors", {"a": residual})
 
 
@@ -123,3 +125,17 @@ def test_automatic_choice_follows_what_is_known():
     judgement = quantize_layer("l", w, recipe, evidence).judgement
     assert (judgement.scales, judgement.rounding, judgement.objective) == ("search", "gptq", "output")
     assert judgement.error < judgement.nearest_error
+
+
+def test_a_layer_too_large_for_the_gpu_is_computed_on_the_cpu_and_says_so():
+    gpu = torch.device("cuda:0")
+    needed = needed_bytes((3072, 12288), "gptq", True)
+    assert needed > 4 * 3072 * 12288 * 8
+    assert choose_device(gpu, needed, needed) == (gpu, None)
+    device, note = choose_device(gpu, needed - 1, needed)
+    assert device.type == "cpu" and "GiB free" in note
+    assert choose_device(torch.device("cpu"), None, needed) == (torch.device("cpu"), None)
+
+
+def test_every_rounder_has_a_footprint():
+    assert set(WEIGHT_COPIES) == set(ROUNDERS)
