@@ -300,3 +300,16 @@ def test_legacy_files_are_verified_against_their_source(tmp_path):
     other = {**plain, "norm.weight": torch.zeros(7, dtype=torch.float16)}
     report = verify_file(source, save(tmp_path / "other.safetensors", other))
     assert [finding.code for finding in report.errors] == ["copy-differs"]
+
+
+@pytest.mark.parametrize(("name", "group", "rows"), [("nvfp4", 16, 200), ("mxfp8", 32, 200), ("nvfp4", 16, 256), ("mxfp8", 32, 256)])
+def test_block_formats_of_convert_to_quant_are_read_as_they_are(tmp_path, name, group, rows):
+    """Its JSON also tells group_size, orig_dtype and orig_shape."""
+    fmt, w = get_format(name), weight(1, rows)
+    tensors = {f"blocks.0.{suffix}": t for suffix, t in fmt.quantize(w).items()}
+    told = {"format": name, "group_size": group, "orig_dtype": "torch.bfloat16", "orig_shape": [rows, K]}
+    others = {key: t for key, t in bystanders().items() if key != "blocks.0.bias"}
+    source = save(tmp_path / "a.safetensors", {**tensors, **others}, {"blocks.0": told})
+    assert torch.equal(decoded(source)["blocks.0"], fmt.dequantize(fmt.quantize(w), (rows, K)))
+    with open_source(source) as src:
+        assert migrate(src).changes() == () and not check_file(source).findings

@@ -23,6 +23,7 @@ from comfyui_quantpress.quant_core.format import all_formats, get_format  # noqa
 from comfyui_quantpress.quant_core.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.tools.against import find_layout  # noqa: E402
+from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
 from comfyui_quantpress.quant_core.tools.repair import Repair, repair  # noqa: E402
 from comfyui_quantpress.quant_core.verify import check_file  # noqa: E402
 
@@ -244,6 +245,31 @@ def test_what_the_file_does_not_tell_is_told_by_the_user(tmp_path, assume):
     assert not check_file(target).findings
     with open_source(source) as src, pytest.raises(RequestError, match="no format"):
         repair(src, assume="nvfp5")
+
+
+def test_a_header_that_says_less_is_completed(tmp_path):
+    """As convert_to_quant 1.3.1 wrote it: per_row in the tensors only."""
+    tensors, configs = quantized(get_format("int8_convrot"))
+    tensors |= {f"{layer}.comfy_quant": encode_config(config) for layer, config in configs.items()}
+    less = {layer: {key: value for key, value in config.items() if key != "per_row"} for layer, config in configs.items()}
+    source = save(tmp_path / "a.safetensors", {**tensors, **bystanders()}, metadata={HEADER: build_header_metadata(less)})
+    result, target = repaired(source)
+    assert {finding.code for finding in result.findings} == {"header-sync"} and not check_file(target).findings
+    assert_untouched(source, target)
+    assert config_of(target, "blocks.0") == configs["blocks.0"]
+    with open_source(source) as src:
+        migrate(src).apply(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == target.read_bytes()
+
+
+def test_migration_adds_what_other_writers_leave_out_and_repair_does_not(tmp_path):
+    tensors, configs = quantized(get_format("int8_rowwise"))
+    less = {layer: {"format": "int8_tensorwise"} for layer in configs}
+    source = save(tmp_path / "a.safetensors", {**tensors, **bystanders()}, less)
+    with open_source(source) as src:
+        assert repair(src).findings == () and repair(src).rewrite.changes() == ()
+        migrate(src).apply(tmp_path / "m.safetensors")
+    assert config_of(tmp_path / "m.safetensors", "blocks.1") == configs["blocks.1"]
 
 
 def plain(path: Path) -> Path:

@@ -24,15 +24,18 @@ class InputScale(Enum):
     WEIGHT = "weight"      # the weight's own scale, as text encoders had it
 
 
-def canonical_config(stored: StoredLayer, full_precision: bool | None = None) -> Config:
+def canonical_config(stored: StoredLayer, full_precision: bool | None = None, *, complete: bool = False) -> Config:
     """The comfy_quant object this pack would have written, with everything else that the layer's own one says.
 
-    full_precision: sets or removes full_precision_matrix_mult; None leaves it.
+    full_precision: sets or removes full_precision_matrix_mult; None leaves it. complete: add what other writers leave
+    out, such as per_row, also to a layer that has a description.
     """
     config: Config = {key: value for key, value in stored.config.items() if key not in _STALE}
     config["format"] = stored.format.on_disk
-    if not stored.described:
+    if complete or not stored.described:
         derived = stored.format.config(stored.shape, torch.bfloat16)
+        if stored.described:
+            derived.pop("dtype", None)                       # of the weight it was made from, which nothing tells
         config |= {key: value for key, value in derived.items() if key not in config}
     if full_precision is not None and is_fp8(stored):
         config.pop("full_precision_matrix_mult", None)

@@ -145,14 +145,23 @@ def _settle(src: Source, layer: str, names: dict[str, str], described: tuple[Con
             fitting.append(None)
             errors.append(err)
     from_header, from_tensor = fitting
-    if header is not None and tensor is not None and json.dumps(_flat(header), sort_keys=True) != \
-            json.dumps(tensor, sort_keys=True):
-        which = "the header's" if from_header else "the tensor's"
-        found.note("header-sync", layer, f"{layer}: the header says {json.dumps(header)}, the tensor {json.dumps(tensor)}; "
-                   f"{which} is kept{' as ComfyUI uses it' if from_header else ' as it fits the data'}.")
-    if from_header or from_tensor:
-        return from_header or from_tensor
+    chosen = from_header or from_tensor
+    if chosen and header is not None and tensor is not None and _sorted(_flat(header)) != _sorted(tensor):
+        why = "as ComfyUI uses it"
+        if chosen is not from_header:
+            why = "as it fits the data"
+        elif from_tensor and all(tensor.get(key) == value for key, value in _flat(header).items()):
+            # convert_to_quant 1.3.1 left per_row out of the header
+            chosen, why = from_tensor, "as it says more"
+        found.note("header-sync", layer, f"{layer}: the header says {json.dumps(header)}, the tensor {json.dumps(tensor)}; the "
+                   f"{'tensor' if chosen is from_tensor else 'header'}'s is kept, {why}.")
+    if chosen:
+        return chosen
     return _infer(src, layer, names, (header, tensor), errors, assume, found)
+
+
+def _sorted(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)
 
 
 def _flat(config: Config) -> Config:

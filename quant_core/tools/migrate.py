@@ -48,7 +48,7 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     from_marker = True if full_precision is None and marker_size(src) == 2 else full_precision
     configs: dict[str, Config] = {}
     for layer, entry in stored.items():
-        configs[layer] = canonical_config(entry, from_marker if entry.kind == "legacy" else full_precision)
+        configs[layer] = canonical_config(entry, from_marker if entry.kind == "legacy" else full_precision, complete=True)
         canonicalize(draft, entry, options.input_scale)
     write_configs(draft, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
     drop_dummies(draft, stored)
