@@ -10,6 +10,7 @@ from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.residual import ResidualOptions, lora_keys, low_rank, save_residuals
 from comfyui_quantpress.quant_core.rounders import ROUNDERS
+from comfyui_quantpress.quant_core.transforms.choose import with_largest_rotation
 from safetensors.torch import load_file
 
 NVFP4 = get_format("nvfp4")
@@ -139,3 +140,13 @@ def test_a_layer_too_large_for_the_gpu_is_computed_on_the_cpu_and_says_so():
 
 def test_every_rounder_has_a_footprint():
     assert set(WEIGHT_COPIES) == set(ROUNDERS)
+
+
+@pytest.mark.parametrize(("in_features", "group"), [(3072, 1024), (768, 256), (192, 64), (80, 16)])
+def test_largest_rotation_divides_the_inputs(in_features, group):
+    assert with_largest_rotation(get_format("int8_convrot"), in_features).rotation == group
+
+
+def test_formats_without_rotation_or_without_a_fitting_group_stay_as_they_are():
+    assert with_largest_rotation(NVFP4, 3072) is NVFP4
+    assert with_largest_rotation(get_format("int8_convrot"), 30) == get_format("int8_convrot")
