@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import recipe_options
+from . import calibration_options, recipe_options
 from .console import duration_text, print_json, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from ..quant_core.plan import Plan
     from ..quant_core.policy.general import Policy
     from ..quant_core.recipe import Recipe
-    from ..quant_core.report import RunReport
+    from ..quant_core.report import LayerReport, RunReport
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -33,9 +35,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="REGEX",
                         help="quantize only layers whose name matches, sensitive ones too; may be repeated")
     parser.add_argument("--fallback", metavar="FORMAT", help="the format for layers whose shape NAME cannot take")
-    parser.add_argument("--scales", default="absmax", metavar="NAME", help="how scales are chosen (default: %(default)s)")
-    parser.add_argument("--rounding", default="nearest", metavar="NAME",
-                        help="how weights are rounded (default: %(default)s)")
+    parser.add_argument("--scales", metavar="NAME", help="how scales are chosen (default: absmax; auto with --calibration)")
+    parser.add_argument("--rounding", metavar="NAME",
+                        help="how weights are rounded (default: nearest; auto with --calibration)")
+    calibration_options.add_arguments(parser)
     recipe_options.add_arguments(parser)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for methods that use chance (default: 0)")
@@ -70,18 +73,26 @@ def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
     from ..quant_core.policy.general import Policy
     from ..quant_core.recipe import Recipe
 
-    recipe = Recipe(get_format(args.format, args.group_size, args.rotation), args.scales, args.rounding, args.seed)
-    fallback = Recipe(get_format(args.fallback), args.scales, args.rounding, args.seed) if args.fallback else None
+    scales, rounding = calibration_options.methods(args)
+    recipe = Recipe(get_format(args.format, args.group_size, args.rotation), scales, rounding, args.seed,
+                    calibration_options.residual(args))
+    fallback = Recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
     return recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
 
 
 def _dry_run(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> int:
+    from contextlib import ExitStack
+
+    from ..quant_core.calibration.use import open_use
     from ..quant_core.checkpoint.source import open_source
     from ..quant_core.plan import make_plan
     from .plan_view import plan_json, plan_lines
 
-    with open_source(args.input) as src:
-        plan = make_plan(src, recipe, policy)
+    use = calibration_options.read(args)
+    with ExitStack() as stack:
+        src = stack.enter_context(open_source(args.input))
+        known = stack.enter_context(open_use(use)) if use is not None else None
+        plan = make_plan(src, recipe, policy, calibration=known)
     if args.json:
         print_json(plan_json(plan, args.input, args.output, recipe))
     else:
@@ -99,13 +110,14 @@ def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunRep
     from .heap import give_freed_weights_back
 
     give_freed_weights_back()
-
+    use = calibration_options.read(args)
     if args.report:
         _check_report(args)
     try:
         with stop_on_signal() as cancel, show_progress("quantizing") as progress:
             return convert(args.input, args.output, recipe, policy, device=args.device, overwrite=args.overwrite,
-                           allow_nonfinite=args.allow_nonfinite, progress=progress, cancel=cancel)
+                           allow_nonfinite=args.allow_nonfinite, calibration=use, residual_lora=args.residual_lora,
+                           progress=progress, cancel=cancel)
     except torch.OutOfMemoryError as err:
         raise RequestError(f"--device {args.device}: the GPU's memory is too small for a layer, or taken by something "
                            "else. Free it, or use --device cpu. Nothing was written.") from err
@@ -129,5 +141,20 @@ def _print_report(report: RunReport) -> None:
     print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
           f"{report.bits_per_weight:.2f} bits per quantized weight")
     print(f"  error   {report.weight_error:.4f} relative, over all quantized weights")
+    if any(layer.rows for layer in layers):
+        print(f"  data    {_used(layers)}")
     print(f"  time    {duration_text(report.seconds)} on {report.device}, "
           f"{size_text(report.source_bytes / max(report.seconds, 1e-9))}/s; written and verified")
+
+
+def _used(layers: Sequence[LayerReport]) -> str:
+    """What the calibration did, counted over the layers."""
+    methods = Counter(f"{layer.judgement.scales} + {layer.judgement.rounding}" for layer in layers if layer.judgement)
+    parts = [f"{count}x {method}" for method, count in methods.most_common()]
+    fell_back = sum(layer.judgement is not None and layer.judgement.fell_back for layer in layers)
+    parts += [f"{fell_back} fell back to round-to-nearest"] if fell_back else []
+    biases = [layer.bias_corrected for layer in layers if layer.bias_corrected is not None]
+    parts += [f"{sum(biases)} of {len(biases)} biases corrected"] if biases else []
+    scales = sum(layer.input_scale is not None for layer in layers)
+    parts += [f"{scales} input scales"] if scales else []
+    return ", ".join(parts)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ._version import __version__
+from .calibration.use import OpenCalibration
 from .checkpoint.families import refusal
 from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
 from .checkpoint.layers import StoredLayer, config_tensor_name, stored_layers
 from .checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from .checkpoint.source import Source
-from .errors import InputFileError, PlanError
+from .errors import InputFileError, PlanError, some_of
 from .format import Format
 from .policy.general import Policy
 from .recipe import Recipe
@@ -25,6 +26,8 @@ _BASE_BYTES = 350_000_000
 # Float32 copies of one weight that exist at once: the weight, its prepared form, and slices of temporaries.
 _WORK_COPIES = 3
 _READ_AHEAD_AND_UNWRITTEN = 3
+# Float32 copies of a Hessian: as read, the triangle on disk, damped, and factored.
+_HESSIAN_COPIES = 4
 _FLOAT_CODES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -34,7 +37,7 @@ class LayerPlan:
 
     source: what its weight is now, a dtype code or a format name. stored: how to decode it when it is quantized.
     config: the comfy_quant object to be written, for quantized layers. consumed: source tensors that the output
-    replaces. outputs: the tensors written instead, in order.
+    replaces. outputs: the tensors written instead, in order. bias: the bias tensor, when it is to be corrected.
     """
 
     layer: str
@@ -48,6 +51,7 @@ class LayerPlan:
     outputs: tuple[OutputTensor, ...]
     bytes_in: int
     bytes_out: int
+    bias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,14 @@ class Plan:
 
 
 def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_pack: frozenset[str] = frozenset(),
-              keep_layers: Mapping[str, str] | None = None, source_hash: str | None = None) -> Plan:
+              keep_layers: Mapping[str, str] | None = None, source_hash: str | None = None,
+              calibration: OpenCalibration | None = None) -> Plan:
     """Decide everything before a weight is read.
 
     never_pack: layers whose weight must keep its stored shape (a loader reads it); they take the policy's fallback, or
     stay. keep_layers: {layer: reason}, layers that stay for a reason found elsewhere (non-finite weights, say).
-    source_hash: recorded in the file; computed when None. Raises PlanError with all problems, RequestError,
-    InputFileError (another quantizer's file).
+    source_hash: recorded in the file; computed when None. calibration: refused here when it is of another model. Raises
+    PlanError with all problems, RequestError, InputFileError (another quantizer's file).
     """
     for one in (recipe, policy.fallback, *(rule.recipe for rule in policy.rules)):
         if one is not None:
@@ -89,8 +94,12 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
         raise InputFileError(foreign)
     candidates = _linear_layers(src, stored)
     policy.check(candidates)
+    warnings = () if calibration is None else calibration.require_match(src, {
+        layer: stored[layer].shape if layer in stored else src.tensors[f"{layer}.weight"].shape for layer in candidates})
     layers = tuple(_plan_layer(src, layer, stored.get(layer), recipe, policy, never_pack, keep_layers or {})
                    for layer in candidates)
+    if calibration is not None:
+        layers = tuple(_calibrated(src, layer, calibration) for layer in layers)
     quantized = [layer for layer in layers if layer.recipe is not None]
     if not quantized:
         raise PlanError([_nothing_to_do(src, layers, recipe)])
@@ -104,9 +113,9 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
         if name not in consumed:
             copied.append(name)
             outputs.append(OutputTensor(name, info.dtype, info.shape))
-    metadata = _metadata(src, recipe, policy, layers, stored, source_hash)
-    return Plan(layers, tuple(copied), tuple(outputs), metadata, _warnings(layers),
-                src.nbytes, sum(tensor_bytes(o.dtype, o.shape) for o in outputs), _peak_bytes(src, quantized))
+    metadata = _metadata(src, recipe, policy, layers, stored, source_hash, calibration)
+    return Plan(layers, tuple(copied), tuple(outputs), metadata, warnings + _warnings(layers, calibration),
+                src.nbytes, sum(tensor_bytes(o.dtype, o.shape) for o in outputs), _peak_bytes(src, quantized, calibration))
 
 
 def _linear_layers(src: Source, stored: Mapping[str, StoredLayer]) -> list[str]:
@@ -152,6 +161,20 @@ def _plan_layer(src: Source, layer: str, stored: StoredLayer | None, recipe: Rec
                      sum(tensor_bytes(o.dtype, o.shape) for o in outputs))
 
 
+def _calibrated(src: Source, layer: LayerPlan, calibration: OpenCalibration) -> LayerPlan:
+    """With the input scale and the corrected bias that the calibration gives a quantized layer."""
+    if layer.recipe is None or not calibration.has(layer.layer):
+        return layer
+    if calibration.writes_input_scale(layer.layer, layer.recipe.format, layer.config):
+        scale = OutputTensor(f"{layer.layer}.input_scale", "F32", ())
+        layer = replace(layer, outputs=(*layer.outputs[:-1], scale, layer.outputs[-1]), bytes_out=layer.bytes_out + 4)
+    info = src.tensors.get(f"{layer.layer}.bias")
+    if not calibration.use.bias_correction or info is None or info.dtype not in _FLOAT_CODES[:4] or info.shape != layer.shape[:1]:
+        return layer
+    return replace(layer, bias=info.name, consumed=(*layer.consumed, info.name),
+                   outputs=(*layer.outputs, OutputTensor(info.name, info.dtype, info.shape)))
+
+
 def _misfit(fmt: Format, shape: tuple[int, int], fixed_shape: bool) -> str | None:
     """Why this weight cannot take the format; None when it can."""
     problem = fmt.problem(shape)
@@ -172,7 +195,8 @@ def _nothing_to_do(src: Source, layers: tuple[LayerPlan, ...], recipe: Recipe) -
 
 
 def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPlan, ...],
-              stored: Mapping[str, StoredLayer], source_hash: str | None) -> dict[str, str]:
+              stored: Mapping[str, StoredLayer], source_hash: str | None,
+              calibration: OpenCalibration | None) -> dict[str, str]:
     configs: dict[str, Mapping[str, Any]] = {}
     for layer in layers:
         if layer.config is not None:
@@ -186,11 +210,19 @@ def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPl
         record["policy"]["rules"] = [rule.describe() for rule in policy.rules]
     if policy.fallback is not None:
         record["fallback"] = policy.fallback.describe()
+    if calibration is not None:
+        record["calibration"] = calibration.describe(sum(layer.recipe is not None and calibration.has(layer.layer)
+                                                         for layer in layers))
     return {**src.metadata, HEADER_KEY: build_header_metadata(configs), RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _warnings(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
+def _warnings(layers: tuple[LayerPlan, ...], calibration: OpenCalibration | None) -> tuple[str, ...]:
     warnings = []
+    if calibration is not None:
+        unseen = [layer.layer for layer in layers if layer.recipe is not None and not calibration.has(layer.layer)]
+        if unseen:
+            warnings.append(f"{len(unseen)} layers have no data in the calibration and are quantized without: "
+                            f"{some_of(unseen, shown=3)}.")
     again = [layer for layer in layers if layer.recipe is not None and layer.stored is not None]
     if again:
         kinds = ", ".join(sorted({layer.source for layer in again}))
@@ -206,9 +238,11 @@ def _warnings(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _peak_bytes(src: Source, quantized: list[LayerPlan]) -> int:
+def _peak_bytes(src: Source, quantized: list[LayerPlan], calibration: OpenCalibration | None) -> int:
     """Estimate of the process's peak memory in bytes, on the CPU."""
     def cost(layer: LayerPlan) -> int:
         n, k = layer.shape
-        return (_WORK_COPIES * 4 + 1) * n * k + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out)
+        hessian = 0 if calibration is None else calibration.hessian_bytes(layer.layer)
+        return ((_WORK_COPIES * 4 + 1) * n * k + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out)
+                + _HESSIAN_COPIES * hessian)
     return _BASE_BYTES + max(cost(layer) for layer in quantized)

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from .layer import Judgement
 from .metrics import snr_db
 
 
@@ -13,7 +14,9 @@ from .metrics import snr_db
 class LayerReport:
     """format: None for a kept layer, and reason says why. weight_error: relative Frobenius error of the decoded weight.
 
-    rounding: what was really used; it differs from the recipe where an algorithm fell back. seconds: compute only.
+    seconds: compute only. judgement: the algorithms that were really used; they differ from the recipe where it says "auto"
+    and where an algorithm fell back. rows: how many captured inputs were known. bias_corrected: None where that was not
+    asked for. input_scale: as written, None where none is. residual_error: relative, with the low-rank part added.
     """
 
     layer: str
@@ -26,6 +29,11 @@ class LayerReport:
     weight_error: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    judgement: Judgement | None = None
+    rows: int = 0
+    bias_corrected: bool | None = None
+    input_scale: float | None = None
+    residual_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         error = self.weight_error
@@ -35,6 +43,10 @@ class LayerReport:
             snr = snr_db(error)
             row |= {"weight_error": error if math.isfinite(error) else None, "seconds": round(self.seconds, 4),
                     "weight_snr_db": round(snr, 3) if math.isfinite(snr) else None}
+        if self.judgement is not None:
+            row |= {**asdict(self.judgement), "calibration_rows": self.rows}
+        extras = {"bias_corrected": self.bias_corrected, "input_scale": self.input_scale, "residual_error": self.residual_error}
+        row |= {key: value for key, value in extras.items() if value is not None}
         return row | ({"notes": list(self.notes)} if self.notes else {})
 
 

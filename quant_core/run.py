@@ -5,22 +5,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calibration.use import CalibrationUse, LayerInputs, OpenCalibration, on_device, open_use
 from .cancel import cancel_scope, poll
+from .checkpoint.layers import config_tensor_name
 from .checkpoint.metadata import encode_config
 from .checkpoint.sink import Sink, open_sink
 from .checkpoint.source import Source, open_source
-from .errors import InputFileError, RequestError
+from .errors import InputFileError, OutputError, RequestError
 from .layer import NO_EVIDENCE, quantize_layer
+from .options import read_options
 from .plan import LayerPlan, Plan, make_plan
 from .policy.general import Policy
-from .recipe import Evidence, Recipe
+from .recipe import Recipe
 from .report import LayerReport, Progress, RunReport
+from .residual import Residual, ResidualOptions, save_residuals
 from .verify import check_file
 
 _UNWRITTEN_JOBS = 2      # jobs whose tensors wait for the disk
@@ -28,39 +33,79 @@ _UNWRITTEN_JOBS = 2      # jobs whose tensors wait for the disk
 
 def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Policy = Policy(), *,
             device: str | torch.device = "auto", overwrite: bool = False, allow_nonfinite: bool = False,
-            never_pack: frozenset[str] = frozenset(), evidence: Mapping[str, Evidence] | None = None,
+            never_pack: frozenset[str] = frozenset(), calibration: CalibrationUse | None = None,
+            residual_lora: str | Path | None = None,
             progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> RunReport:
     """The whole way from file to verified file. Raises QuantPressError; on any error no target appears.
 
     allow_nonfinite: a layer with NaN or Inf keeps its source dtype; by default it is an InputFileError.
+    calibration: what is known of the layers' inputs. residual_lora: where the low-rank part goes that the recipe's
+    residual_rank asks for; written when the model is complete.
     progress: called after every tensor. cancel: asked often; true raises Cancelled within a second.
     """
     started = time.monotonic()
     where = pick_device(device)
-    with cancel_scope(cancel), open_source(source) as src:
-        plan = make_plan(src, recipe, policy, never_pack=never_pack)
+    lora = _residual_target(residual_lora, Path(target), recipe, policy, overwrite)
+    with ExitStack() as stack:
+        stack.enter_context(cancel_scope(cancel))
+        src = stack.enter_context(open_source(source))
+        known = stack.enter_context(open_use(calibration)) if calibration is not None else None
+        plan = make_plan(src, recipe, policy, never_pack=never_pack, calibration=known)
         warnings = plan.warnings
         if allow_nonfinite:
             bad = nonfinite_layers(src, plan)
             if bad:
-                plan = make_plan(src, recipe, policy, never_pack=never_pack, keep_layers=bad)
+                plan = make_plan(src, recipe, policy, never_pack=never_pack, keep_layers=bad, calibration=known)
                 warnings = plan.warnings + tuple(f"{layer}: kept: {why}" for layer, why in bad.items())
+        residuals: dict[str, Residual] = {}
         with open_sink(target, plan.outputs, plan.metadata, overwrite=overwrite, sources=src.files) as sink:
             reports = []
-            for report, state in run(plan, src, sink, device=where, evidence=evidence or {}, started=started):
+            for report, state in run(plan, src, sink, device=where, calibration=known, residuals=residuals, started=started):
                 if report is not None:
                     reports.append(report)
                 if progress is not None:
                     progress(state)
             src.check_unchanged()
             sink.commit(verify=lambda part: check_file(part).raise_for_errors())
+        if lora is not None:
+            save_residuals(lora, residuals, {"format": "pt"})
+        warnings += known.warnings() if known is not None else ()
     return RunReport(str(source), str(target), recipe.describe(), tuple(reports), warnings, plan.source_bytes,
                      plan.output_bytes, plan.peak_bytes, time.monotonic() - started, str(where))
 
 
-def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, evidence: Mapping[str, Evidence],
-        started: float) -> Iterator[tuple[LayerReport | None, Progress]]:
-    """Yields after each layer (its report) and after each copied tensor (None); the caller may stop at any point."""
+def _residual_target(path: str | Path | None, target: Path, recipe: Recipe, policy: Policy, overwrite: bool) -> Path | None:
+    """The checked path of the low-rank part; None when the recipe asks for none. RequestError, OutputError."""
+    recipes = (recipe, policy.fallback, *(rule.recipe for rule in policy.rules))
+    wanted = any(read_options(ResidualOptions, one.options).residual_rank for one in recipes if one is not None)
+    if path is None and not wanted:
+        return None
+    if path is None or not wanted:
+        raise RequestError("a low-rank part needs both a rank and a file to go to: give --residual-lora FILE and --residual-rank N "
+                           "(residual_rank).")
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.resolve() == target.resolve() or not path.parent.is_dir():
+        raise OutputError(f"{path}: the low-rank part needs a .safetensors name of its own, in a folder that exists.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: the file exists. Choose another name, or allow overwriting.")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A job's data, all on the CPU. bias: [N], only when it is to be corrected."""
+
+    w: Tensor
+    bias: Tensor | None = None
+    inputs: LayerInputs = field(default_factory=lambda: LayerInputs(NO_EVIDENCE))
+
+
+def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, calibration: OpenCalibration | None,
+        residuals: dict[str, Residual], started: float) -> Iterator[tuple[LayerReport | None, Progress]]:
+    """Yields after each layer (its report) and after each copied tensor (None); the caller may stop at any point.
+
+    residuals: {layer: low-rank part} is filled in, on the CPU.
+    """
     jobs = plan.quantized
     clock = _Clock(plan, src, started)
     with ExitStack() as stack:
@@ -70,13 +115,13 @@ def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, evidence: 
         for layer in plan.layers:
             if layer.recipe is None:
                 yield _kept(layer), clock.state(layer.layer)
-        ahead: Future[Tensor] | None = reader.submit(read_weight, src, jobs[0]) if jobs else None
+        ahead: Future[_Read] | None = reader.submit(_read, src, jobs[0], calibration) if jobs else None
         for index, job in enumerate(jobs):
             poll()
-            w = ahead.result()
-            ahead = reader.submit(read_weight, src, jobs[index + 1]) if index + 1 < len(jobs) else None
-            yield _quantize(job, w, sink, writer, device, evidence.get(job.layer, NO_EVIDENCE)), clock.advance(job)
-            del w
+            data = ahead.result()
+            ahead = reader.submit(_read, src, jobs[index + 1], calibration) if index + 1 < len(jobs) else None
+            yield _quantize(job, data, sink, writer, device, residuals), clock.advance(job)
+            del data
         for name in plan.copied:
             poll()
             writer.submit(_copy, src, sink, name)
@@ -89,23 +134,46 @@ def read_weight(src: Source, job: LayerPlan) -> Tensor:
     return job.stored.decode(src) if job.stored is not None else src.read(f"{job.layer}.weight")
 
 
-def _quantize(job: LayerPlan, w: Tensor, sink: Sink, writer: "_Writer", device: torch.device,
-              evidence: Evidence) -> LayerReport:
+def _read(src: Source, job: LayerPlan, calibration: OpenCalibration | None) -> _Read:
+    w = read_weight(src, job)
+    if calibration is None:
+        return _Read(w)
+    recipe = job.recipe
+    hessian = (recipe.scales, recipe.rounding) != ("absmax", "nearest") or read_options(ResidualOptions, recipe.options).wants(job.layer)
+    return _Read(w, None if job.bias is None else src.read(job.bias),
+                 calibration.read(job.layer, recipe.format, job.config, hessian))
+
+
+def _quantize(job: LayerPlan, data: _Read, sink: Sink, writer: "_Writer", device: torch.device,
+              residuals: dict[str, Residual]) -> LayerReport:
     began = time.monotonic()
-    count = count_nonfinite(w)
+    count = count_nonfinite(data.w)
     if count:
-        raise InputFileError(f"{job.layer}.weight: {count} of {w.numel()} values are NaN or Inf. Such a layer draws noise. "
+        raise InputFileError(f"{job.layer}.weight: {count} of {data.w.numel()} values are NaN or Inf. Such a layer draws noise. "
                              "Take a sound copy of the model, or keep the layer as it is with --allow-nonfinite.")
-    result = quantize_layer(job.layer, w.to(device), job.recipe, evidence)
-    writer.submit(_write, sink, job, result.tensors)
-    return LayerReport(job.layer, job.shape, job.source, job.recipe.format.name, job.reason, job.bytes_in, job.bytes_out,
-                       result.weight_error, time.monotonic() - began, result.notes)
+    bias = None if data.bias is None else data.bias.to(device)
+    result = quantize_layer(job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias)
+    tensors = {f"{job.layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()}
+    tensors[config_tensor_name(job.layer)] = encode_config(job.config)
+    if data.inputs.input_scale is not None:
+        tensors[f"{job.layer}.input_scale"] = data.inputs.input_scale
+    if job.bias is not None:
+        tensors[job.bias] = data.bias if result.bias is None else result.bias
+    writer.submit(_write, sink, tensors)
+    if result.residual is not None:
+        part = result.residual
+        residuals[job.layer] = replace(part, up=part.up.cpu(), down=part.down.cpu())
+    return LayerReport(
+        job.layer, job.shape, job.source, job.recipe.format.name, job.reason, job.bytes_in, job.bytes_out, result.weight_error,
+        time.monotonic() - began, result.notes, result.judgement, data.inputs.evidence.count,
+        None if job.bias is None else result.bias is not None,
+        None if data.inputs.input_scale is None else float(data.inputs.input_scale),
+        None if result.residual is None else result.residual.corrected_error)
 
 
-def _write(sink: Sink, job: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
-    for suffix, tensor in tensors.items():
-        sink.write(f"{job.layer}.{suffix}", tensor)
-    sink.write(f"{job.layer}.comfy_quant", encode_config(job.config))
+def _write(sink: Sink, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        sink.write(name, tensor)
 
 
 def _copy(src: Source, sink: Sink, name: str) -> None:

@@ -1,6 +1,7 @@
 """Checks a file by the rules of the loaders that will read it, and against its source by decoding every layer."""
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from .checkpoint.source import Source, open_source
 from .errors import InputFileError, RequestError, VerificationError
 from .format import format_of_layer
 from .metrics import relative_error, snr_db
+from .plan import RECIPE_KEY
 from .report import Progress
 
 
@@ -236,6 +238,7 @@ def _compare_layers(src: Source, ref: Source, report: VerifyReport, worst_allowe
 def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Finding]:
     quantized = {f"{layer.layer}." for layer in report.layers}
     consumed = {name for layer in stored_layers(src).values() for name in layer.names.values()}
+    corrected = {f"{layer.layer}.bias" for layer in report.layers} if _biases_corrected(src) else set()
     findings = []
     for name, info in src.tensors.items():
         owner, last = name.rpartition(".")[0] + ".", name.rpartition(".")[2]
@@ -245,6 +248,16 @@ def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Find
         other = ref.tensors.get(name)
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
             findings.append(Finding("copy-differs", "error", owner[:-1], f"{name} is not in the source with this dtype and shape."))
-        elif not torch.equal(src.read_bytes(name), ref.read_bytes(name)):
+        elif name not in corrected and not torch.equal(src.read_bytes(name), ref.read_bytes(name)):
             findings.append(Finding("copy-differs", "error", owner[:-1], f"{name} differs from the source, though it is not quantized."))
     return findings
+
+
+def _biases_corrected(src: Source) -> bool:
+    """Whether the file records that its quantized layers' biases were corrected, and so may differ from the source."""
+    try:
+        record = json.loads(src.metadata.get(RECIPE_KEY, "{}"))
+    except ValueError:       # not written by QuantPress: nothing may differ
+        return False
+    use = record.get("calibration") if isinstance(record, dict) else None
+    return isinstance(use, dict) and use.get("bias_correction") is True

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.layers import StoredLayer
 from ..checkpoint.source import Source, open_source
@@ -47,9 +48,12 @@ RULES = {
 
 def rule_of(layer: StoredLayer) -> InputScaleRule | None:
     """None when the layer's runtime ignores input_scale: another format, or full_precision_matrix_mult."""
-    if layer.config.get("full_precision_matrix_mult"):
-        return None
-    return RULES.get(layer.format.on_disk)
+    return rule_for(layer.format.on_disk, layer.config)
+
+
+def rule_for(on_disk: str, config: Mapping[str, Any]) -> InputScaleRule | None:
+    """The same for a layer that is not written yet. on_disk: the format's name there. config: its comfy_quant object."""
+    return None if config.get("full_precision_matrix_mult") else RULES.get(on_disk)
 
 
 def scale_for(rule: InputScaleRule, magnitude: float) -> float:

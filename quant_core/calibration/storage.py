@@ -90,12 +90,15 @@ class CalibrationReader:
         """The captured layers."""
         return tuple(self._layers)
 
+    def kind(self, layer: str) -> HessianKind:
+        """What is kept of the layer's Hessian. KeyError when the layer was not captured."""
+        return HessianKind(self._layers[layer]["hessian"])
+
     def statistics(self, layer: str, device: torch.device | str = "cpu") -> LayerStatistics:
         """Read one layer. KeyError when it was not captured; InputFileError when its tensors are damaged."""
         entry = self._layers[layer]
         in_features = self.header.model.layers[layer][1]
-        kind = HessianKind(entry["hessian"])
-        result = LayerStatistics(in_features, device, kind, Placement.DEVICE, self.header.settings)
+        result = LayerStatistics(in_features, device, self.kind(layer), Placement.DEVICE, self.header.settings)
         found = {}
         for field, (dtype, shape) in _specs(result).items():
             name = f"{layer}.{field}"
