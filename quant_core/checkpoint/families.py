@@ -38,7 +38,8 @@ FAMILIES = (
            "it is a training checkpoint: let ModelOpt export it (export_hf_checkpoint), and migrate what comes out."),
     Family("quanto", (".weight._data", ".weight._scale"), "take the 16-bit model."),
     Family("HQQ", (".W_q", ".zero", ".scale"), "take the 16-bit model."),
-    Family("MXFP4 of transformers", (".gate_up_proj_blocks", ".gate_up_proj_scales"), "its experts are packed together. Take the 16-bit model."),
+    Family("MXFP4 of transformers", (".gate_up_proj_blocks", ".gate_up_proj_scales"),
+           "its experts are packed together. Take the 16-bit model."),
 )
 
 

@@ -54,8 +54,8 @@ def find_layout(src: Source, reference: Source) -> Layout:
         raise RequestError(f"{reference.path}: it shares no layer with {src.path.name} that could be compared. Give the model that "
                            "the file was made from.")
     if not best.error < _RIGHT:
-        raise RequestError(f"{best.layer}: no layout decodes near {reference.path.name}; the nearest is {best.error:.2f} off. Give the "
-                           "model that the file was made from.")
+        raise RequestError(f"{best.layer}: no layout decodes near {reference.path.name}; the nearest is {best.error:.2f} off. Give "
+                           "the model that the file was made from.")
     return best
 
 

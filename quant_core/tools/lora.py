@@ -180,7 +180,8 @@ def _record(src: Source, loras: Sequence[tuple[Source, float]]) -> str:
     try:
         before = json.loads(src.metadata.get(RECORD_KEY, "[]"))
     except ValueError as err:
-        raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no JSON ({err}). Remove it, or take another copy.") from err
+        raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no JSON ({err}). Remove it, or take another "
+                             "copy.") from err
     if not isinstance(before, list):
         raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no list. Remove it, or take another copy.")
     return json.dumps(before + [{"file": lora.path.name, "hash": lora.identity_hash(), "strength": strength}
