@@ -27,23 +27,25 @@ _PACK = Path(__file__).resolve().parent.parent
 _MAX_NAME_BYTES = 200     # of one part; file systems allow 255, and a temporary name beside it is longer
 
 
-def list_models(*folders: str) -> list[str]:
-    """ "folder/name" of every safetensors file and shard index in these model folders; shards stand for themselves not."""
+def list_models(*folders: str, shards: bool = True) -> list[str]:
+    """ "folder/name" of every safetensors file in these model folders. shards: also of the indexes of models in shards.
+
+    A shard itself is never listed. ComfyUI's own lists are asked, which it caches: walking a network drive takes time.
+    """
     found = []
     for folder in folders:
-        names = [name for name in _names(folder) if not _SHARD.search(name)]
+        names = {name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(_SUFFIXES)}
+        parts = {name for name in names if _SHARD.search(name)}
+        names = (names - parts) | (_indexes(folder, parts) if shards else set())
         found += [f"{folder}/{name}" for name in sorted(names, key=str.lower)]
     return found
 
 
-def _names(folder: str) -> set[str]:
-    names: set[str] = set()
-    for root in folder_paths.get_folder_paths(folder):
-        if os.path.isdir(root):
-            # The search of ComfyUI's own lists, which leave out an index for its suffix.
-            files, _ = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
-            names.update(name.replace(os.sep, "/") for name in files if name.endswith(_SUFFIXES))
-    return names
+def _indexes(folder: str, parts: set[str]) -> set[str]:
+    """The indexes beside these shards; ComfyUI's lists leave them out for their suffix."""
+    places = {str(PurePosixPath(part).parent) for part in parts}
+    return {path.relative_to(root).as_posix() for root in folder_paths.get_folder_paths(folder) for place in places
+            for path in Path(root, place).glob("*" + INDEX_SUFFIX)}
 
 
 def resolve_model(name: str, *folders: str) -> Path:

@@ -17,7 +17,7 @@ class LoadQuantizedFile(io.ComfyNode):
             node_id="QuantPressLoadFile", display_name="Load Quantized Diffusion Model", category=CATEGORY,
             description=("Loads a quantized file even where the stock loader cannot: in a ComfyUI that is too old (the weights "
                          "are then decoded to 16 bits), or beside ComfyUI-QuantOps."),
-            inputs=[io.Combo.Input("file", options=list_models(*_FOLDERS), tooltip=(
+            inputs=[io.Combo.Input("file", options=list_models(*_FOLDERS, shards=False), tooltip=(
                 "A quantized file. Stock Load Diffusion Model does the same in a current ComfyUI; take this node when that "
                 "one fails, or when you share a workflow with people whose ComfyUI is older."))],
             outputs=[io.Model.Output("model", tooltip="For any node that takes a MODEL.")])

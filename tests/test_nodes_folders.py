@@ -18,12 +18,13 @@ def folders(tmp_path, monkeypatch):
     stub.get_folder_paths = lambda name: paths[name]
     stub.get_output_directory = lambda: str(tmp_path / "output")
 
-    def recursive_search(root, excluded_dir_names):
-        found = [os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root, followlinks=True)
-                 for name in names]
-        return found, {}
+    def get_filename_list(name):
+        """As ComfyUI lists: by suffix, an index is not among them."""
+        return [os.path.relpath(os.path.join(folder, file), root) for root in paths[name]
+                for folder, _, files in os.walk(root, followlinks=True) for file in files
+                if file.endswith((".safetensors", ".sft", ".ckpt"))]
 
-    stub.recursive_search = recursive_search
+    stub.get_filename_list = get_filename_list
     monkeypatch.setitem(sys.modules, "folder_paths", stub)
     monkeypatch.delitem(sys.modules, "comfyui_quantpress.nodes._folders", raising=False)
     import comfyui_quantpress.nodes._folders as module
@@ -49,6 +50,7 @@ def test_models_are_listed_with_their_folder_and_shards_by_their_index(folders, 
     assert folders.list_models("diffusion_models", "checkpoints") == [
         "diffusion_models/b.safetensors", "diffusion_models/s/m.safetensors.index.json", "diffusion_models/sub/a.sft",
         "checkpoints/c.safetensors"]
+    assert folders.list_models("diffusion_models", shards=False) == ["diffusion_models/b.safetensors", "diffusion_models/sub/a.sft"]
 
 
 def test_what_is_listed_resolves(folders, tmp_path):
