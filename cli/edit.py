@@ -18,8 +18,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--header", choices=("keep", "build", "drop"), default="keep",
                         help="keep: update the header where it has the layers; build: write it from the tensors (and tensors "
                              "that only the header describes); drop: remove it (default: %(default)s)")
-    parser.add_argument("--input-scales", metavar="FILE", help="set input_scale from a JSON file {layer: number} or from the "
-                                                               "input_scale tensors of another model; nothing else changes")
     parser.add_argument("--force", action="store_true", help="write even what no loader could read any more")
     parser.set_defaults(run=run)
 
@@ -29,8 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from ..quant_core.tools.configs import HeaderMode
     from ..quant_core.tools.edit import Edit, edit, parse_names, parse_pairs
 
-    if args.input_scales is not None:
-        return _input_scales(args)
     add: dict = {}
     for text in args.add:
         add |= parse_pairs(text)
@@ -40,18 +36,3 @@ def run(args: argparse.Namespace) -> int:
     change = Edit(add, remove, args.layers, HeaderMode[args.header.upper()], args.force)
     with open_source(args.input) as src:
         return rewriting.finish(edit(src, change), args, "editing", force=args.force)
-
-
-def _input_scales(args: argparse.Namespace) -> int:
-    from ..quant_core.calibration.input_scales import read_input_scales
-    from ..quant_core.calibration.patch import plan_patch
-    from ..quant_core.checkpoint.source import open_source
-
-    if args.add or args.remove or args.header != "keep":
-        args.parser.error("--input-scales is an edit of its own: leave out --add, --remove and --header")
-    with open_source(args.input) as src:
-        rewrite, report = plan_patch(src, read_input_scales(args.input_scales), f"from {args.input_scales}")
-        code = rewriting.finish(rewrite, args, "editing")
-    if not args.json:
-        print("\n".join(f"skipped {layer}: {why}" for layer, why in report.skipped.items()))
-    return code

@@ -56,7 +56,6 @@ _TYPES = ("fp8", "int8", "mxfp8", "nvfp4", "nf4", "fp4", "af4")
 _MODES = ("tensor", "row", "block", "block3d", "block2d")
 _BIAS = "biases stay as they are: no samples are drawn to correct them"
 _NO_PRODIGY = "settings of the Prodigy optimizer, which is not offered"
-_ACTCAL = "activation scales are not simulated from here"
 
 _STANDARD = (
     _value("standard", "--input", str, "the model, *.safetensors", "-i"),
@@ -111,11 +110,12 @@ _MODES_TABLE = (
     _flag("modes", "--legacy_input_add", "add scale_input 1.0 to a legacy file"),
     _flag("modes", "--cleanup-fp8-scaled", "tidy a legacy file"),
     _value("modes", "--scaled-fp8-marker", int, "elements of the marker", default=0, choices=(0, 2)),
-    _flag("modes", "--actcal", "refused here: calibrate with real prompts instead"),
-    _value("modes", "--actcal-samples", int, default=64, idle=_ACTCAL),
-    _value("modes", "--actcal-percentile", float, default=99.9, idle=_ACTCAL),
-    _value("modes", "--actcal-lora", str, idle=_ACTCAL), _value("modes", "--actcal-seed", int, default=42, idle=_ACTCAL),
-    _value("modes", "--actcal-device", str, idle=_ACTCAL),
+    _flag("modes", "--actcal", "write input scales from random inputs; a captured calibration is better"),
+    _value("modes", "--actcal-samples", int, "random rows per layer", default=64),
+    _value("modes", "--actcal-percentile", float, "of the magnitudes", default=99.9),
+    _value("modes", "--actcal-lora", str, "a LoRA whose directions are inputs"),
+    _value("modes", "--actcal-seed", int, "of the random inputs", default=42),
+    _value("modes", "--actcal-device", str, idle="the simulation runs where the file is read, on the CPU"),
     _flag("modes", "--edit-quant", "edit the metadata"),
     _value("modes", "--remove-keys", str, "comma-separated"), _value("modes", "--add-keys", str, "\"'key': value, ...\""),
     _value("modes", "--quant-filter", str, "a regex of the layers to edit"),
@@ -123,10 +123,11 @@ _MODES_TABLE = (
            choices=("analyze", "create-template")),
 )
 _LORA = (
-    _flag("lora", "--extract-lora", "refused: the difference is not saved as a LoRA from here"),
-    *(_value("lora", name, kind, idle="it belongs to --extract-lora") for name, kind in (
-        ("--lora-rank", int), ("--lora-target", str), ("--lora-depth", int), ("--lora-ar-threshold", float),
-        ("--lora-output", str))),
+    _flag("lora", "--extract-lora", "also write what quantizing lost as a low-rank LoRA"),
+    _value("lora", "--lora-rank", int, "its rank", default=32), _value("lora", "--lora-target", str, "a regex of its layers"),
+    _value("lora", "--lora-depth", int, "only blocks with a smaller number", default=1),
+    _value("lora", "--lora-ar-threshold", float, idle="layers of every shape take part; name them with --lora-target"),
+    _value("lora", "--lora-output", str, "by default the output's name with _lora"),
 )
 _EXPERIMENTAL = (
     _flag("experimental", "--fp8", idle="FP8 is what is written when no other format is named"),
@@ -155,7 +156,7 @@ _EXPERIMENTAL = (
     _value("experimental", "--scaling_mode", str, "scales per tensor, row or block", choices=_MODES),
     _value("experimental", "--block_size", int, "weights per scale", "--group_size"),
     _flag("experimental", "--no-normalize-scales", "with --cleanup-fp8-scaled: leave the scales' shapes"),
-    _value("experimental", "--input-scales", str, "refused here: patch them into the finished file"),
+    _value("experimental", "--input-scales", str, "nvfp4: input scales from JSON or another model"),
     _value("experimental", "--layer-config", str, "JSON: regex -> settings"),
     _flag("experimental", "--fullmatch", "the whole name must match --custom-layers and --exclude-layers"),
 )

@@ -15,9 +15,6 @@ MODES = ("convert_fp8_scaled", "convert_int8_scaled", "legacy_input_add", "clean
 _REFUSED = {
     "make_hybrid_mxfp8": "hybrid MXFP8 is not written: ComfyUI has no such format. Such files are read, and `quantpress "
                          "migrate` turns them into mxfp8.",
-    "actcal": "activation scales are not simulated by this command. Capture them from real prompts with the calibration node, "
-              "then run `quantpress edit --input-scales`.",
-    "extract_lora": "the difference is not saved as a LoRA by this command. Bake LoRAs in beforehand: `quantpress merge lora`.",
 }
 # Ours has them under the same names.
 _LEARNED = ("lr", "lr_schedule", "top_p", "min_k", "max_k", "lr_gamma", "lr_patience", "lr_factor", "lr_min", "lr_cooldown",
@@ -45,8 +42,6 @@ def translate(options: Mapping[str, Any], layers: Iterable[str]) -> Translation:
     """
     given = Given(options)
     modes = [mode for mode in MODES if given.take(mode)]
-    if given.take("extract_lora"):
-        modes.append("extract_lora")
     if "input" not in options:
         raise RequestError("--input is missing: give the model with -i.")
     if len(modes) > 1:
@@ -61,11 +56,15 @@ def translate(options: Mapping[str, Any], layers: Iterable[str]) -> Translation:
 def _mode(mode: str, given: Given) -> tuple[list[list[str]], list[Path]]:
     source = given.take("input")
     suffix = {"convert_fp8_scaled": "_comfy", "convert_int8_scaled": "_comfy", "edit_quant": "_edited",
-              "legacy_input_add": "_scale_input", "cleanup_fp8_scaled": "_cleaned"}[mode]
+              "legacy_input_add": "_scale_input", "cleanup_fp8_scaled": "_cleaned", "actcal": "_calibrated"}[mode]
     step = [source, given.take("output") or _named(source, suffix)]
     if mode == "edit_quant":
         step = ["edit", *step, *_pairs(given, ("add_keys", "--add"), ("remove_keys", "--remove"), ("quant_filter", "--layers"))]
         step += ["--header", "build"] if given.take("save_quant_metadata") else []
+    elif mode == "actcal":
+        source_of = _pairs(given, ("actcal_lora", "--lora")) or ["--simulate"]
+        step = ["calibrate", *step, *source_of, *_pairs(given, ("actcal_samples", "--samples"), ("actcal_seed", "--seed"),
+                                                        ("actcal_percentile", "--percentile"))]
     elif mode == "legacy_input_add":
         step = ["cleanup", *step, "--only-scale-input"]
     elif mode == "cleanup_fp8_scaled":
@@ -100,6 +99,7 @@ def _quantize(given: Given, layers: list[str]) -> tuple[list[list[str]], list[Pa
     target = given.take("output") or _named(source, formats.auto_suffix(simple))
     step = ["quantize", source, target, *main, *_rounding(given, simple), *formats.choices(layers)]
     step += _pairs(given, ("layer_config", "--layer-config"), ("device", "--device"))
+    step += _residual(given, target)
     if given.take("full_precision_matrix_mult"):
         step += ["--add-config", "'full_precision_matrix_mult': true"]
     seed = given.take("manual_seed")
@@ -126,10 +126,21 @@ def _with_input_scales(step: list[str], target: str, given: Given, formats: Form
     scratch = Path(target).with_name(f"{Path(target).stem}.without_input_scale.safetensors")
     step[2] = str(scratch)
     second = ["migrate", str(scratch), target, "--input-scale", wanted] if wanted else \
-        ["edit", str(scratch), target, "--input-scales", file]
+        ["calibrate", str(scratch), target, "--input-scales", file]
     if wanted and file is not None:
         raise RequestError("--input_scale and --input-scales both set input_scale. Use one of them.")
     return [[*step, "--overwrite"], [*second, *overwrite]], [scratch]
+
+
+def _residual(given: Given, target: str) -> list[str]:
+    """What quantizing lost, as a LoRA; the older tool took only the first block unless told otherwise."""
+    if not given.take("extract_lora"):
+        return []
+    words = ["--residual-lora", given.take("lora_output") or target.removesuffix(".safetensors") + "_lora.safetensors"]
+    words += _pairs(given, ("lora_rank", "--residual-rank"))
+    depth, regex = given.take("lora_depth"), given.take("lora_target")
+    words += ["--option", f"residual_depth={1 if depth is None else depth}"]
+    return words + (["--option", f"residual_target={regex}"] if regex else [])
 
 
 def _rounding(given: Given, simple: bool) -> list[str]:
