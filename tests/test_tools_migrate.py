@@ -23,6 +23,7 @@ from comfyui_quantpress.quant_core.format import all_formats, get_format  # noqa
 from comfyui_quantpress.quant_core.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.tools.canonicalize import InputScale  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import MigrateOptions, migrate  # noqa: E402
+from comfyui_quantpress.quant_core.tools.merge import split  # noqa: E402
 from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy  # noqa: E402
 from comfyui_quantpress.quant_core.verify import check_file, verify_file  # noqa: E402
 
@@ -313,3 +314,15 @@ def test_block_formats_of_convert_to_quant_are_read_as_they_are(tmp_path, name, 
     assert torch.equal(decoded(source)["blocks.0"], fmt.dequantize(fmt.quantize(w), (rows, K)))
     with open_source(source) as src:
         assert migrate(src).changes() == () and not check_file(source).findings
+
+
+def test_shards_are_migrated_into_one_file(tmp_path):
+    source = legacy_file(tmp_path / "old.safetensors", "float8_e4m3fn")
+    with open_source(source) as src:
+        assert len(split(src, tmp_path / "s.safetensors.index.json", 90_000)) == 2
+    with open_source(tmp_path / "s.safetensors.index.json") as src:
+        migrate(src).apply(tmp_path / "joined.safetensors")
+    whole = migrated(source)                                     # only the order of the tensors differs
+    assert open_names(whole) == open_names(tmp_path / "joined.safetensors")
+    assert_untouched(whole, tmp_path / "joined.safetensors")
+    assert not check_file(tmp_path / "joined.safetensors").findings
