@@ -3,10 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_quantpress.quant_core.choosers import CHOOSERS
 from comfyui_quantpress.quant_core.format import ColumnGrid, all_formats, get_format
 from comfyui_quantpress.quant_core.objective import Objective
 from comfyui_quantpress.quant_core.rounders import feedback, gptq
 from comfyui_quantpress.quant_core.factor import PANEL, column_order, factor
+from comfyui_quantpress.quant_core.rounders.group_scales import group_order, has_groups
 from comfyui_quantpress.quant_core.task import Task
 
 
@@ -112,3 +114,30 @@ def test_kernel_agrees_with_the_torch_pass(kind, shape):
         outcomes.append(errors)
     agree = (outcomes[0] - outcomes[1]).abs() <= 1e-4 * outcomes[0].abs() + 1e-5
     assert agree[:, 0].all() and agree.float().mean() > 0.97       # one turned weight changes those after it in its row
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("fmt", [replace(f, rotation=16 if f.rotation else None) for f in all_formats() if has_groups(f)],
+                         ids=lambda f: f.name)
+def test_scales_updated_on_the_way_round_to_themselves_and_beat_nearest(fmt, order):
+    w = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)) * 0.1
+    given = gptq.prepare(replace(task(fmt, w, hessian(256)), options={"group_scales": "updated", "order": order}))
+    start = fmt.absmax(given.work)
+    result = gptq.round_codes(given, start)
+    loss = lambda codes, qp: given.objective.loss(fmt.decode(codes, qp) - given.work)  # noqa: E731
+    assert loss(result.codes, result.qp) < 0.7 * loss(fmt.encode(given.work, start), start)
+
+
+def test_updated_scales_pay_on_groups_of_16():
+    fmt = get_format("nvfp4")
+    w = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) * 0.1
+    losses = {}
+    for choice in ("static", "updated"):
+        given = gptq.prepare(replace(task(fmt, w, hessian(256)), options={"group_scales": choice}))
+        result = gptq.round_codes(given, CHOOSERS["search"](given))
+        losses[choice] = given.objective.loss(fmt.decode(result.codes, result.qp) - given.work)
+    assert losses["updated"] < losses["static"]
+
+
+def test_group_order_keeps_groups_whole_and_puts_strong_ones_first():
+    assert group_order(torch.tensor([1.0, 2.0, 9.0, 8.0, 3.0, 3.0]), 2).tolist() == [2, 3, 4, 5, 1, 0]

@@ -38,13 +38,18 @@ def choose(task: Task) -> QParams:
     base = task.fmt.absmax(task.work)
     if base.parent is not None and base.parent.dim() == 0:
         base = _choose_parent(task, base)
+    return refine(task, base, options.search_refits)
+
+
+def refine(task: Task, base: QParams, refits: int) -> QParams:
+    """The best scales found around `base`, under its parent; each block ends at its base's error or below."""
     best = _Best(task, base)
     steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
     for candidate in _multiples(task, base, steps):
         best.offer(candidate)
     for factor in _FINE if steps is None else ():
         best.offer(task.fmt.qparams(best.qp.effective() * factor, like=best.qp))
-    for _ in range(options.search_refits):
+    for _ in range(refits):
         best.offer(least_squares(task, best.qp))
     return best.qp
 

@@ -15,7 +15,8 @@ from ..scales import QParams
 from ..task import Rounded, Task
 from ..factor import Factor, column_order, factor
 from .feedback import feedback_pass
-from ..tiles import encode_rows
+from .group_scales import feedback_pass_with_scales, group_order, has_groups
+from ..tiles import encode_rows, group_columns
 from .refit import refit_scales, worth_refitting
 
 _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factorisation fails
@@ -25,6 +26,7 @@ _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factor
 class GptqOptions:
     """damping: share of the Hessian's mean diagonal added to it. order: which columns are rounded first.
 
+    group_scales: "static" chooses all scales beforehand, "updated" while the columns advance (group_scales.py).
     sweeps: coordinate descents afterwards; a third and a fourth were measured to give at most 0.2 dB more. refits: how
     many of them start with a re-fit of the scales, where the format has fine scales for rows or groups of them;
     elsewhere it was measured to give 0.00 to 0.03 dB for a third of the time.
@@ -32,6 +34,7 @@ class GptqOptions:
 
     damping: float = field(default=0.01, metadata={"low": 1e-6, "high": 10.0})
     order: str = field(default="activation", metadata={"choices": ("activation", "natural")})
+    group_scales: str = field(default="static", metadata={"choices": ("static", "updated")})
     sweeps: int = field(default=2, metadata={"low": 0, "high": 1000})
     refits: int = field(default=1, metadata={"low": 0, "high": 1000})
 
@@ -44,7 +47,10 @@ def prepare(task: Task) -> Task:
     if task.objective.hessian is None:
         return task
     options = read_options(GptqOptions, task.options)
-    order = column_order(task.objective.diagonal, options.order)
+    if _updates(task, options) and options.order == "activation":
+        order = group_order(task.objective.diagonal, group_columns(task.fmt, task.shape))
+    else:
+        order = column_order(task.objective.diagonal, options.order)
     for step in _DAMPING_STEPS:
         found = factor(task.objective.hessian, order, options.damping * step, task.poll)
         if found is not None:
@@ -60,7 +66,10 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
     if found is None:
         return Rounded(encode_rows(task.fmt, task.work, qp), qp, (_why_not(task, options),))
     errors = torch.zeros_like(task.work)
-    feedback_pass(task, qp, errors, found.order, found.columns)
+    if _updates(task, options):
+        qp = feedback_pass_with_scales(task, qp, errors, found.order, found.columns)
+    else:
+        feedback_pass(task, qp, errors, found.order, found.columns)
     descent = Descent(task.objective.hessian, found.order, found.damping)
     for sweep in range(options.sweeps):
         if sweep < options.refits and worth_refitting(task.fmt):
@@ -72,6 +81,10 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
     del errors
     raised = f"gptq: damping raised from {options.damping:g} to {found.damping:g}, the Hessian is not definite below"
     return Rounded(encode_rows(task.fmt, work, qp), qp, (raised,) if found.damping > options.damping else ())
+
+
+def _updates(task: Task, options: GptqOptions) -> bool:
+    return options.group_scales == "updated" and has_groups(task.fmt)
 
 
 def _why_not(task: Task, options: GptqOptions) -> str:
