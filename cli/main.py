@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from ..quant_core._version import __version__
 from ..quant_core.errors import Cancelled, QuantPressError
 from . import (
-    bitsandbytes, compat, demo, dequantize, edit, formats, inspect, merge, migrate, quantize, repair, template, verify,
+    bitsandbytes, calibrate, calibration, compat, demo, dequantize, edit, formats, inspect, merge, migrate, quantize, repair,
+    template, verify,
 )
 from .interrupt import INTERRUPTED, signals_interrupt
 
-COMMANDS = (quantize, inspect, verify, dequantize, formats, template, migrate, repair, edit, merge, bitsandbytes, compat,
-            demo)
+COMMANDS = (quantize, inspect, verify, dequantize, formats, template, migrate, repair, edit, merge, bitsandbytes, calibrate,
+            calibration, compat, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

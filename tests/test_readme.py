@@ -11,6 +11,12 @@ import pytest
 
 from comfyui_quantpress.cli.formats import _cells, describe
 from comfyui_quantpress.cli.main import build_parser, main
+from comfyui_quantpress.demo.load import load_model
+from comfyui_quantpress.demo.sampler import load_conditioning, sample, starting_noise
+from comfyui_quantpress.quant_core.calibration.budget import plan_budget
+from comfyui_quantpress.quant_core.calibration.collector import Collector
+from comfyui_quantpress.quant_core.calibration.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.format import all_formats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +62,20 @@ def test_every_command_has_an_example():
     assert {args[0] for args, _ in STEPS} == set(COMMANDS)
 
 
+def capture_calibration(path: Path) -> None:
+    """What the nodes would capture of the demo model, from one short sampling."""
+    model = load_model(ROOT / "assets" / "tiny_mmdit_256.safetensors").model
+    layers = linear_layers(model)
+    collector = Collector(layers, plan_budget({name: layer.in_features for name, layer in layers.items()}))
+    conditioning = load_conditioning(ROOT / "assets" / "conditioning.safetensors")
+    with collector.capture(model, note="a circle"):
+        sample(model, conditioning, [0], starting_noise(0, [0]), steps=2, cfg=3.0)
+    save_calibration(collector.result(), path)
+
+
 def test_the_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "model.safetensors")
+    capture_calibration(tmp_path / "calibration.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("comfyui_quantpress.cli.progress._LINE_EVERY_S", 1e9)
     for args, shown in STEPS:

@@ -108,6 +108,10 @@ class OpenCalibration:
             return LayerInputs(evidence)
         return LayerInputs(evidence, torch.tensor(scale_for(rule, largest), dtype=torch.float32, device="cpu"))
 
+    def magnitude(self, layer: str, percent: float) -> float:
+        """The percentile of |x| of a captured layer; 100 is the true largest."""
+        return self._reader.statistics(self._names.resolve(layer)).percentile(percent)
+
     def _note_saturation(self, layer: str, rule: InputScaleRule, largest: float) -> None:
         if rule.absent is Absent.ONE and largest > rule.largest:
             self._saturated[layer] = (largest, rule.largest)
