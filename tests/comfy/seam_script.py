@@ -8,12 +8,14 @@ import io
 import json
 import logging
 import sys
+import tempfile
 from pathlib import Path
 
 comfyui, pack_dir, function, *files = sys.argv[1:]
 sys.path.insert(0, comfyui)
 sys.argv = ["main.py", "--cpu", "--disable-all-custom-nodes"]
 
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import comfy.options  # noqa: E402
 
@@ -22,6 +24,7 @@ import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.quant_ops  # noqa: E402
 import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
 import nodes  # noqa: E402
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
 
@@ -180,6 +183,66 @@ def partly_loaded_output(file, full_load):
         out = patcher.model.diffusion_model(x, t, context=torch.randn(1, 8, 128), y=torch.randn(1, 128))
     patcher.detach()
     return out
+
+
+def load_clip_gives_a_text_encoder_our_layers():
+    """Stock Load CLIP: a Qwen3-0.6B encoder whose first block is quantized, one format of ours for each matrix."""
+    pack = load_pack()
+    get_format = pack("quant_core.format").get_format
+    shapes = {"self_attn.q_proj": (2048, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
+              "self_attn.o_proj": (1024, 2048), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
+              "mlp.down_proj": (1024, 3072)}
+    names = ("bnb_nf4", "float8_e4m3fn_rowwise", "int8_blockwise", "float8_e4m3fn_block3d", "bnb_af4", "int8_lodewise", "nvfp4")
+    state, weights = {}, {}
+    for (part, shape), name in zip(shapes.items(), names):
+        layer = f"model.layers.0.{part}"
+        weights[part] = torch.randn(shape) * 0.02
+        state |= {k: v for k, v in stored(pack, get_format(name), weights[part], layer).items() if not k.endswith(".bias")}
+    for norm, size in (("input_layernorm", 1024), ("post_attention_layernorm", 1024), ("self_attn.q_norm", 128),
+                       ("self_attn.k_norm", 128)):
+        state[f"model.layers.0.{norm}.weight"] = torch.ones(size)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder, "encoder.safetensors")
+        safetensors.torch.save_file(state, path)
+        clip = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+        block = next(m for n, m in clip.cond_stage_model.named_modules() if n.endswith("model.layers.0"))
+        for part, name in zip(shapes, names):
+            linear = block.get_submodule(part)
+            assert isinstance(linear.weight, QuantizedTensor), part
+            assert (linear.weight._layout_cls.startswith("QuantPress")) is (name != "nvfp4"), linear.weight
+            x = torch.randn(2, 3, shapes[part][1])            # text encoders run in float32 here
+            wanted = torch.nn.functional.linear(x, weights[part])
+            got = linear(x)
+            assert got.dtype == x.dtype and float((got - wanted).norm() / wanted.norm()) < 0.12, part
+
+
+def checkpoint_save_keeps_every_bit_of_our_layers():
+    """CheckpointSave's function, with the model of a file and a VAE, and the stock checkpoint loader afterwards."""
+    load_pack()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for file in files[1:]:
+            model = comfy.sd.load_diffusion_model(file)
+            vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(files[0]))
+            saved = Path(folder, "saved.safetensors")
+            comfy.sd.save_checkpoint(str(saved), model, vae=vae)
+            ours, theirs = safetensors.torch.load_file(file), safetensors.torch.load_file(saved)
+            for name, tensor in ours.items():
+                other = theirs["model.diffusion_model." + name]
+                if name.endswith(".comfy_quant"):
+                    assert json.loads(bytes(tensor.tolist())) == json.loads(bytes(other.tolist())), name
+                elif name.rpartition(".")[0] + ".comfy_quant" in ours and not name.endswith(".bias"):
+                    assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+            again = comfy.sd.load_checkpoint_guess_config(str(saved), output_clip=False)[0]
+            one, other = output_of(model), output_of(again)
+            # The bits are compared above; here one model is loaded whole and one in parts, which sums in another order.
+            assert float((one - other).norm() / one.norm()) < 1e-5, file
+
+
+def output_of(patcher):
+    torch.manual_seed(0)
+    patcher.load(torch.device("cpu"))
+    x, t = torch.randn(1, 16, 8, 8), torch.tensor([0.5])
+    return patcher.model.diffusion_model(x, t, context=torch.randn(1, 8, 128), y=torch.randn(1, 128))
 
 
 globals()[function]()
