@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _add_lora(actions: argparse._SubParsersAction) -> None:
     lora = actions.add_parser("lora", help="LoRAs into the weights of a 16-bit model",
                               description="Baking before quantizing rounds once. A LoRA applied to quantized weights rounds "
-                                          "twice, and measured 3 dB worse (bench/lora_bake.py).")
+                                          "twice, and measured up to 3 dB worse (bench/lora_bake.py).")
     rewriting.add_arguments(lora)
     lora.add_argument("--lora", action="append", required=True, metavar="FILE[:STRENGTH]",
                       help="kohya, diffusers, peft or LyCORIS-LoRA names; strength 1 if not given; may be repeated")
