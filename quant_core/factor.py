@@ -19,12 +19,13 @@ PANEL = 512          # columns factored at once
 class Factor:
     """order: int64 [K], column j of U belongs to input channel order[j]. panels: strictly upper columns of U.
 
-    Panel p holds rows 0 .. end of its own columns only, so all panels together take half of [K, K].
+    Panel p holds rows 0 .. end of its own columns only, so all panels together take half of [K, K]. Whoever has used them
+    up clears the list: for wide layers they are larger than the weight.
     pivots: float32 [K], D in that order. damping: the share of the mean diagonal that was added.
     """
 
     order: Tensor
-    panels: tuple[Tensor, ...]
+    panels: list[Tensor]
     pivots: Tensor
     damping: float
 
@@ -71,4 +72,4 @@ def factor(hessian: Tensor, order: Tensor, damping: float, poll: Callable[[], No
         root[start:].fill_diagonal_(0)
         root.div_(diagonal)
     pivots = torch.cat(diagonals).square_()
-    return Factor(order, tuple(roots), pivots, damping) if all(bool(r.isfinite().all()) for r in roots) else None
+    return Factor(order, roots, pivots, damping) if all(bool(r.isfinite().all()) for r in roots) else None

@@ -11,7 +11,8 @@ from .format import Format
 from .scales import Granularity, QParams
 
 
-_SLICE = 1 << 22
+# Weights worked on at once: they stay in a CPU's cache; on a GPU fewer launches count more, and memory is what a slice bounds.
+_SLICE = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 def tile(fmt: Format, qp: QParams, work_shape: tuple[int, int], rows: slice, cols: slice) -> QParams:
@@ -35,11 +36,11 @@ def _blocks(part: slice, size: int, fmt: Format) -> slice:
     return slice(part.start // size, part.stop // size)
 
 
-def row_slices(fmt: Format, work: Tensor, target: int) -> Iterator[slice]:
-    """Slices of whole block rows with about `target` weights each."""
+def row_slices(fmt: Format, work: Tensor) -> Iterator[slice]:
+    """Slices of whole block rows, of a size that suits the device."""
     n, k = work.shape
     unit = fmt.block((n, k))[0] if fmt.granularity is Granularity.BLOCK else 1
-    step = max(1, target // (k * unit)) * unit
+    step = max(1, _SLICE.get(work.device.type, _SLICE["cuda"]) // (k * unit)) * unit
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -47,13 +48,13 @@ def row_slices(fmt: Format, work: Tensor, target: int) -> Iterator[slice]:
 def encode_rows(fmt: Format, work: Tensor, qp: QParams) -> Tensor:
     """fmt.encode, a slice of rows at a time: on a GPU the whole weight at once takes up to four copies of it."""
     parts = [fmt.encode(work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1])))
-             for rows in row_slices(fmt, work, _SLICE)]
+             for rows in row_slices(fmt, work)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def errors_by_rows(fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams) -> Iterator[Tensor]:
     """What a reader decodes minus `work`, a slice of rows at a time. codes None: those of rounding to nearest."""
-    for rows in row_slices(fmt, work, _SLICE):
+    for rows in row_slices(fmt, work):
         part, sub = work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1]))
         yield (fmt.round(part, sub) if codes is None else fmt.decode(codes[rows], sub)).sub_(part)
 

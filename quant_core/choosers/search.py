@@ -15,7 +15,6 @@ from ..scales import QParams, ScaleDtype, block_view
 from ..task import Task
 from ..tiles import row_slices, tile
 
-_SLICE = 1 << 22                      # weights scored at once
 _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
 _PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)                          # rows and neighbours sampled for it
 _COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
@@ -77,7 +76,7 @@ def block_loss(task: Task, qp: QParams) -> Tensor:
     """Squared (weighted) rounding error of each block, float32 [NB, KB]."""
     fmt, shape, weights = task.fmt, task.shape, task.weights
     parts = []
-    for rows in row_slices(fmt, task.work, _SLICE):
+    for rows in row_slices(fmt, task.work):
         part = task.work[rows]
         error = fmt.round(part, tile(fmt, qp, shape, rows, slice(0, shape[1]))).sub_(part).square_()
         if weights is not None:
@@ -136,7 +135,7 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
     """
     fmt, shape, weights = task.fmt, task.shape, task.weights
     sums = []
-    for rows in row_slices(fmt, task.work, _SLICE):
+    for rows in row_slices(fmt, task.work):
         part = task.work[rows]
         sub = tile(fmt, qp, shape, rows, slice(0, shape[1]))
         block = fmt.block(tuple(part.shape))

@@ -70,6 +70,7 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
         qp = feedback_pass_with_scales(task, qp, errors, found.order, found.columns)
     else:
         feedback_pass(task, qp, errors, found.order, found.columns)
+    found.panels.clear()
     descent = Descent(task.objective.hessian, found.order, found.damping)
     for sweep in range(options.sweeps):
         if sweep < options.refits and worth_refitting(task.fmt):

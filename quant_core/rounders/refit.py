@@ -11,8 +11,6 @@ from ..scales import Granularity, QParams, ScaleDtype, block_view
 from ..task import Task
 from ..tiles import group_columns, row_slices, tile
 
-_SLICE = 1 << 22      # weights worked on at once
-
 
 def worth_refitting(fmt: Format) -> bool:
     """Coarse stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
@@ -33,7 +31,7 @@ def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QPar
     for start in range(0, shape[1], width):
         cols = slice(start, start + width)
         part = task.work[:, cols]
-        for rows in row_slices(fmt, part, _SLICE):
+        for rows in row_slices(fmt, part):
             task.poll()
             current = tile(fmt, result, shape, rows, cols)       # views into `scale`, `zero`
             new, keep = _refit_block(task, current, part[rows], errors[rows], cols, added)
