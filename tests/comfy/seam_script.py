@@ -233,7 +233,10 @@ def checkpoint_save_keeps_every_bit_of_our_layers():
                 elif name.rpartition(".")[0] + ".comfy_quant" in ours and not name.endswith(".bias"):
                     assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
             again = comfy.sd.load_checkpoint_guess_config(str(saved), output_clip=False)[0]
-            assert torch.equal(output_of(comfy.sd.load_diffusion_model(file)), output_of(again)), file
+            # All bits are equal; but kept weights were cast from bf16 in one and lie in the file's float32 in the other,
+            # and the matrix product of a CPU depends on how its operands are aligned.
+            one, other = output_of(comfy.sd.load_diffusion_model(file)), output_of(again)
+            assert float((one - other).norm() / one.norm()) < 1e-5, file
 
 
 def output_of(patcher):

@@ -30,7 +30,7 @@ def test_seam(check):
 
 
 def test_checkpoint_save_keeps_every_bit_of_our_layers(server):
-    graph, formats = Graph(), ("bnb_nf4", "int8_blockwise", "float8_e4m3fn_rowwise", "int8_convrot")
+    graph, formats = Graph(), ("bnb_nf4", "int8_blockwise", "float8_e4m3fn_rowwise", "nvfp4")
     for fmt in formats:
         node = graph.quantize(graph.source("trained_sd3"), format=fmt)
         graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name=f"checkpoint-{fmt}", overwrite=True)
