@@ -18,6 +18,7 @@ from ..quant_core.checkpoint.source import INDEX_SUFFIX
 from ..quant_core.errors import InputFileError, OutputError, RequestError
 
 SOURCE_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
+CALIBRATIONS = "calibrations"
 OUTPUT = "output"
 _SUFFIXES = (".safetensors", ".sft", INDEX_SUFFIX)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -66,10 +67,15 @@ def _is_plain(relative: str) -> bool:
         part == ".." or part.startswith("~") or _FORBIDDEN.search(part) for part in parts)
 
 
+def add_calibrations_folder() -> None:
+    """models/calibrations becomes a folder of ComfyUI's, which users may place elsewhere like any other."""
+    folder_paths.add_model_folder_path(CALIBRATIONS, os.path.join(folder_paths.models_dir, CALIBRATIONS))
+
+
 def write_roots() -> dict[str, Path]:
     """Where Save may write: folder name -> its root. The first folder that exists; for models as ComfyUI orders them."""
     roots = {}
-    for folder in SOURCE_FOLDERS:
+    for folder in (*SOURCE_FOLDERS, CALIBRATIONS):
         # Never into the pack: it adds a folder of its own for the demo model.
         paths = [path for path in folder_paths.get_folder_paths(folder) if not Path(path).is_relative_to(_PACK)]
         # diffusion_models is also called unet: prefer the folder whose name people know.

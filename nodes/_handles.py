@@ -14,6 +14,8 @@ from ..quant_core.errors import InputFileError
 CATEGORY = "QuantPress"
 SourceType = io.Custom("QUANTPRESS_SOURCE")
 QuantizedType = io.Custom("QUANTPRESS_MODEL")
+CaptureType = io.Custom("QUANTPRESS_CAPTURE")
+CalibrationType = io.Custom("QUANTPRESS_CALIBRATION")
 
 # Spool files that a live handle names; the graph's cache decides how long a handle lives.
 _held: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -42,10 +44,22 @@ class QuantizedHandle:
         _held.add(self)
 
 
-def spool_of(handle: QuantizedHandle) -> Path:
+@dataclass(frozen=True, eq=False)
+class CalibrationHandle:
+    """A calibration: a spool file, or a saved one. label: of the model, or the file's name."""
+
+    path: Path
+    label: str
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+def spool_of(handle: QuantizedHandle | CalibrationHandle) -> Path:
     """The handle's file, which someone may have removed with the temporary folder. Raises InputFileError."""
     if not handle.path.is_file():
-        raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, "
+        maker = "Quantize Model" if isinstance(handle, QuantizedHandle) else "Capture Activations"
+        raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
                              "the seed for example, and run again.")
     return handle.path
 

@@ -45,7 +45,8 @@ def _convert(source: SourceHandle, spool: Any, settings: Settings, progress: Nod
         # ComfyUI executes nodes in inference mode, where the rounders that learn could not differentiate.
         with torch.inference_mode(False):
             report = convert(source.path, spool, settings.recipe, settings.policy, device=device, overwrite=True,
-                             never_pack=detection.fixed, progress=progress, cancel=progress.cancelled)
+                             never_pack=detection.fixed, calibration=settings.calibration,
+                             progress=progress, cancel=progress.cancelled)
         require_same(detection, spool)
     except Cancelled:
         model_management.throw_exception_if_processing_interrupted()

@@ -7,11 +7,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..quant_core.calibration.use import CalibrationUse
 from ..quant_core.choosers import CHOOSERS
 from ..quant_core.format import Format, all_formats, get_format
 from ..quant_core.policy.general import Policy
-from ..quant_core.recipe import Recipe
+from ..quant_core.recipe import AUTO, Recipe
 from ..quant_core.rounders import ROUNDERS
+from ._folders import stamp
+from ._handles import CalibrationType, spool_of
 
 DEFAULT_FORMAT = "int8_convrot"
 AUTOMATIC = "automatic"
@@ -45,13 +48,13 @@ def widgets() -> list[Any]:
         io.Combo.Input("group_size", options=sizes(), default=AUTOMATIC, tooltip=(
             "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
             "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused.")),
-        io.Combo.Input("scales", options=list(CHOOSERS), default="absmax", tooltip=(
-            "How scales are chosen. 'absmax' is fastest and never clips. 'search' tries several per block and keeps the best: "
-            "less error, a few times slower.")),
-        io.Combo.Input("rounding", options=list(ROUNDERS), default="nearest", tooltip=(
-            "How weights are rounded. 'nearest' is fast and right for 8 bits. 'gptq' corrects later columns for earlier errors, "
-            "best with calibration data. 'learned' optimises every layer's rounding: slowest, take a GPU. 'stochastic' is unbiased "
-            "noise: for merging, not for quality.")),
+        io.Combo.Input("scales", options=[AUTO, *CHOOSERS], default=AUTO, tooltip=(
+            "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and "
+            "keeps the best: less error, a few times slower.")),
+        io.Combo.Input("rounding", options=[AUTO, *ROUNDERS], default=AUTO, tooltip=(
+            "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast and right for 8 bits. "
+            "'gptq' corrects later columns for earlier errors, best with a calibration. 'learned' optimises every layer's rounding: "
+            "slowest, take a GPU. 'stochastic' is unbiased noise: for merging, not for quality.")),
         io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
             "Drives every random choice. The same source, recipe and seed give the same bytes.")),
         io.String.Input("keep", default="", multiline=False, tooltip=(
@@ -66,6 +69,15 @@ def widgets() -> list[Any]:
         io.Combo.Input("device", options=devices(), default="auto", tooltip=(
             "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
             "'cpu' leaves the GPU alone; slower.")),
+        CalibrationType.Input("calibration", optional=True, tooltip=(
+            "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales and rounding then "
+            "lower the error of what comes out of them.")),
+        io.Boolean.Input("bias_correction", default=True, optional=True, tooltip=(
+            "With a calibration: the mean error of a layer's output moves into its bias, where that helps on inputs kept aside. "
+            "Costs nothing in size or speed.")),
+        io.Boolean.Input("input_scales", default=False, optional=True, tooltip=(
+            "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that inputs "
+            "saturate; otherwise it changes little.")),
     ]
 
 
@@ -82,11 +94,15 @@ class Settings:
     recipe: Recipe
     policy: Policy
     device: str
+    calibration: CalibrationUse | None = None
 
     def describe(self) -> dict[str, Any]:
         """JSON values that decide the bytes of the result."""
         fallback = self.policy.fallback
-        return {"recipe": self.recipe.describe(), "keep": list(self.policy.keep), "only": list(self.policy.only),
+        use = self.calibration
+        calibration = None if use is None else [str(use.path), stamp(use.path), use.bias_correction, use.input_scales]
+        return {"recipe": self.recipe.describe(), "calibration": calibration,
+                "keep": list(self.policy.keep), "only": list(self.policy.only),
                 "fallback": fallback.describe() if fallback else None, "device": self.device}
 
 
@@ -97,8 +113,11 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     recipe.validate()
     fallback = values.get("fallback", KEEP)
     policy = Policy(_patterns(values["keep"]), _patterns(values["only"]),
-                    None if fallback == KEEP else Recipe(get_format(fallback), seed=recipe.seed))
-    return Settings(recipe, policy, device_name(values.get("device", "auto")))
+                    None if fallback == KEEP else Recipe(get_format(fallback), recipe.scales, recipe.rounding, recipe.seed))
+    handle = values.get("calibration")
+    use = None if handle is None else CalibrationUse(spool_of(handle), values.get("bias_correction", True),
+                                                     values.get("input_scales", False))
+    return Settings(recipe, policy, device_name(values.get("device", "auto")), use)
 
 
 def sized(name: str, size: str) -> Format:

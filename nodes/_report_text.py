@@ -3,11 +3,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from ._progress import duration
 
 _WORST = 3
+
+
+def _calibrated(rows: list[Mapping[str, Any]]) -> list[str]:
+    """What a calibration was used for; [] without one."""
+    known = [row for row in rows if row.get("calibration_rows")]
+    if not known:
+        return []
+    methods = Counter(f"{row['scales']} + {row['rounding']}" for row in known)
+    parts = [f"{count} x {method}" for method, count in methods.most_common()]
+    judged = [(row["error"] / row["nearest_error"]) for row in known if row.get("error") is not None and row.get("nearest_error")]
+    if judged:
+        parts.append(f"output error on the captured inputs {median(judged):.2f} of round-to-nearest's (median)")
+    fell_back = sum(row.get("fell_back", False) for row in known)
+    parts += [f"{fell_back} fell back to round-to-nearest"] if fell_back else []
+    parts += [f"{sum(row['bias_corrected'] for row in known if 'bias_corrected' in row)} biases corrected"]
+    return ["with the calibration: " + ", ".join(parts)]
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -26,5 +43,6 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"weight error: {report['weight_error']:.2%} overall; worst layers:")
         worst = sorted(rows, key=lambda row: -(row.get("weight_error") or 0))[:_WORST]
         lines += [f"  {row['layer']}: {row.get('weight_error') or 0:.2%}" for row in worst]
+    lines += _calibrated(rows)
     lines += [f"note: {note}" for note in dict.fromkeys(note for row in rows for note in row.get("notes", ()))][:5]
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ def tokens(label: str, report: Mapping[str, Any]) -> dict[str, str]:
             "date": time.strftime("%Y-%m-%d", now), "time": time.strftime("%H%M%S", now)}
 
 
-def publish(spool: Path, target: Path, overwrite: bool) -> None:
-    """Give the spool file's contents the name `target`; verified before it shows. Raises OutputError, VerificationError.
+def verified(path: Path) -> None:
+    """Raises VerificationError."""
+    check_file(path).raise_for_errors()
+
+
+def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], object] = verified) -> None:
+    """Give the spool file's contents the name `target`; checked before it shows. Raises OutputError, and what `check` does.
 
     A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never changed.
     """
@@ -50,7 +55,7 @@ def publish(spool: Path, target: Path, overwrite: bool) -> None:
     try:
         remove_stale_parts(target)
         _link_or_copy(spool, part)
-        check_file(part).raise_for_errors()
+        check(part)
         if overwrite:
             os.replace(part, target)
         else:

@@ -7,17 +7,23 @@ from comfy_api.latest import ComfyExtension, io
 class QuantPressExtension(ComfyExtension):
     async def on_load(self) -> None:
         from ._demo_models import offer
+        from ._folders import add_calibrations_folder
         offer()
+        add_calibrations_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .capture_activations import CaptureActivations
+        from .collect_calibration import CollectCalibration
         from .inspect_quantization import InspectQuantization
+        from .load_calibration import LoadCalibration
         from .load_quantized_file import LoadQuantizedFile
         from .load_quantized_in_graph import LoadQuantizedInGraph
         from .load_source import LoadSource
         from .model_source import ModelSource
         from .quantize_model import QuantizeModel
+        from .save_calibration import SaveCalibration
         from .save_quantized import SaveQuantized
         from .try_conditioning import TestConditioning
 
         return [LoadSource, ModelSource, QuantizeModel, LoadQuantizedInGraph, SaveQuantized, LoadQuantizedFile,
-                InspectQuantization, TestConditioning]
+                InspectQuantization, TestConditioning, CaptureActivations, CollectCalibration, SaveCalibration, LoadCalibration]

@@ -1,5 +1,5 @@
 // Makes example_workflows/: lays out each graph below in a real frontend, saves it, runs it from the page, takes its picture.
-//   node make_examples.cjs PORT FOLDER       (a ComfyUI with this pack on PORT; needs chromium and playwright-core)
+//   node make_examples.cjs PORT FOLDER [NAME]       (a ComfyUI with this pack on PORT; needs chromium and playwright-core)
 const { chromium } = require('playwright-core');
 const fs = require('fs'), os = require('os'), path = require('path');
 const FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
@@ -60,6 +60,36 @@ Press **Run**: the demo model is quantized to 4 bits (NF4), saved in *diffusion_
 
 **Your own model:** choose it twice (below, and in *Load Model to Quantize*), its VAE, the latent's size, and your text encoder for *Test Conditioning*. Then try formats: the report shows size, error and the worst layers.`],
   },
+  calibrate_and_quantize: {
+    nodes: {
+      11: node('UNETLoader', { unet_name: MODEL, weight_dtype: 'default' }, [40, 480], [380, 90], 'The original, 16 bits'),
+      4: node('QuantPressTestConditioning', { model: ['11', 0], kind: 'demo shapes', seed: 8 }, [40, 630], [380, 110], 'Positive (use your text encoder)'),
+      5: node('QuantPressTestConditioning', { model: ['11', 0], kind: 'zeros', seed: 0 }, [40, 800], [380, 110], 'Negative'),
+      6: node('EmptySD3LatentImage', { width: 128, height: 128, batch_size: 1 }, [40, 970], [380, 110]),
+      20: node('QuantPressCapture', { model: ['11', 0], runs: 'accumulate', hessians: true, device_gb: 4, ram_gb: 16, rows_per_step: 128, layers: '', seed: 0 }, [460, 110], [330, 270]),
+      21: node('KSampler', sampler(['20', 0], 100), [460, 450], [330, 270], 'KSampler: this run is recorded'),
+      22: node('QuantPressCollect', { latent: ['21', 0], capture: ['20', 1] }, [460, 790], [330, 340]),
+      23: node('QuantPressSaveCalibration', { calibration: ['22', 0], name: 'quantpress_demo', overwrite: true }, [830, 970], [400, 160]),
+      1: node('QuantPressLoadSource', { file: `diffusion_models/${MODEL}` }, [830, 110], [400, 190]),
+      2: node('QuantPressQuantize', { ...recipe('nvfp4'), scales: 'auto', rounding: 'auto', calibration: ['22', 0], bias_correction: true, input_scales: false }, [830, 350], [400, 570]),
+      3: node('QuantPressLoadQuantized', { quantized: ['2', 0] }, [1280, 510], [300, 60]),
+      7: node('KSampler', sampler(['11', 0], 8), [1280, 110], [300, 270], 'KSampler: original'),
+      14: node('KSampler', sampler(['3', 0], 8), [1280, 630], [300, 270], 'KSampler: quantized'),
+      8: node('VAELoader', { vae_name: VAE }, [1280, 970], [300, 60]),
+      9: node('VAEDecode', { samples: ['7', 0], vae: ['8', 0] }, [1280, 430], [300, 50]),
+      15: node('VAEDecode', { samples: ['14', 0], vae: ['8', 0] }, [1280, 1080], [300, 50]),
+      10: node('PreviewImage', { images: ['9', 0] }, [1620, 110], [400, 460], 'Original'),
+      16: node('PreviewImage', { images: ['15', 0] }, [1620, 630], [400, 500], 'Quantized with the calibration'),
+    },
+    groups: [['1. Draw as usual, and record', 445, 40, 360, 1150, '#b58b2a'], ['2. Quantize by what was recorded', 815, 40, 430, 1150, '#3f789e'],
+      ['3. The same seed with both', 1265, 40, 770, 1150, '#8A8']],
+    note: [40, 60, 380, 340, `### Calibrate, quantize, compare
+Press **Run**: the demo model draws one picture while *Capture Activations* watches, the record becomes a calibration, and the model is quantized to 4 bits (NVFP4) with it.
+
+**Your own model:** choose it twice, connect your text encoder, set the size of the latent. Then change the prompt and press **Run** again, ten to twenty times: the record accumulates, and every run quantizes with more. (Bypass the groups 2 and 3 until the last run to save time.)
+
+The saved calibration is in *models/calibrations*.`],
+  },
 };
 
 const plain = (nodes) => Object.fromEntries(Object.entries(nodes).map(([id, n]) => [id, { class_type: n.class_type, inputs: n.inputs, _meta: { title: n.title } }]));
@@ -91,7 +121,7 @@ async function layOut(page, example) {
 }
 
 (async () => {
-  const [port, folder] = process.argv.slice(2);
+  const [port, folder, only] = process.argv.slice(2);
   const base = `http://127.0.0.1:${port}`;
   const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'chromium-'));
   const context = await chromium.launchPersistentContext(profile,
@@ -102,7 +132,7 @@ async function layOut(page, example) {
   await page.goto(base, { waitUntil: 'domcontentloaded' });
   await page.waitForFunction(() => window.app && window.app.graph && window.app.extensionManager, null, { timeout: 90000 });
   await page.waitForTimeout(4000);
-  for (const [name, example] of Object.entries(EXAMPLES)) {
+  for (const [name, example] of Object.entries(EXAMPLES).filter(([name]) => !only || name === only)) {
     await layOut(page, example);
     await page.waitForTimeout(800);
     const json = await page.evaluate(() => window.app.graph.serialize());

@@ -8,7 +8,8 @@ import pytest
 from comfy_server import ROOT, Graph
 
 IDS = ("QuantPressLoadSource", "QuantPressModelSource", "QuantPressQuantize", "QuantPressLoadQuantized", "QuantPressSave",
-       "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning")
+       "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning", "QuantPressCapture", "QuantPressCollect",
+       "QuantPressSaveCalibration", "QuantPressLoadCalibration")
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTROL = {"fixed", "randomize", "increment", "decrement"}
 
@@ -37,7 +38,7 @@ def test_the_recipe_offers_every_format_chooser_and_rounder(info):
     from comfyui_quantpress.quant_core.rounders import ROUNDERS
     inputs = info["QuantPressQuantize"]["input"]["required"]
     assert inputs["format"][1]["options"] == [fmt.name for fmt in all_formats()]
-    assert inputs["scales"][1]["options"] == list(CHOOSERS) and inputs["rounding"][1]["options"] == list(ROUNDERS)
+    assert inputs["scales"][1]["options"] == ["auto", *CHOOSERS] and inputs["rounding"][1]["options"] == ["auto", *ROUNDERS]
     offered = {str(size) for fmt in all_formats() for size in fmt.group_sizes}
     assert offered < set(inputs["group_size"][1]["options"])
 

@@ -1,0 +1,116 @@
+"""Watching a model while it samples: the object that travels from Capture Activations to Collect Calibration.
+
+The wrapped MODEL and the wire hold the same Capture, and ComfyUI's cache decides how long it lives. Hooks exist only
+inside a sampling; what was captured survives an error or a cancel.
+"""
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from ..quant_core.calibration.budget import Budget, BudgetPlan, plan_budget
+from ..quant_core.calibration.calibration import LayerSummary, fingerprint
+from ..quant_core.calibration.collector import CallContext, CaptureSettings, Collector
+from ..quant_core.calibration.linear_layers import linear_layers
+from ..quant_core.calibration.storage import save_calibration
+from ..quant_core.errors import RequestError
+from ._handles import CalibrationHandle
+from ._spool import spool_folder, sweep
+
+KEY = "quantpress_capture"
+_COMPILE_KEY = "torch.compile"      # ComfyUI's key of the wrapper that puts the compiled model in at each call
+_LABELS = {0: "cond", 1: "uncond"}
+_PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
+
+
+class Capture:
+    """Made by `watch`. accumulate: False forgets everything once it was collected."""
+
+    def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> None:
+        self._root = model.get_model_object("diffusion_model")
+        modules = linear_layers(self._root, pattern or None)
+        self.plan: BudgetPlan = plan_budget({name: module.in_features for name, module in modules.items()}, budget,
+                                            settings.statistics)
+        self._collector = Collector(modules, self.plan, settings, _fingerprint(model, modules))
+        self._accumulate = accumulate
+        self._lock = threading.Lock()
+        self._context = CallContext()
+        self._collected: tuple[CalibrationHandle, list[LayerSummary]] | None = None
+        self._label = type(model.model.model_config).__name__.lower()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        """Copies of a MODEL go on filling the same capture."""
+        return self
+
+    # ---- while sampling ----------------------------------------------------------------------------------------
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of a whole sampling: (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)."""
+        guider = executor.class_obj
+        if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILE_KEY):
+            raise compiled()
+        if guider.model_patcher.model.diffusion_model is not self._root:
+            raise RequestError("Capture Activations: another model is being sampled than the one that it was given. Connect its "
+                               "MODEL output to the sampler, with no node between that replaces the model.")
+        seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+        patched = len(guider.model_patcher.patches)
+        loras = (f"{patched} patched weights",) if patched else ()
+        with self._lock:
+            self._context, self._collected = CallContext(step=-1), None
+            with self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
+                return executor(*args, **kwargs)
+
+    def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes step, sigma and labels."""
+        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+        sigma = float(t.flatten()[0])
+        step = self._context.step if sigma == self._context.sigma else self._context.step + 1
+        labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
+        self._context = CallContext(step, sigma, labels)
+        return executor(x, t, *args, **kwargs)
+
+    # ---- afterwards --------------------------------------------------------------------------------------------
+    def collect(self) -> tuple[CalibrationHandle, list[LayerSummary]]:
+        """Everything captured so far, as a file in the spool folder, and its table. RequestError when that is nothing."""
+        with self._lock:
+            if self._collected is not None and self._collected[0].path.is_file():
+                return self._collected
+            calibration = self._collector.result()
+            calibration.require_captured()
+            sweep()
+            path = spool_folder() / f"calibration-{self._label}-{secrets.token_hex(6)}.safetensors"
+            save_calibration(calibration, path)
+            self._collected = CalibrationHandle(path, self._label), calibration.table()
+            if not self._accumulate:
+                self._collector.reset()
+            return self._collected
+
+
+def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> tuple[Any, Capture]:
+    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILE_KEY):
+        raise compiled()
+    capture, watched = Capture(model, pattern, budget, settings, accumulate), model.clone()
+    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
+    return watched, capture
+
+
+def compiled() -> RequestError:
+    """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
+    return RequestError("The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
+                        "node while calibrating; the calibration fits the compiled model as well.")
+
+
+def _fingerprint(model: Any, modules: dict[str, Any]) -> str:
+    """Of the weights as loaded, before any LoRA; "" for a quantized model, whose file has other values."""
+    entries = []
+    for name, module in modules.items():
+        backup = model.backup.get(f"diffusion_model.{name}.weight")
+        weight = module.weight if backup is None else backup.weight
+        if str(getattr(weight, "dtype", "")) not in _PLAIN_FLOATS or weight.is_meta or type(weight).__name__ == "QuantizedTensor":
+            return ""
+        entries.append((name, tuple(weight.shape), weight.detach().reshape(-1)[:32]))
+    return fingerprint(entries)
