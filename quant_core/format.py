@@ -8,14 +8,16 @@ and back by unpack, decode, restore. `prepare` pads and rotates; algorithms see 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cancel import poll
 from .errors import RequestError
+from .format_parts import ColumnGrid, Element, Runtime, TensorSpec
 from .metrics import relative_error
 from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
 
@@ -25,68 +27,8 @@ _CPU_SLICE = 1 << 18
 _ROTATABLE = 1e34
 
 
-class Element(Protocol):
-    """See elements.py: a grid of values with its codes."""
-
-    name: str
-    dtype: torch.dtype
-    bits: int
-
-    @property
-    def max(self) -> float: ...
-    def values(self, device: torch.device | str = "cpu") -> Tensor: ...
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, codes: Tensor) -> Tensor: ...
-    def round(self, x: Tensor) -> Tensor: ...
-    def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of a quantized layer as written: `<layer>.<suffix>`."""
-
-    suffix: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """What runs the format. layout: the QuantizedTensor layout's registered name.
-
-    native_since: the ComfyUI version whose stock loader reads it, None when this pack is needed.
-    min_capability: CUDA compute capability of a fast matmul, None when every device dequantizes.
-    quantizes_input: the runtime also quantizes the activations.
-    """
-
-    layout: str
-    native_since: str | None
-    min_capability: tuple[int, int] | None = None
-    quantizes_input: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnGrid:
-    """The decoded values that weights of some columns can take: `zero + scale * levels`.
-
-    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C], negative only with signed_scales.
-    zero: float32 [N, C], or None for 0.
-    """
-
-    levels: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-
-
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """Base of all formats whose codes lie on an element grid times a scale. Subclasses override what differs.
 
     name: registry name, also the command's and the node's. on_disk: the `format` string in the JSON.
@@ -99,7 +41,7 @@ class Format:
     name: str
     on_disk: str
     title: str
-    element: Any
+    element: Element
     granularity: Granularity
     runtime: Runtime
     source: str
@@ -178,9 +120,9 @@ class Format:
         spec = next(s for s in self.tensor_specs((256, 1024)) if s.suffix == suffix)
         return None if spec.shape == () or suffix == "weight_codebook" else 0
 
+    @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         """The tensors of one layer as written, `comfy_quant` excepted. shape: the weight's [N, K]."""
-        raise NotImplementedError(self.name)
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         """The `comfy_quant` JSON object of a layer whose source weight had this shape and dtype."""
@@ -320,13 +262,13 @@ class Format:
         return gathered.repeat_interleave(rows, dim=0) if rows > 1 else gathered
 
     # ---- disk --------------------------------------------------------------------------------------------------
+    @abstractmethod
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         """codes [Np, Kp] and scales -> {suffix: tensor} exactly as `tensor_specs(shape)` says."""
-        raise NotImplementedError(self.name)
 
+    @abstractmethod
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         """The inverse of pack."""
-        raise NotImplementedError(self.name)
 
     def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
         """The logical [N, K] of a stored layer, from its tensors' shapes and its JSON."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import Format, TensorSpec
+from .format import Format
+from .format_parts import TensorSpec
 from .packing import pack_nibbles, unpack_nibbles
 from .ranks import look_up
 from .scales import QParams

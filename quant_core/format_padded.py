@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .format import Format
-from .scales import QParams
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,3 @@ class PaddedBlockFormat(Format):
 
     def _unpadded_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         return self.scale_grid(self.work_shape(shape))
-
-    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
-        raise NotImplementedError(self.name)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import Format, TensorSpec
+from .format import Format
+from .format_parts import TensorSpec
 from .scales import Granularity, QParams
 
 

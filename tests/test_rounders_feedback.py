@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_quantpress.quant_core.choosers import CHOOSERS
-from comfyui_quantpress.quant_core.format import ColumnGrid, all_formats, get_format
+from comfyui_quantpress.quant_core.format import all_formats, get_format
+from comfyui_quantpress.quant_core.format_parts import ColumnGrid
 from comfyui_quantpress.quant_core.objective import Objective
 from comfyui_quantpress.quant_core.rounders import feedback, gptq
 from comfyui_quantpress.quant_core.factor import PANEL, column_order, factor

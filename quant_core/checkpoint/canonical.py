@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputFileError
-from ..format import Format, TensorSpec
+from ..format import Format
+from ..format_parts import TensorSpec
 from ..packing import swizzle_scales
 from .header import TORCH_TO_CODE, TensorInfo
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..cancel import poll
 from ..elements import CodebookElement
-from ..format import ColumnGrid, Format, Runtime, TensorSpec, register
+from ..format import Format, register
+from ..format_parts import ColumnGrid, Runtime, TensorSpec
 from ..packing import pack_nibbles, unpack_nibbles
 from ..ranks import look_up, rank_table
 from ..scales import Granularity, QParams, ScaleDtype, divide, load, snap, store

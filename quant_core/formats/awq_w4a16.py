@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..elements import CodebookElement
-from ..format import ColumnGrid, Format, Runtime, TensorSpec, register
+from ..format import Format, register
+from ..format_parts import ColumnGrid, Runtime, TensorSpec
 from ..packing import pack_nibbles, unpack_nibbles
 from ..scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
 

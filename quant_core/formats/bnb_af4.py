@@ -1,6 +1,7 @@
 """AF4: the L1-optimal 4-bit codebook for blocks of 64 normal weights, absmax per 64 input channels."""
 from ..elements import CodebookElement
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_codebook import CodebookFormat
 from ..scales import Granularity
 

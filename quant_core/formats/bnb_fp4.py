@@ -1,6 +1,7 @@
 """FP4: bitsandbytes' 4-bit float codebook, absmax per 64 input channels."""
 from ..elements import FP4
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_codebook import CodebookFormat
 from ..scales import Granularity
 

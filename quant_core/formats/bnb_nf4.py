@@ -1,6 +1,7 @@
 """NF4: 4-bit NormalFloat codebook, absmax per 64 input channels, bytes as bitsandbytes writes them."""
 from ..elements import NF4
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_codebook import CodebookFormat
 from ..scales import Granularity
 

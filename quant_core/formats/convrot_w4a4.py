@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..elements import INT4
-from ..format import Format, Runtime, TensorSpec, register
+from ..format import Format, register
+from ..format_parts import Runtime, TensorSpec
 from ..packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
 from ..scales import Granularity, QParams, block_absmax, divide
 

@@ -1,6 +1,7 @@
 """FP8 E4M3 with one scale per row and group of input channels, stored as (N, K / group_size, 1)."""
 from ..elements import E4M3
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_plain import PlainFormat
 from ..scales import Granularity
 

@@ -1,6 +1,7 @@
 """FP8 E4M3 with one scale per square tile of weights."""
 from ..elements import E4M3
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_plain import PlainFormat
 from ..scales import Granularity
 

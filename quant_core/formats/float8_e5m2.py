@@ -1,6 +1,7 @@
 """FP8 E5M2, one scale for the whole tensor: more range, one mantissa bit less; rarely the better choice for weights."""
 from ..elements import E5M2
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_plain import PlainFormat
 from ..scales import Granularity
 

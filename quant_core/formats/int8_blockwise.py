@@ -1,6 +1,7 @@
 """INT8 with one scale per square tile of weights."""
 from ..elements import INT8
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_plain import PlainFormat
 from ..scales import Granularity
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..elements import INT8
-from ..format import Runtime, register
+from ..format import register
+from ..format_parts import Runtime
 from ..format_plain import PlainFormat
 from ..scales import Granularity, QParams, SCALE_FLOOR
 

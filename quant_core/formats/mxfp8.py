@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from ..elements import E4M3
-from ..format import Runtime, TensorSpec, register
+from ..format import register
+from ..format_parts import Runtime, TensorSpec
 from ..format_padded import PaddedBlockFormat
 from ..packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from ..elements import E2M1
-from ..format import Runtime, TensorSpec, register
+from ..format import register
+from ..format_parts import Runtime, TensorSpec
 from ..format_padded import PaddedBlockFormat
 from ..packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store

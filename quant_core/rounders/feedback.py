@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..format import ColumnGrid
+from ..format_parts import ColumnGrid
 from ..scales import QParams
 from ..task import Task
 

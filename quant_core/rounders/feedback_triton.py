@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..format import ColumnGrid
+from ..format_parts import ColumnGrid
 
 ROWS = 16
 

@@ -10,7 +10,7 @@ from ..checkpoint.canonical import INPUT_SCALE, steps_to
 from ..checkpoint.header import TORCH_TO_CODE
 from ..checkpoint.layers import StoredLayer
 from ..checkpoint.metadata import Config
-from ..format import TensorSpec
+from ..format_parts import TensorSpec
 from .rewrite import Draft
 
 _STALE = ("params", "quant_map")         # nested settings, lifted to the root; a codebook that is a tensor now

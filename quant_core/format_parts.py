@@ -1,0 +1,68 @@
+"""The small records that a format is made of."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Element(Protocol):
+    """See elements.py: a grid of values with its codes."""
+
+    name: str
+    dtype: torch.dtype
+    bits: int
+
+    @property
+    def max(self) -> float: ...
+    def values(self, device: torch.device | str = "cpu") -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, codes: Tensor) -> Tensor: ...
+    def round(self, x: Tensor) -> Tensor: ...
+    def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a quantized layer as written: `<layer>.<suffix>`."""
+
+    suffix: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What runs the format. layout: the QuantizedTensor layout's registered name.
+
+    native_since: the ComfyUI version whose stock loader reads it, None when this pack is needed.
+    min_capability: CUDA compute capability of a fast matmul, None when every device dequantizes.
+    quantizes_input: the runtime also quantizes the activations.
+    """
+
+    layout: str
+    native_since: str | None
+    min_capability: tuple[int, int] | None = None
+    quantizes_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnGrid:
+    """The decoded values that weights of some columns can take: `zero + scale * levels`.
+
+    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C], negative only with signed_scales.
+    zero: float32 [N, C], or None for 0.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
