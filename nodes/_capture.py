@@ -5,6 +5,7 @@ inside a sampling; what was captured survives an error or a cancel.
 """
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from typing import Any
@@ -31,7 +32,7 @@ class Capture:
 
     def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> None:
         self._root = model.get_model_object("diffusion_model")
-        modules = linear_layers(self._root, pattern or None)
+        modules = linear_layers(self._root, _checked(pattern))
         self.plan: BudgetPlan = plan_budget({name: module.in_features for name, module in modules.items()}, budget,
                                             settings.statistics)
         self._collector = Collector(modules, self.plan, settings, _fingerprint(model, modules))
@@ -54,13 +55,17 @@ class Capture:
         if guider.model_patcher.model.diffusion_model is not self._root:
             raise RequestError("Capture Activations: another model is being sampled than the one that it was given. Connect its "
                                "MODEL output to the sampler, with no node between that replaces the model.")
+        if not self._lock.acquire(blocking=False):      # a sampling inside a sampling: the outer one's hooks see it
+            return executor(*args, **kwargs)
         seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
         patched = len(guider.model_patcher.patches)
         loras = (f"{patched} patched weights",) if patched else ()
-        with self._lock:
+        try:
             self._context, self._collected = CallContext(step=-1), None
             with self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
                 return executor(*args, **kwargs)
+        finally:
+            self._lock.release()
 
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes step, sigma and labels."""
@@ -102,6 +107,14 @@ def compiled() -> RequestError:
     """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
     return RequestError("The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
                         "node while calibrating; the calibration fits the compiled model as well.")
+
+
+def _checked(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as err:
+        raise RequestError(f"layers: {pattern!r} is no regular expression: {err}. Leave it empty to record all layers.") from err
+    return pattern or None
 
 
 def _fingerprint(model: Any, modules: dict[str, Any]) -> str:

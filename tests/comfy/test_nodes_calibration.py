@@ -160,7 +160,7 @@ def test_runs_accumulate_cancel_keeps_what_was_captured_and_no_hook_stays(server
     assert seen("part3")[0] == second
 
 
-def test_an_empty_capture_and_a_quantized_or_compiled_model_say_what_to_do(server):
+def test_an_empty_capture_a_compiled_model_and_a_wrong_pattern_say_what_to_do(server):
     graph = Calibrating(rows_per_step=19)
     graph.save(graph.collect(graph.noise), "empty")
     with pytest.raises(WorkflowError, match="the calibration is empty") as failed:
@@ -171,6 +171,11 @@ def test_an_empty_capture_and_a_quantized_or_compiled_model_say_what_to_do(serve
     with pytest.raises(WorkflowError, match="Remove the compile node") as failed:
         server.run(graph)
     assert failed.value.node == "QuantPressCapture"
+    for pattern, said in (("(", "is no regular expression"), ("no_such_layer", "has no linear layer whose name matches")):
+        graph = Calibrating(layers=pattern)
+        graph.save(graph.collect(graph.capture_all((1,), 1)), "pattern")
+        with pytest.raises(WorkflowError, match=said):
+            server.run(graph)
 
 
 def test_a_lora_while_capturing_is_recorded(server):
