@@ -1,6 +1,7 @@
 """The pipeline: one layer in memory at a time, reading ahead and writing behind while torch computes."""
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .report import LayerReport, Progress, RunReport
 from .residual import Residual, ResidualOptions, save_residuals
 from .verify import check_file
 
+_DEVICE = re.compile(r"cpu|(?P<cuda>cuda)(:(?P<index>\d+))?")
 _UNWRITTEN_JOBS = 2      # jobs whose tensors wait for the disk
 
 
@@ -212,13 +214,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     """ "auto" is CUDA where there is one. RequestError for a device that this machine lacks."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as err:      # torch says so for an unknown device string
-        raise RequestError(f"--device {device}: {err}. Choose auto, cpu, cuda or cuda:1.") from err
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    found = _DEVICE.fullmatch(str(device))
+    if found is None:
+        raise RequestError(f"--device {device}: there is no such device. Choose auto, cpu, cuda or cuda:1.")
+    if found["cuda"] and not torch.cuda.is_available():
         raise RequestError("--device cuda: this torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
-    return chosen
+    if found["index"] and int(found["index"]) >= torch.cuda.device_count():
+        raise RequestError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0.")
+    return torch.device(device)
 
 
 class _Writer:

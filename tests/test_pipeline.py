@@ -17,7 +17,7 @@ from comfyui_quantpress.quant_core.format import all_formats, get_format
 from comfyui_quantpress.quant_core.plan import RECIPE_KEY, make_plan
 from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
 from comfyui_quantpress.quant_core.recipe import Recipe
-from comfyui_quantpress.quant_core.run import convert, count_nonfinite
+from comfyui_quantpress.quant_core.run import convert, count_nonfinite, pick_device
 from comfyui_quantpress.quant_core.verify import check_file, verify_file
 
 every_format = pytest.mark.parametrize("fmt", all_formats(), ids=lambda f: f.name)
@@ -387,3 +387,11 @@ def test_sensitive_layers_are_kept(layer):
     "encoder.block.3.layer.1.DenseReluDense.wi_1", "model.layers.3.mlp.gate_proj"])
 def test_block_layers_are_quantized(layer):
     assert name_rule(layer) is None
+
+
+@pytest.mark.parametrize("device, words", [("nosuch", "no such device"), ("cuda:x", "no such device"), ("cpu ", "no such device"),
+                                           ("cuda:99", "CUDA device"), ("meta", "no such device")])
+def test_devices_that_are_not_there_are_refused(device, words):
+    with pytest.raises(RequestError, match=words):
+        pick_device(device)
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")

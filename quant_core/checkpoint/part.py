@@ -24,7 +24,7 @@ RESERVE_LIMIT_S = 2.0
 
 HAVE_PWRITE = hasattr(os, "pwrite")  # not on Windows: seek and write, under the lock that every write holds anyway
 
-_TODO = {
+_ADVICE = {
     errno.ENOSPC: "Free some space, or choose another disk.",
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.EACCES: "There is no permission to write: choose another folder, or change its permissions.",
@@ -141,5 +141,5 @@ def sync_folder(folder: Path) -> None:
 
 def cannot_write(target: Path, err: OSError) -> OutputError:
     """The OutputError for a failed operation of the system: what it said, and what to do."""
-    todo = _TODO.get(err.errno, "Check the disk, or choose another folder.")
-    return OutputError(f"{target}: the file cannot be written: {err.strerror or err}. {todo}")
+    advice = _ADVICE.get(err.errno, "Check the disk, or choose another folder.")
+    return OutputError(f"{target}: the file cannot be written: {err.strerror or err}. {advice}")
