@@ -25,6 +25,8 @@ RECIPE_KEY = "quantpress"
 _BASE_BYTES = 350_000_000
 # Float32 copies of one weight that exist at once: the weight, its prepared form, and slices of temporaries.
 _WORK_COPIES = 3
+# Rounding to nearest works through a few rows at a time (row_slices.py).
+_SLICE_BYTES = 32_000_000
 _READ_AHEAD_AND_UNWRITTEN = 3
 # Float32 copies of a Hessian: as read, the triangle on disk, damped, and factored.
 _HESSIAN_COPIES = 4
@@ -243,6 +245,9 @@ def _peak_bytes(src: Source, quantized: list[LayerPlan], calibration: OpenCalibr
     def cost(layer: LayerPlan) -> int:
         n, k = layer.shape
         hessian = 0 if calibration is None else calibration.hessian_bytes(layer.layer)
-        return ((_WORK_COPIES * 4 + 1) * n * k + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out)
+        plain = (layer.recipe.scales, layer.recipe.rounding) == ("absmax", "nearest")
+        in_slices = plain and layer.recipe.format.rows_are_independent and layer.stored is None
+        work = _SLICE_BYTES if in_slices else (_WORK_COPIES * 4 + 1) * n * k
+        return (work + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out)
                 + _HESSIAN_COPIES * hessian)
     return _BASE_BYTES + max(cost(layer) for layer in quantized)
