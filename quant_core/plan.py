@@ -94,7 +94,7 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
     foreign = refusal(src)
     if foreign is not None:
         raise InputFileError(foreign)
-    candidates = _linear_layers(src, stored)
+    candidates = linear_layers(src, stored)
     policy.check(candidates)
     warnings = () if calibration is None else calibration.require_match(src, {
         layer: stored[layer].shape if layer in stored else src.tensors[f"{layer}.weight"].shape for layer in candidates})
@@ -120,7 +120,7 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
                 src.nbytes, sum(tensor_bytes(o.dtype, o.shape) for o in outputs), _peak_bytes(src, quantized, calibration))
 
 
-def _linear_layers(src: Source, stored: Mapping[str, StoredLayer]) -> list[str]:
+def linear_layers(src: Source, stored: Mapping[str, StoredLayer]) -> list[str]:
     """Names of all 2-D float weights and of the layers that are quantized already, in file order."""
     layers = []
     for name, info in src.tensors.items():
@@ -193,7 +193,7 @@ def _nothing_to_do(src: Source, layers: tuple[LayerPlan, ...], recipe: Recipe) -
         reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     why = "; ".join(f"{count}x {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:4])
     return (f"{src.path}: none of the {len(layers)} linear layers would be quantized to {recipe.format.name}: {why}. "
-            "Choose another format or group size, or name layers with --only.")
+            "Choose another format or group size, or name the layers in only.")
 
 
 def _metadata(src: Source, recipe: Recipe, policy: Policy, layers: tuple[LayerPlan, ...],

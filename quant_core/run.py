@@ -152,7 +152,8 @@ def _quantize(job: LayerPlan, data: _Read, sink: Sink, writer: "_Writer", device
     count = count_nonfinite(data.w)
     if count:
         raise InputFileError(f"{job.layer}.weight: {count} of {data.w.numel()} values are NaN or Inf. Such a layer draws noise. "
-                             "Take a sound copy of the model, or keep the layer as it is with --allow-nonfinite.")
+                             "Take a sound copy of the model, or keep the layer as it is: name it in keep, or give "
+                             "--allow-nonfinite on the command line.")
     bias = None if data.bias is None else data.bias.to(device)
     result = quantize_layer(job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias)
     tensors = {f"{job.layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()}

@@ -212,7 +212,7 @@ def test_another_quantization_of_the_model_goes_into_the_checkpoint(tmp_path):
 
 
 def test_extract_says_what_is_there(tmp_path):
-    with open_source(canonical_file(tmp_path / "a.safetensors")) as src, pytest.raises(RequestError, match="--prefix"):
+    with open_source(canonical_file(tmp_path / "a.safetensors")) as src, pytest.raises(RequestError, match="the prefix"):
         extract(src)
 
 

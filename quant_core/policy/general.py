@@ -73,12 +73,12 @@ class Policy:
                 try:
                     matches = any(re.search(pattern, layer) for layer in layers)
                 except re.error as err:
-                    problems.append(f"--{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
+                    problems.append(f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
                                     "brackets as \\( \\).")
                     continue
                 if not matches:
                     example = f" Layers are called like {layers[len(layers) // 2]!r}." if layers else ""
-                    problems.append(f"--{option} {pattern!r} matches none of the {len(layers)} linear layers.{example}")
+                    problems.append(f"{option} {pattern!r} matches none of the {len(layers)} linear layers.{example}")
         if problems:
             raise PlanError(problems)
 
@@ -93,9 +93,9 @@ class Policy:
             return f"rule {rule.pattern}" if rule.recipe is None else None
         for pattern in self.keep:
             if re.search(pattern, layer):
-                return f"--keep {pattern}"
+                return f"named in keep ({pattern})"
         if self.only:
-            return None if any(re.search(pattern, layer) for pattern in self.only) else "not in --only"
+            return None if any(re.search(pattern, layer) for pattern in self.only) else "not named in only"
         return name_rule(layer)
 
 

@@ -56,12 +56,21 @@ def format_for(name: str, mode: str | None = None, block_size: int | None = None
 
 
 def load_layer_config(path: str | Path, base: Recipe) -> LayerConfig:
-    """base: what its recipes begin as. Raises InputFileError (no JSON), PlanError (every bad entry, by its pattern)."""
+    """The file's text, as `parse_layer_config`. InputFileError also where it cannot be read."""
     path = Path(path)
     try:
-        content = load_json_object(path.read_bytes(), str(path))
+        raw = path.read_bytes()
     except OSError as err:
         raise InputFileError(f"{path}: the file cannot be read: {err.strerror or err}. Check the path.") from err
+    return parse_layer_config(raw, path.name, base)
+
+
+def parse_layer_config(raw: bytes, where: str, base: Recipe) -> LayerConfig:
+    """raw: JSON. where: named in errors. base: what the recipes begin as.
+
+    Raises InputFileError (no JSON), PlanError (every bad entry, by its pattern).
+    """
+    content = load_json_object(raw, where)
     problems: list[str] = []
     found: dict[str, Rule] = {}
     for pattern, settings in content.items():
@@ -70,7 +79,7 @@ def load_layer_config(path: str | Path, base: Recipe) -> LayerConfig:
         try:
             found[pattern] = _rule(pattern, settings, base)
         except RequestError as err:
-            problems.append(f"{path.name}: {pattern!r}: {err}")
+            problems.append(f"{where}: {pattern!r}: {err}")
     if problems:
         raise PlanError(problems)
     default = found.pop(_DEFAULT, None)

@@ -63,8 +63,8 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
         for layer, delta in found:
             deltas.setdefault(layer, []).append(delta)
     stored = stored_layers(src)
-    problems += [f"{layer} is quantized ({stored[layer].format.name}): bake LoRAs into the 16-bit model, or run `quantpress "
-                 "dequantize` first." for layer in deltas if layer in stored][:8]
+    problems += [f"{layer} is quantized ({stored[layer].format.name}): bake LoRAs into the 16-bit model, or dequantize it "
+                 "first." for layer in deltas if layer in stored][:8]
     if problems:
         raise PlanError(problems)
     if not deltas:
@@ -122,7 +122,7 @@ def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip:
     if unknown:
         sentence = f"{where}: {len(unknown)} layers are not in {src.path.name}: {some_of(unknown, shown=4)}."
         (notes if skip else problems).append(sentence + (" They are left out." if skip else
-                                                         " Give a LoRA of this model, or skip them with --skip-unmatched."))
+                                                         " Give a LoRA of this model, or allow that unmatched layers are skipped."))
     return found
 
 

@@ -25,8 +25,8 @@ def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
     Raises RequestError: nothing is under the prefix.
     """
     if not any(name.startswith(prefix) for name in src.tensors):
-        raise RequestError(f"{src.path}: no tensor is called {prefix}...; it holds {some_of(list(src.tensors), shown=3)}. Give "
-                           "the prefix with --prefix, or use the file as it is.")
+        raise RequestError(f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Give "
+                           "the prefix of its diffusion model, or use the file as it is.")
     draft = Draft(src, empty=True)
     for name in src.tensors:
         if name.startswith(prefix):
@@ -43,8 +43,8 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
     """
     here = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
     if not here:
-        raise RequestError(f"{checkpoint.path}: no tensor is called {prefix}..., so it holds no diffusion model to replace. Give "
-                           "the prefix with --prefix.")
+        raise RequestError(f"{checkpoint.path}: no tensor's name begins with {prefix!r}, so it holds no diffusion model to replace. "
+                           "Give the prefix of its diffusion model.")
     strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
     there = {name.removeprefix(strip) for name in model.tensors}
     problems = [f"{len(names)} tensors are only in {where.path.name}: {some_of(sorted(names))}. Are these the same model?"
