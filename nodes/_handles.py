@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,16 @@ class SourceHandle:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedHandle:
-    """A quantized model in a spool file. report: RunReport.to_json() of the run that made it. label: the source's."""
+    """A quantized model in one file: a spool file, or a file of the user's, which no node changes.
+
+    label: the source's name, for file names. maker: the node that wrote the spool file; None for a user's file.
+    forced: its metadata was edited against the loaders' rules, so saving does not check it by them.
+    """
 
     path: Path
     label: str
-    report: Mapping[str, Any]
+    maker: str | None = "Quantize Model"
+    forced: bool = False
 
     def __post_init__(self) -> None:
         _held.add(self)
@@ -58,7 +62,9 @@ class CalibrationHandle:
 def spool_of(handle: QuantizedHandle | CalibrationHandle) -> Path:
     """The handle's file, which someone may have removed with the temporary folder. Raises InputFileError."""
     if not handle.path.is_file():
-        maker = "Quantize Model" if isinstance(handle, QuantizedHandle) else "Capture Activations"
+        maker = handle.maker if isinstance(handle, QuantizedHandle) else "Capture Activations"
+        if maker is None:
+            raise InputFileError(f"{handle.path.name} is not there any more. Press R to refresh the lists, and choose again.")
         raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
                              "the seed for example, and run again.")
     return handle.path

@@ -18,6 +18,11 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_ROWS = 40
 
 
+def like_layers(name: str) -> str:
+    """The name with N in place of block numbers: layers that differ in these only have the same."""
+    return _NUMBER.sub("N", name)
+
+
 def inspect(path: Path) -> dict[str, Any]:
     """JSON: architecture, sizes, groups of equal layers, recipe, findings. Reads the header and the scales."""
     findings = [finding.to_json() for finding in check_file(path).findings]
@@ -38,10 +43,10 @@ def _groups(source: Any) -> list[dict[str, Any]]:
         layer, _, suffix = name.rpartition(".")
         quantized = stored.get(layer)
         if quantized is not None and suffix in QUANT_SUFFIXES:
-            key = (_NUMBER.sub("N", layer), quantized.format.name, tuple(quantized.shape))
+            key = (like_layers(layer), quantized.format.name, tuple(quantized.shape))
             rows[key][0] += suffix == "weight"
         else:
-            key = (_NUMBER.sub("N", name), info.dtype, tuple(info.shape))
+            key = (like_layers(name), info.dtype, tuple(info.shape))
             rows[key][0] += 1
         rows[key][1] += info.nbytes
     found = [{"layers": name, "format": kind, "shape": list(shape), "count": count, "bytes": size}

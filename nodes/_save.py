@@ -3,24 +3,36 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from comfy import model_management
+
+from ..quant_core.checkpoint.header import load_json_object
+from ..quant_core.checkpoint.layers import stored_layers
+from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX
 from ..quant_core.checkpoint.part import cannot_write, part_path, remove, remove_stale_parts, rename_to_new, sync_folder
-from ..quant_core.errors import OutputError, RequestError
+from ..quant_core.checkpoint.source import Source, open_source
+from ..quant_core.errors import InputFileError, OutputError, RequestError
+from ..quant_core.plan import RECIPE_KEY
 from ..quant_core.verify import check_file
 from ._handles import QuantizedHandle
+from ._spool import spool_folder
 
+UNKNOWN = "unknown"
 DEFAULT_PATTERN = "{model}-{format}"
+_COPY_BYTES = 16 << 20
 _TOKEN = re.compile(r"\{(\w*)\}")
 
 
 def expand(pattern: str, handle: QuantizedHandle) -> str:
     """The pattern with its tokens replaced. RequestError for one that is not known."""
-    values = tokens(handle.label, handle.report)
+    if not _TOKEN.search(pattern):
+        return pattern
+    values = tokens(handle)
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
@@ -30,11 +42,39 @@ def expand(pattern: str, handle: QuantizedHandle) -> str:
     return _TOKEN.sub(value, pattern)
 
 
-def tokens(label: str, report: Mapping[str, Any]) -> dict[str, str]:
-    recipe, now = report["recipe"], time.localtime()
-    return {"model": label, "format": recipe["format"], "group_size": str(recipe.get("group_size") or "whole"),
-            "rounding": recipe["rounding"], "seed": str(recipe["seed"]), "bits": f"{report['bits_per_weight']:.1f}",
+def tokens(handle: QuantizedHandle) -> dict[str, str]:
+    """From the file: its layers, and the recipe in its header. What a file of another tool does not tell is "unknown"."""
+    with open_source(handle.path) as src:
+        try:
+            layers = stored_layers(src)
+        except InputFileError:      # a damaged file, saved under a name of its own all the same
+            layers = {}
+        recipe, formats = recorded_recipe(src), Counter(layer.format.name for layer in layers.values())
+        names = {name for layer in layers.values() for name in (*layer.names.values(), f"{layer.layer}{CONFIG_SUFFIX}")}
+        size = sum(src.tensors[name].nbytes for name in names if name in src.tensors)
+    weights, now = sum(layer.shape[0] * layer.shape[1] for layer in layers.values()), time.localtime()
+    values = {name: str(recipe.get(name, UNKNOWN)) for name in ("format", "group_size", "rounding", "seed")}
+    if "format" not in recipe:
+        values["format"] = formats.most_common(1)[0][0] if formats else UNKNOWN
+    elif recipe.get("group_size") is None:
+        values["group_size"] = "whole"
+    return {"model": handle.label, **values, "bits": f"{size * 8 / weights:.1f}" if weights else UNKNOWN,
             "date": time.strftime("%Y-%m-%d", now), "time": time.strftime("%H%M%S", now)}
+
+
+def recorded_recipe(src: Source) -> Mapping[str, Any]:
+    """The recipe that Quantize Model or the command line left in the header; {} in files of other tools."""
+    try:
+        record = load_json_object(src.metadata.get(RECIPE_KEY, "{}").encode("utf-8", "replace"), RECIPE_KEY)
+    except InputFileError:
+        return {}
+    recipe = record.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def check_of(handle: QuantizedHandle) -> Callable[[Path], object]:
+    """What a saved file must pass: the loaders' rules, or for a forced one that it can be read at all."""
+    return readable if handle.forced else verified
 
 
 def verified(path: Path) -> None:
@@ -42,10 +82,17 @@ def verified(path: Path) -> None:
     check_file(path).raise_for_errors()
 
 
+def readable(path: Path) -> None:
+    """Raises InputFileError."""
+    with open_source(path):
+        pass
+
+
 def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], object] = verified) -> None:
     """Give the spool file's contents the name `target`; checked before it shows. Raises OutputError, and what `check` does.
 
     A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never changed.
+    A file that is not in the spool folder is the user's own, and copied: two names of one file would surprise.
     """
     if target.is_dir():
         raise OutputError(f"{target}: this is a folder. Choose another name.")
@@ -70,9 +117,15 @@ def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], 
 
 
 def _link_or_copy(spool: Path, part: Path) -> None:
-    try:
-        os.link(spool, part)
-    except OSError:      # another disk, or a file system without links
-        shutil.copyfile(spool, part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+    if spool.is_relative_to(spool_folder()):
+        try:
+            os.link(spool, part)
+            return
+        except OSError:      # another disk, or a file system without links
+            pass
+    with open(spool, "rb") as source, open(part, "xb") as file:
+        while chunk := source.read(_COPY_BYTES):
+            model_management.throw_exception_if_processing_interrupted()
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())

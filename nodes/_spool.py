@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
+from comfy import model_management
 
+from ..quant_core._version import __version__
 from ..quant_core.checkpoint.part import remove
+from ..quant_core.errors import Cancelled, QuantPressError
 from ._handles import held_files
 
 
@@ -37,6 +42,33 @@ def finished_report(spool: Path) -> dict[str, Any] | None:
     """The report of a complete spool file; None when there is none. It is written last, so it tells."""
     report = report_path(spool)
     return json.loads(report.read_text("utf-8")) if spool.is_file() and report.is_file() else None
+
+
+def spooled(label: str, key: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The spool file for this key and its report; made now, unless it was made before and is still there.
+
+    key: JSON values that decide the bytes: what is done, every setting, and each source's path and `_folders.stamp`.
+    make: writes the file at the given path, over an old one, and returns the report, JSON values. It may find that no
+    file is needed and write none.
+    Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.
+    """
+    spool = spool_path(label, {"version": __version__, **key})
+    report = finished_report(spool)
+    if report is None:
+        sweep()
+        try:
+            # ComfyUI executes nodes in inference mode, where the rounders that learn could not differentiate.
+            with torch.inference_mode(False):
+                report = make(spool)
+        except Cancelled:
+            model_management.throw_exception_if_processing_interrupted()
+            raise
+        except QuantPressError:
+            remove(spool)
+            raise
+        if spool.is_file():
+            report_path(spool).write_text(json.dumps(report), "utf-8")
+    return spool, report
 
 
 def sweep() -> None:

@@ -20,10 +20,12 @@ class QuantPressExtension(ComfyExtension):
         from .load_quantized_in_graph import LoadQuantizedInGraph
         from .load_source import LoadSource
         from .model_source import ModelSource
+        from .open_quantized_file import OpenQuantizedFile
         from .quantize_model import QuantizeModel
         from .save_calibration import SaveCalibration
         from .save_quantized import SaveQuantized
         from .try_conditioning import TestConditioning
 
         return [LoadSource, ModelSource, QuantizeModel, LoadQuantizedInGraph, SaveQuantized, LoadQuantizedFile,
-                InspectQuantization, TestConditioning, CaptureActivations, CollectCalibration, SaveCalibration, LoadCalibration]
+                InspectQuantization, TestConditioning, CaptureActivations, CollectCalibration, SaveCalibration, LoadCalibration,
+                OpenQuantizedFile]

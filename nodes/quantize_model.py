@@ -28,7 +28,7 @@ class QuantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, source: SourceHandle, **values: Any) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id, "Quantizing")
-        handle = quantize(source, read_settings(values), progress)
-        text = summary(handle.report)
+        handle, report = quantize(source, read_settings(values), progress)
+        text = summary(report)
         progress.say(text.partition("\n")[0])
         return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

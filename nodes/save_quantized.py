@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._save import DEFAULT_PATTERN, expand, publish
+from ._save import DEFAULT_PATTERN, check_of, expand, publish
 from ._schema import schema
 
 
@@ -15,7 +15,7 @@ class SaveQuantized(io.ComfyNode):
             node_id="QuantPressSave", display_name="Save Quantized Model", category=CATEGORY, is_output_node=True,
             description="Saves the quantized model as a file. It is verified before it appears under its name.",
             inputs=[
-                QuantizedType.Input("quantized", tooltip="From Quantize Model."),
+                QuantizedType.Input("quantized", tooltip="From Quantize Model, Open Quantized File, or any tool behind them."),
                 io.Combo.Input("folder", options=[*SOURCE_FOLDERS, OUTPUT], default=SOURCE_FOLDERS[0], tooltip=(
                     "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing.")),
                 io.String.Input("name", default=DEFAULT_PATTERN, tooltip=(
@@ -29,9 +29,12 @@ class SaveQuantized(io.ComfyNode):
 
     @classmethod
     def execute(cls, quantized: QuantizedHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
+        path = spool_of(quantized)
         expanded = expand(name, quantized)
         target = write_target(folder, expanded)
-        publish(spool_of(quantized), target, overwrite)
+        publish(path, target, overwrite, check_of(quantized))
         listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
+        if quantized.forced:
+            text += "\nnot checked by the loaders' rules, as Edit Metadata was forced"
         return io.NodeOutput(listed, ui=ui.PreviewText(text))

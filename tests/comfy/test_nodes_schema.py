@@ -9,7 +9,7 @@ from comfy_server import ROOT, Graph
 
 IDS = ("QuantPressLoadSource", "QuantPressModelSource", "QuantPressQuantize", "QuantPressLoadQuantized", "QuantPressSave",
        "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning", "QuantPressCapture", "QuantPressCollect",
-       "QuantPressSaveCalibration", "QuantPressLoadCalibration")
+       "QuantPressSaveCalibration", "QuantPressLoadCalibration", "QuantPressOpenFile")
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTROL = {"fixed", "randomize", "increment", "decrement"}
 

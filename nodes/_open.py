@@ -1,0 +1,57 @@
+"""A quantized file of the user's -> a handle, and what it is in a few lines."""
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ..quant_core.checkpoint.families import refusal
+from ..quant_core.checkpoint.layers import stored_layers
+from ..quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ..quant_core.errors import InputFileError
+from ..quant_core.tools.rewrite import Draft
+from ..quant_core.verify import check_file
+from ._detection import detect
+from ._folders import stamp
+from ._handles import QuantizedHandle
+from ._progress import NodeProgress
+from ._source_text import label_of
+from ._spool import spooled
+
+NAME = "Open Quantized File"
+_SHOWN = 3
+
+
+def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle, str]:
+    """The file itself where it is one; shards become one spool file. Raises InputFileError: not readable."""
+    label = label_of(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        def join(spool: Path) -> dict[str, str]:
+            with open_source(path) as src:
+                Draft(src).finish().apply(spool, overwrite=True, progress=progress, cancel=progress.cancelled)
+            return {}
+        spool, _ = spooled(label, {"tool": NAME, "source": str(path), "stamp": stamp(path)}, join)
+        return QuantizedHandle(spool, label, NAME), describe(spool, path.name)
+    return QuantizedHandle(path, label, None), describe(path, path.name)
+
+
+def describe(path: Path, name: str) -> str:
+    """name: of the file as the user knows it. Never an error for what the tools can put right, or name."""
+    problems = [finding.message for finding in check_file(path).errors]
+    with open_source(path) as source:
+        try:
+            kinds = Counter((layer.kind, layer.format.name) for layer in stored_layers(source).values())
+        except InputFileError as err:
+            kinds, problems = Counter(), [str(err), *problems]
+        foreign = refusal(source)
+        lines = [f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {len(source.tensors)} tensors"]
+    lines += [f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form") for (kind, fmt), count in kinds.most_common()]
+    older = sum(count for (kind, _), count in kinds.items() if kind != "comfy_quant")
+    if foreign:
+        lines.append(foreign)
+    elif older:
+        lines.append("Migrate Legacy File turns older and foreign forms into ComfyUI's own.")
+    elif problems:
+        lines += [f"problems: {len(problems)}. Repair finds out which have an exact answer.", *(f"  {p}" for p in problems[:_SHOWN])]
+    elif not kinds:
+        lines.append("Nothing in it is quantized. Load Model to Quantize takes such files.")
+    return "\n".join(lines)
