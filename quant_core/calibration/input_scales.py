@@ -154,16 +154,23 @@ def saturation_warnings(layers: Mapping[str, StoredLayer], statistics: Mapping[s
     names, found = LayerNames(layers), []
     for name, captured in statistics.items():
         layer = names.resolve(name)
-        rule = None if layer is None else rule_of(layers[layer])
-        if rule is None or (layer not in scales and rule.absent is Absent.DYNAMIC):
-            continue
-        limit, largest = rule.largest * scales.get(layer, 1.0), float(captured.absmax.max())
-        # A scale chosen from this very absmax may round a hair below it.
-        if largest > limit * (1 + 1e-6):
-            which = f"its input_scale {scales[layer]:.6g}" if layer in scales else "no input_scale"
-            found.append(f"{layer}: inputs reach {largest:.4g}, and {which} saturates them above {limit:.4g}; write an "
-                         f"input_scale of {scale_for(rule, largest):.4g}.")
+        if layer is not None:
+            found += saturation_of(layers[layer], float(captured.absmax.max()), scales.get(layer))
     return found
+
+
+def saturation_of(layer: StoredLayer, largest: float, scale: float | None) -> list[str]:
+    """The sentence for one layer whose inputs reach `largest`; [] where nothing saturates. scale: None where it has none."""
+    rule = rule_of(layer)
+    if rule is None or (scale is None and rule.absent is Absent.DYNAMIC):
+        return []
+    limit = rule.largest * (1.0 if scale is None else scale)
+    # A scale chosen from this very absmax may round a hair below it.
+    if largest <= limit * (1 + 1e-6):
+        return []
+    which = "no input_scale" if scale is None else f"its input_scale {scale:.6g}"
+    return [f"{layer.layer}: inputs reach {largest:.4g}, and {which} saturates them above {limit:.4g}; write an "
+            f"input_scale of {scale_for(rule, largest):.4g}."]
 
 
 def file_input_scales(source: Source, layers: Mapping[str, StoredLayer]) -> dict[str, float]:
