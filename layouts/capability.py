@@ -2,16 +2,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 
 from ..quant_core.format import Format
+from ..quant_core.triton_kernels import obstacle
 from .kernels.activation import LONGEST_GROUP
 from .kernels.weight import Geometry, geometry_of
 
@@ -52,33 +50,18 @@ def ability(device: torch.device) -> Ability:
 @lru_cache(maxsize=64)
 def _ability(kind: str, index: int | None) -> Ability:
     capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
-    answer = judge(kind, capability, is_rocm=torch.version.hip is not None, has_triton=find_spec("triton") is not None,
-                   has_compiler=_has_c_compiler(), platform=sys.platform)
+    answer = judge(capability, obstacle(torch.device(kind) if index is None else torch.device(kind, index)), sys.platform)
     if answer.reason:
         logger.info("QuantPress layers dequantize on %s: %s", kind, answer.reason)
     return answer
 
 
-def judge(kind: str, capability: tuple[int, int], *, is_rocm: bool, has_triton: bool, has_compiler: bool,
-          platform: str) -> Ability:
-    """The rule itself, from plain facts."""
-    reasons = [
-        (kind != "cuda", f"there are no kernels for {kind} devices"),
-        (is_rocm, "the kernels were never tried on ROCm"),
-        (capability < (8, 0), f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"),
-        (not has_triton, "the package triton is not installed (on Windows: triton-windows)"),
-        (not has_compiler, "Triton needs a C compiler: install gcc, or set CC"),
-    ]
-    reason = next((text for applies, text in reasons if applies), "")
+def judge(capability: tuple[int, int], reason: str, platform: str) -> Ability:
+    """The rule itself, from plain facts. reason: quant_core.triton_kernels.obstacle of the device."""
     fp8_dot = not reason and capability >= (8, 9)
     # Row-wise scales: tried on Hopper only; torch's Windows builds lack them. Elsewhere our own fp8 kernel serves.
     return Ability(triton=not reason, fp8_dot=fp8_dot, scaled_mm=fp8_dot and capability == (9, 0) and platform != "win32",
                    fast_16bit=not reason and capability in {(8, 0), (9, 0), (10, 0), (10, 3)}, reason=reason)
-
-
-def _has_c_compiler() -> bool:
-    # triton-windows brings its own.
-    return sys.platform == "win32" or bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang", "cc")))
 
 
 def path(fmt: Format, device: torch.device) -> str:

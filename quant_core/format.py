@@ -252,6 +252,10 @@ class Format(ABC):
         lo, hi = (part * scale for part in self.element.bracket(self._to_units(columns, scale)))
         return (torch.minimum(lo, hi), torch.maximum(lo, hi)) if self.signed_scales else (lo, hi)
 
+    def levels(self, device: torch.device) -> Tensor | None:
+        """Ascending float32 [L] where every weight decodes to level * effective scale; None with zero points or own codebooks."""
+        return self.element.values(device)
+
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
         """The values within reach of the weights in `columns`, int64 [C], in any order."""
         return ColumnGrid(self.element.values(columns.device), self._gather_columns(qp.effective(), columns, work_shape))

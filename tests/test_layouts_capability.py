@@ -10,21 +10,22 @@ from comfyui_quantpress.layouts import ability, capability, path, register_layou
 from comfyui_quantpress.layouts import linear as maths
 from comfyui_quantpress.layouts.capability import judge, linear_path
 from comfyui_quantpress.layouts.kernels.weight import Geometry
+from comfyui_quantpress.quant_core import triton_kernels
 from comfyui_quantpress.quant_core.format import all_formats
 
 FORMATS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-GOOD = {"is_rocm": False, "has_triton": True, "has_compiler": True, "platform": "linux"}
-HOPPER = judge("cuda", (9, 0), **GOOD)
-AMPERE = judge("cuda", (8, 6), **GOOD)
+GOOD = {"is_rocm": False, "has_triton": True, "has_compiler": True}
+HOPPER = judge((9, 0), "", "linux")
+AMPERE = judge((8, 6), "", "linux")
 
 
 def test_a_gpu_gets_the_kernels_that_its_generation_has():
     has = lambda able: [f.name for f in dataclasses.fields(able) if getattr(able, f.name) is True]  # noqa: E731
     assert has(HOPPER) == ["triton", "fp8_dot", "scaled_mm", "fast_16bit"] and HOPPER.reason == ""
-    assert has(judge("cuda", (8, 9), **GOOD)) == ["triton", "fp8_dot"]
+    assert has(judge((8, 9), "", "linux")) == ["triton", "fp8_dot"]
     assert has(AMPERE) == ["triton"]
-    assert has(judge("cuda", (9, 0), **{**GOOD, "platform": "win32"})) == ["triton", "fp8_dot", "fast_16bit"]
+    assert has(judge((9, 0), "", "win32")) == ["triton", "fp8_dot", "fast_16bit"]
 
 
 @pytest.mark.parametrize("kind, capability_, change, reason", [
@@ -32,7 +33,7 @@ def test_a_gpu_gets_the_kernels_that_its_generation_has():
     ("cuda", (9, 0), {"has_triton": False}, "triton is not installed"), ("cuda", (9, 0), {"has_compiler": False}, "C compiler"),
 ])
 def test_a_device_without_kernels_says_why(kind, capability_, change, reason):
-    answer = judge(kind, capability_, **{**GOOD, **change})
+    answer = judge(capability_, triton_kernels.judge(kind, capability_, **{**GOOD, **change}), "linux")
     assert not (answer.triton or answer.fp8_dot or answer.scaled_mm) and reason in answer.reason
 
 
@@ -52,8 +53,8 @@ def test_every_format_has_a_path_on_every_device(fmt, monkeypatch):
     assert path(fmt, torch.device("cuda")) == want
 
 
-ADA = judge("cuda", (8, 9), **GOOD)
-CPU = judge("cpu", (0, 0), **GOOD)
+ADA = judge((8, 9), "", "linux")
+CPU = judge((0, 0), triton_kernels.judge("cpu", (0, 0), **GOOD), "linux")
 NF4, INT8, FP8 = {"kind": "nibble", "cols": 64}, {"kind": "int8", "cols": 128}, {"kind": "fp8", "cols": 128}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..scales import QParams, ScaleDtype, block_view
 from ..task import Task
 from ..tiles import row_slices, tile
+from ..triton_kernels import runs_triton
 
 _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
 _PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)                          # rows and neighbours sampled for it
@@ -75,6 +76,8 @@ def merge(mask: Tensor, one: QParams, other: QParams) -> QParams:
 def block_loss(task: Task, qp: QParams) -> Tensor:
     """Squared (weighted) rounding error of each block, float32 [NB, KB]."""
     fmt, shape, weights = task.fmt, task.shape, task.weights
+    if (sums := _fused_sums(task, qp)) is not None:
+        return sums[0]
     parts = []
     for rows in row_slices(fmt, task.work):
         part = task.work[rows]
@@ -84,6 +87,17 @@ def block_loss(task: Task, qp: QParams) -> Tensor:
         parts.append(block_view(error, fmt.block(tuple(part.shape))).sum(dim=(1, 3)))
     # One scale for the whole tensor: every slice holds a share of the same block.
     return sum(parts) if fmt.block(shape)[0] == shape[0] and len(parts) > 1 else torch.cat(parts)
+
+
+def _fused_sums(task: Task, qp: QParams) -> Tensor | None:
+    """search_triton.block_sums, or None where it cannot run: on a CPU, and for grids with zero points or own codebooks."""
+    if not runs_triton(task.work.device):
+        return None
+    levels = task.fmt.levels(task.work.device)
+    if levels is None:
+        return None
+    from .search_triton import block_sums
+    return block_sums(task.work, qp.effective(), levels, task.weights, task.fmt.block(task.shape))
 
 
 def _multiples(task: Task, base: QParams, steps: Sequence[int] | None) -> Iterator[QParams]:
@@ -134,6 +148,8 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
     None: the codes that rounding to nearest gives.
     """
     fmt, shape, weights = task.fmt, task.shape, task.weights
+    if rounded is None and (fused := _fused_sums(task, qp)) is not None:
+        return _solve(task, qp, fused[1], fused[2])
     sums = []
     for rows in row_slices(fmt, task.work):
         part = task.work[rows]
@@ -148,16 +164,18 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
         weight = torch.ones_like(part[0]) if weights is None else weights
         weight = weight.view(1, 1, -1, block[1])
         sums.append(torch.stack([(weight * x).sum(dim=(1, 3)) for x in
-                                 (unit * unit, unit, torch.ones_like(unit), unit * target, target)]))
+                                 (unit * unit, unit * target, unit, torch.ones_like(unit), target)]))
     total = sum(sums) if fmt.block(shape)[0] == shape[0] and len(sums) > 1 else torch.cat(sums, dim=1)
     return _solve(task, qp, *total)
 
 
-def _solve(task: Task, qp: QParams, cc: Tensor, c: Tensor, one: Tensor, cw: Tensor, w: Tensor) -> QParams:
-    """Least squares of target = scale * unit (+ zero); blocks that determine none keep theirs."""
+def _solve(task: Task, qp: QParams, cc: Tensor, cw: Tensor, *more: Tensor) -> QParams:
+    """Least squares of target = scale * unit (+ zero) from the sums of unit^2, unit * target, and with zero points also of
+    unit, 1 and target; blocks that determine none keep theirs."""
     if qp.zero is None:
         scale, effective = cw / cc, qp.effective()
         return task.fmt.qparams(torch.where((cc > 0) & (scale * effective > 0), scale, effective), like=qp)
+    c, one, w = more
     det = cc * one - c * c
     scale, zero = (cw * one - c * w) / det, (cc * w - c * cw) / det
     good = (det > 1e-6 * cc * one) & (scale > 0)

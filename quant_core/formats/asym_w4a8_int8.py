@@ -117,6 +117,9 @@ class W4A8(Format):
         lo = torch.where(hi == x, hi, torch.gather(flat, 1, (above - 1).clamp_(min=0)))
         return lo.view(columns.shape) * qp.parent, hi.view(columns.shape) * qp.parent
 
+    def levels(self, device: torch.device) -> Tensor | None:
+        return None
+
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
         levels = self._levels(self._gather_columns(qp.scale, columns, work_shape), qp.codebook)
         return ColumnGrid(levels.contiguous(), qp.parent.expand(work_shape[0], columns.numel()))

@@ -69,6 +69,9 @@ class AwqW4A16(Format):
         lo, hi = super().bracket_columns(columns - zero, qp, start, work_shape)
         return lo + zero, hi + zero
 
+    def levels(self, device: torch.device) -> Tensor | None:
+        return None
+
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
         return replace(super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape))
 

@@ -7,8 +7,6 @@ from all columns, errors of the solution so far). Both round column k to the gri
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from ..format_parts import ColumnGrid
 from ..scales import QParams
 from ..task import Task
+from ..triton_kernels import runs_triton
 
 BLOCK = 128          # columns whose feedback from outside is one matrix product
 
@@ -44,16 +43,11 @@ def round_block(original: Tensor, target: Tensor, errors: Tensor, inner: Tensor,
 
     target already holds the feedback of `errors` as they came in; errors is written in place, target is used up.
     """
-    if original.is_cuda and has_triton():
+    if runs_triton(original.device):
         from .feedback_triton import round_block_triton
         round_block_triton(original, target, errors, inner, grid)
     else:
         round_block_torch(original, target, errors, inner, grid)
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def round_block_torch(original: Tensor, target: Tensor, errors: Tensor, inner: Tensor, grid: ColumnGrid) -> None:
