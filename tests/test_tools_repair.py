@@ -247,6 +247,20 @@ def test_what_the_file_does_not_tell_is_told_by_the_user(tmp_path, assume):
         repair(src, assume="nvfp5")
 
 
+def test_a_broken_description_still_tells_whose_order_the_scales_have(tmp_path):
+    """NVFP4 shapes often fit ComfyUI's and ModelOpt's order; only one of the two writes comfy_quant at all."""
+    good = canonical_file(tmp_path / "good.safetensors", "nvfp4")
+
+    def damage(tensors, configs, meta):
+        invalid_json(tensors, configs, meta)
+        no_header(tensors, configs, meta)
+    result, target = repaired(damaged(tmp_path / "bad.safetensors", "nvfp4", damage))
+    assert {finding.code for finding in result.findings} == {"config-json", "config-missing", "header-missing"} and not result.unfixed
+    with open_source(good) as one, open_source(target) as two:
+        assert one.tensors.keys() == two.tensors.keys()
+        assert all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in one.tensors)
+
+
 def test_a_header_that_says_less_is_completed(tmp_path):
     """As convert_to_quant 1.3.1 wrote it: per_row in the tensors only."""
     tensors, configs = quantized(get_format("int8_convrot"))

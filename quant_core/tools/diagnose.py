@@ -179,7 +179,8 @@ def _infer(src: Source, layer: str, names: dict[str, str], described: tuple[Conf
     kind = MODELOPT if assume == MODELOPT or (assume is None and is_modelopt(src)) else "bare"
     try:
         config = _assumed(infos, assume) if assume and kind == "bare" else infer_config(layer, infos)
-        if config["format"] == "nvfp4" and kind == "bare" and not assume and not errors:
+        # A description that cannot be read still says that ComfyUI's order is meant: ModelOpt writes none.
+        if config["format"] == "nvfp4" and kind == "bare" and not assume and not errors and "comfy_quant" not in names:
             _require_swizzled(layer, infos)
         stored = describe_layer(src, layer, config, names, kind if config["format"] == "nvfp4" else "bare")
     except InputFileError as err:
