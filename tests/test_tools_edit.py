@@ -91,6 +91,9 @@ def test_force_writes_an_unloadable_config(tmp_path):
     with open_source(source) as src:
         edit(src, Edit(add={"group_size": 64}, force=True)).apply(tmp_path / "b.safetensors", force=True)
     assert config_of(tmp_path / "b.safetensors", "blocks.0")["group_size"] == 64
+    with open_source(source) as src:
+        edit(src, Edit(remove=["format"], force=True)).apply(tmp_path / "c.safetensors", force=True)
+    assert "format" not in config_of(tmp_path / "c.safetensors", "blocks.0")
 
 
 def test_header_is_built_from_the_tensors_and_tensors_from_the_header(tmp_path):

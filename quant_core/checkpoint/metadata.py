@@ -56,13 +56,14 @@ class LayerConfigs:
     findings: tuple[str, ...]
 
 
-def encode_config(config: Mapping[str, object]) -> Tensor:
+def encode_config(config: Mapping[str, object], *, complete: bool = True) -> Tensor:
     """The bytes of a `comfy_quant` tensor: uint8 1-D on the CPU, UTF-8 JSON, keys in the order given, no padding.
 
     Separators are json.dumps's defaults, so that the bytes equal what ComfyUI's own ModelSave writes.
+    complete: False lets one without `format` pass, which no loader reads.
     Raises RequestError: no `format`, a nested object, NaN or Infinity, no JSON type.
     """
-    _require_valid(config, "the layer config")
+    _require_valid(config if complete else {"format": "any", **config}, "the layer config")
     return torch.frombuffer(bytearray(_dump(config, "the layer config")), dtype=torch.uint8)
 
 

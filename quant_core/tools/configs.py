@@ -20,10 +20,11 @@ class HeaderMode(Enum):
 
 
 def write_configs(draft: Draft, configs: Mapping[str, Config | None], header: HeaderMode = HeaderMode.KEEP,
-                  others: Mapping[str, Config] | None = None) -> None:
+                  others: Mapping[str, Config] | None = None, *, complete: bool = True) -> None:
     """Put configs into the draft. None removes a layer's. A tensor or a header that says the same already stays.
 
     configs: by the layers' names in the draft. others: the rest of the quantized layers, for HeaderMode.BUILD.
+    complete: see encode_config.
     """
     for layer, config in configs.items():
         name = layer + CONFIG_SUFFIX
@@ -31,7 +32,7 @@ def write_configs(draft: Draft, configs: Mapping[str, Config | None], header: He
             if name in draft:
                 draft.drop(name)
         elif not _says(draft, name, config):
-            draft.put(name, encode_config(config), after=f"{layer}.weight", of=(name,) if name in draft else ())
+            draft.put(name, encode_config(config, complete=complete), after=f"{layer}.weight", of=(name,) if name in draft else ())
     text = draft.metadata.get(HEADER_KEY)
     if header is HeaderMode.DROP:
         draft.metadata.pop(HEADER_KEY, None)

@@ -56,7 +56,7 @@ def edit(src: Source, change: Edit) -> Rewrite:
         if problems:
             raise PlanError(problems)
     draft = Draft(src)
-    write_configs(draft, edited, change.header, configs)
+    write_configs(draft, edited, change.header, configs, complete=not change.force)
     return draft.finish()
 
 
