@@ -19,6 +19,7 @@ from ..quant_core.errors import InputFileError, OutputError, RequestError
 
 SOURCE_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 CALIBRATIONS = "calibrations"
+LORAS = "loras"
 OUTPUT = "output"
 _SUFFIXES = (".safetensors", ".sft", INDEX_SUFFIX)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -28,14 +29,15 @@ _PACK = Path(__file__).resolve().parent.parent
 _MAX_NAME_BYTES = 200     # of one part; file systems allow 255, and a temporary name beside it is longer
 
 
-def list_models(*folders: str, shards: bool = True) -> list[str]:
+def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = _SUFFIXES) -> list[str]:
     """ "folder/name" of every safetensors file in these model folders. shards: also of the indexes of models in shards.
+    suffixes: of other files, where others are wanted.
 
     A shard itself is never listed. ComfyUI's own lists are asked, which it caches: walking a network drive takes time.
     """
     found = []
     for folder in folders:
-        names = {name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(_SUFFIXES)}
+        names = {name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)}
         parts = {name for name in names if _SHARD.search(name)}
         names = (names - parts) | (_indexes(folder, parts) if shards else set())
         found += [f"{folder}/{name}" for name in sorted(names, key=str.lower)]
@@ -49,14 +51,14 @@ def _indexes(folder: str, parts: set[str]) -> set[str]:
             for path in Path(root, place).glob("*" + INDEX_SUFFIX)}
 
 
-def resolve_model(name: str, *folders: str) -> Path:
+def resolve_model(name: str, *folders: str, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
     """The path of "folder/name", where folder is one of `folders`. RequestError for everything else."""
     folder, _, rest = name.replace("\\", "/").partition("/")
     if folder not in folders or not _is_plain(rest):
         raise RequestError(f"{name!r} is no file in {', '.join(folders)}. Choose one from the list.")
     for root in folder_paths.get_folder_paths(folder):
         path = Path(root, rest)
-        if path.is_file() and path.name.endswith(_SUFFIXES):
+        if path.is_file() and path.name.endswith(suffixes):
             return path
     raise InputFileError(f"{name} is not there any more. Press R to refresh the list, and choose again.")
 

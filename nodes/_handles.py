@@ -36,13 +36,14 @@ class QuantizedHandle:
     """A quantized model in one file: a spool file, or a file of the user's, which no node changes.
 
     label: the source's name, for file names. maker: the node that wrote the spool file; None for a user's file.
-    forced: its metadata was edited against the loaders' rules, so saving does not check it by them.
+    lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says so
+    and does not refuse.
     """
 
     path: Path
     label: str
     maker: str | None = "Quantize Model"
-    forced: bool = False
+    lenient: bool = False
 
     def __post_init__(self) -> None:
         _held.add(self)

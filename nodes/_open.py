@@ -30,8 +30,8 @@ def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle,
                 Draft(src).finish().apply(spool, overwrite=True, progress=progress, cancel=progress.cancelled)
             return {}
         spool, _ = spooled(label, {"tool": NAME, "source": str(path), "stamp": stamp(path)}, join)
-        return QuantizedHandle(spool, label, NAME), describe(spool, path.name)
-    return QuantizedHandle(path, label, None), describe(path, path.name)
+        return QuantizedHandle(spool, label, NAME, lenient=True), describe(spool, path.name)
+    return QuantizedHandle(path, label, None, lenient=True), describe(path, path.name)
 
 
 def describe(path: Path, name: str) -> str:

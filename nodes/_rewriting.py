@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ def rewritten(handle: QuantizedHandle, tool: Tool, progress: NodeProgress, build
     spool, report = spooled(handle.label, {**key, **tool.settings}, make)
     if tool.preview:
         return Outcome(ExecutionBlocker(None), report["text"], report["data"])
-    result = QuantizedHandle(spool, handle.label, tool.name, handle.forced or tool.force) if report["changed"] else handle
+    result = handle
+    if report["changed"]:
+        result = replace(handle, path=spool, maker=tool.name, lenient=handle.lenient or tool.force)
     return Outcome(result, report["text"], report["data"])
 
 

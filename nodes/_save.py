@@ -73,8 +73,13 @@ def recorded_recipe(src: Source) -> Mapping[str, Any]:
 
 
 def check_of(handle: QuantizedHandle) -> Callable[[Path], object]:
-    """What a saved file must pass: the loaders' rules, or for a forced one that it can be read at all."""
-    return readable if handle.forced else verified
+    """What a saved file must pass: the loaders' rules, or for a lenient one that it can be read at all."""
+    return readable if handle.lenient else verified
+
+
+def warnings_of(handle: QuantizedHandle) -> list[str]:
+    """What a loader would stumble over in a lenient file."""
+    return [f"warning: {finding.message}" for finding in check_file(handle.path).errors] if handle.lenient else []
 
 
 def verified(path: Path) -> None:

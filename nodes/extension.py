@@ -12,20 +12,24 @@ class QuantPressExtension(ComfyExtension):
         add_calibrations_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .calibrate_input_scales import CalibrateInputScales
         from .capture_activations import CaptureActivations
         from .collect_calibration import CollectCalibration
+        from .edit_metadata import EditMetadata
         from .inspect_quantization import InspectQuantization
         from .load_calibration import LoadCalibration
         from .load_quantized_file import LoadQuantizedFile
         from .load_quantized_in_graph import LoadQuantizedInGraph
         from .load_source import LoadSource
+        from .migrate_file import MigrateFile
         from .model_source import ModelSource
         from .open_quantized_file import OpenQuantizedFile
         from .quantize_model import QuantizeModel
+        from .repair_file import Repair
         from .save_calibration import SaveCalibration
         from .save_quantized import SaveQuantized
         from .try_conditioning import TestConditioning
 
         return [LoadSource, ModelSource, QuantizeModel, LoadQuantizedInGraph, SaveQuantized, LoadQuantizedFile,
                 InspectQuantization, TestConditioning, CaptureActivations, CollectCalibration, SaveCalibration, LoadCalibration,
-                OpenQuantizedFile]
+                OpenQuantizedFile, Repair, MigrateFile, EditMetadata, CalibrateInputScales]

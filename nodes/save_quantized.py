@@ -4,8 +4,10 @@ from comfy_api.latest import io, ui
 
 from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._save import DEFAULT_PATTERN, check_of, expand, publish
+from ._save import DEFAULT_PATTERN, check_of, expand, publish, warnings_of
 from ._schema import schema
+
+_WARNED = 5
 
 
 class SaveQuantized(io.ComfyNode):
@@ -35,6 +37,5 @@ class SaveQuantized(io.ComfyNode):
         publish(path, target, overwrite, check_of(quantized))
         listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
-        if quantized.forced:
-            text += "\nnot checked by the loaders' rules, as Edit Metadata was forced"
+        text = "\n".join([text, *warnings_of(quantized)[:_WARNED]])
         return io.NodeOutput(listed, ui=ui.PreviewText(text))

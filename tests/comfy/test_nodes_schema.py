@@ -9,7 +9,8 @@ from comfy_server import ROOT, Graph
 
 IDS = ("QuantPressLoadSource", "QuantPressModelSource", "QuantPressQuantize", "QuantPressLoadQuantized", "QuantPressSave",
        "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning", "QuantPressCapture", "QuantPressCollect",
-       "QuantPressSaveCalibration", "QuantPressLoadCalibration", "QuantPressOpenFile")
+       "QuantPressSaveCalibration", "QuantPressLoadCalibration", "QuantPressOpenFile",
+       "QuantPressRepair", "QuantPressMigrate", "QuantPressEditMetadata", "QuantPressInputScales")
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTROL = {"fixed", "randomize", "increment", "decrement"}
 
