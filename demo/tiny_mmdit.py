@@ -155,6 +155,6 @@ class TinyMMDiT(nn.Module):
 def time_features(t: Tensor) -> Tensor:
     """t [B] -> float32 [B, 256]: cosines, then sines, of 128 frequencies from 1 down to 1/10000."""
     half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * frequencies[None]
     return torch.cat([angle.cos(), angle.sin()], -1)

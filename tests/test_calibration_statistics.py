@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from comfyui_quantpress.quant_core.calibration import histogram as hist
 from comfyui_quantpress.quant_core.calibration.hessian import (
-    FullHessian, HessianKind, Placement, SketchHessian, add_gram, pack_triangle, unpack_triangle)
+    FullHessian, HessianKind, Placement, SketchHessian, add_gram, mirror, pack_triangle, unpack_triangle)
 from comfyui_quantpress.quant_core.calibration.reservoir import Reservoir, draw_keys
 from comfyui_quantpress.quant_core.calibration.selection import Part
 from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics, StatisticsSettings
@@ -289,10 +289,37 @@ def test_gram_in_panels_equals_the_whole(monkeypatch):
     monkeypatch.setattr("comfyui_quantpress.quant_core.calibration.hessian.PANEL", 10)
     x, total = inputs(), torch.zeros(48, 48)
     add_gram(total, x, 0.5)
+    assert not total[10:, :10].any() and total[:10].all()     # what lies below the panels is left to mirror
+    mirror(total)
     close(total, 0.5 * x.double().T @ x.double())
 
 
-def test_triangle_packing_is_lossless_for_symmetric_matrices():
+def test_reading_adding_and_merging_in_any_order_gives_the_whole_hessian(monkeypatch):
+    monkeypatch.setattr("comfyui_quantpress.quant_core.calibration.hessian.PANEL", 10)
+    x, one, other, loaded = inputs(rows=90), FullHessian(48, "cpu"), FullHessian(48, "cpu"), FullHessian(48, "cpu")
+    one.add(x[:30], 1.0)
+    one.total()
+    one.add(x[30:60], 1.0)
+    other.add(x[60:], 1.0)
+    one.merge(other)
+    loaded.load(one.tensors())
+    for found in (loaded.total(), one.total(), one.total()):
+        close(found, x.double().T @ x.double())
+
+
+def test_the_hessian_of_16_bit_inputs_is_right_to_one_in_ten_thousand_in_every_entry():
+    for dtype in (torch.bfloat16, torch.float16):
+        x = inputs(rows=4096, k=64, dtype=dtype)
+        exact = x.double().T @ x.double()
+        size = exact.diagonal().sqrt()
+        found = gather(x, 16).hessian_sum().double()
+        assert float(((found - exact).abs() / (size[:, None] * size)).max()) < 1e-5
+        assert float((found.diagonal() / exact.diagonal() - 1).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("panel", [4, 17, 50])
+def test_triangle_packing_is_lossless_for_symmetric_matrices(panel, monkeypatch):
+    monkeypatch.setattr("comfyui_quantpress.quant_core.calibration.hessian.PANEL", panel)
     x = inputs(rows=30, k=17)
     h = x.T @ x
     h = (h + h.T) / 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from .hessian import PANEL, HessianKind, Placement
 from .histogram import BINS
+from .staging import LARGEST_SLOTS
 from .statistics import StatisticsSettings
 
 GIB = 2**30
@@ -70,10 +71,11 @@ class BudgetPlan:
                 f"{self.host_bytes / GIB:.2f} GiB of RAM, {self.disk_bytes / GIB:.2f} GiB on disk.")
 
 
-def fixed_bytes(in_features: int, settings: StatisticsSettings) -> int:
-    """What every layer takes on the device, without its Hessian: absmax, two sums, histogram, held-out rows, and during a
-    run the staged rows (taken as 16-bit; a float32 model's take twice that)."""
-    return in_features * (4 + 8 + 8) + BINS * 8 + (settings.reservoir_rows + settings.staged_rows) * in_features * 2
+def fixed_bytes(in_features: int, settings: StatisticsSettings, kind: HessianKind = HessianKind.FULL) -> int:
+    """What every layer takes on the device, without its Hessian: absmax and its slots, two sums, histogram, held-out rows,
+    and during a run the staged rows (rows and slots taken as 16-bit; a float32 model's take twice that)."""
+    rows = settings.reservoir_rows + settings.staged(kind) + LARGEST_SLOTS
+    return in_features * (4 + 8 + 8) + BINS * 8 + rows * in_features * 2
 
 
 def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
@@ -84,7 +86,8 @@ def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
     Raises RequestError when device_bytes does not hold even the small statistics of all layers.
     """
     left = {Placement.DEVICE: budget.device_bytes, Placement.HOST: budget.host_bytes, Placement.DISK: budget.disk_bytes}
-    small = sum(fixed_bytes(k, settings) for k in in_features.values()) + max(map(_scratch, in_features.values()), default=0)
+    staged_for = HessianKind.FULL if budget.hessians else HessianKind.DIAGONAL
+    small = sum(fixed_bytes(k, settings, staged_for) for k in in_features.values()) + max(map(_scratch, in_features.values()), default=0)
     if small > budget.device_bytes:
         raise RequestError(f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
                            f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import RequestError
 from .budget import BudgetPlan
 from .calibration import Calibration, ModelIdentity, RunRecord
-from .hessian import Placement
+from .hessian import HessianKind, Placement
 from .linear_layers import refuse_compiled
 from .selection import Chosen, chunk_labels, select_rows
 from .statistics import LayerStatistics, StatisticsSettings
@@ -32,21 +32,24 @@ class CallContext:
 
 
 Weighting = Callable[[CallContext, str], float]
+ABSMAX_WHOLE = 1024
+DIAGONAL_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureSettings:
-    """rows_per_step: most rows that a layer gives per step and label, so that no step outweighs another.
+    """rows_per_step: most rows that a layer gives per step and label, so that no step outweighs another. A layer that keeps
+    only its diagonal gives a quarter of them: means and sizes need fewer rows than products.
 
-    absmax_stride: look at every n-th row for the absmax, another n-th at every call. 1 is the true absmax; reading all
-    inputs once more is most of what a capture costs on a GPU.
+    absmax_stride: of an input with more than ABSMAX_WHOLE rows, look at every n-th one for the absmax, another n-th at
+    every call. 1 is the true absmax; reading all inputs once more is most of what a capture costs on a GPU.
     holdout: share of the rows kept for judging. weighting: (context, label) -> weight of a row >= 0, None for 1;
     weighting_name is what the file says about it.
     """
 
     seed: int = 0
     rows_per_step: int = 128
-    absmax_stride: int = 1
+    absmax_stride: int = 4
     holdout: float = 1 / 16
     weighting: Weighting | None = None
     weighting_name: str = "uniform"
@@ -149,7 +152,7 @@ class Collector:
         def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             x = args[0] if args else kwargs["input"]
             # Not inference tensors, for the sums live on; and no autocast, which would round the products to bf16.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.inference_mode(False), torch.no_grad(), _without_autocast(x.device.type):
                 self._look(name, x.detach())
         return before
 
@@ -160,11 +163,11 @@ class Collector:
             self._begin_call(None)
         flat = x.reshape(-1, x.shape[-1])
         statistics = self._statistics_of(name, flat.device)
-        stride = self.settings.absmax_stride
+        stride = self.settings.absmax_stride if len(flat) > ABSMAX_WHOLE else 1
         statistics.see(flat if stride == 1 else flat[self._call % stride::stride])
         if not len(flat):
             return
-        chosen = self._rows_of(name, len(flat), chunk_labels(x.shape, self._context.labels) or ("",))
+        chosen = self._rows_of(name, statistics.kind, len(flat), chunk_labels(x.shape, self._context.labels) or ("",))
         if not chosen.parts:
             return
         statistics.stage(flat, self._moved(chosen.index, flat.device), chosen.parts)
@@ -175,9 +178,11 @@ class Collector:
                 self._labels[part.label] = self._labels.get(part.label, 0) + part.count
                 layers[name] = layers.get(name, 0) + part.count
 
-    def _rows_of(self, name: str, rows: int, labels: tuple[str, ...]) -> Chosen:
+    def _rows_of(self, name: str, kind: HessianKind, rows: int, labels: tuple[str, ...]) -> Chosen:
         """The choice depends on the call and the sizes alone, so that layers share one draw."""
         cap, chunks = self.settings.rows_per_step, []
+        if kind is HessianKind.DIAGONAL:
+            cap = max(1, cap // DIAGONAL_SHARE)
         for label in labels:
             share = labels.count(label)  # a label may have several chunks in a call
             chunks.append((label, self._weight(label), max(0, cap - self._taken.get((name, label), 0)) // share))
@@ -218,3 +223,9 @@ class Collector:
             # Windows removes no file that is still mapped; what stays is in the system's temporary folder.
             self._folder = tempfile.TemporaryDirectory(prefix="quantpress-calibration-", ignore_cleanup_errors=True)
         return Path(self._folder.name)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

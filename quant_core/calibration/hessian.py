@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cancel import poll
 from ..errors import RequestError
 
-PANEL = 2048          # columns of X^T X made at a time, which bounds the scratch memory
+PANEL = 1024          # rows of X^T X made at a time: it bounds the scratch memory, and spares most of the lower half
 
-# mm with a float32 result from bf16 factors came with torch 2.8; the products are exact, the sums float32.
+# mm with a float32 result from 16-bit factors came with torch 2.8; the products are exact, the sums float32.
 _HAS_WIDE_RESULT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
@@ -33,23 +34,40 @@ class Placement(Enum):
 
 
 def add_gram(total: Tensor, x: Tensor, weight: float) -> None:
-    """total += weight * x^T x, in place. total: float32 [K, K]; x: [n, K], float, on any device."""
-    wide = x.is_cuda and x.dtype is torch.bfloat16 and _HAS_WIDE_RESULT
+    """total += weight * x^T x, in place, in panels of PANEL rows from the diagonal on: the lower half is not made.
+
+    total: float32 [K, K]; x: [n, K], float, on any device. `mirror` fills in the rest.
+    """
+    wide = _tensor_cores_keep_it_exact(x)
     rows = x if wide else x.to(torch.float32)
     for start in range(0, x.shape[1], PANEL):
-        panel = rows[:, start:start + PANEL].T
-        out = total[start:start + PANEL]
+        panel, right = rows[:, start:start + PANEL].T, rows[:, start:]
+        out = total[start:start + PANEL, start:]
         if out.device != x.device:
-            product = torch.mm(panel, rows, out_dtype=torch.float32) if wide else panel @ rows
+            product = torch.mm(panel, right, out_dtype=torch.float32) if wide else panel @ right
             out.add_(product.to(out.device), alpha=weight)
         elif wide:
-            torch.addmm(out, panel, rows, out_dtype=torch.float32, alpha=weight, out=out)
+            torch.addmm(out, panel, right, out_dtype=torch.float32, alpha=weight, out=out)
         else:
-            out.addmm_(panel, rows, alpha=weight)
+            out.addmm_(panel, right, alpha=weight)
+
+
+def _tensor_cores_keep_it_exact(x: Tensor) -> bool:
+    """Products of two bf16 or two fp16 numbers fit float32, so the sums are as good as those of float32 factors."""
+    if not x.is_cuda or not _HAS_WIDE_RESULT:
+        return False
+    # ComfyUI's --fast fp16_accumulation sums fp16 products in fp16.
+    return x.dtype is torch.bfloat16 or (x.dtype is torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation)
+
+
+def mirror(total: Tensor) -> None:
+    """Write what add_gram made right of the diagonal panels below them, in place."""
+    for start in range(0, len(total), PANEL):
+        total[start + PANEL:, start:start + PANEL] = total[start:start + PANEL, start + PANEL:].T
 
 
 class FullHessian:
-    """The whole float32 [K, K] sum. On HOST and DISK every addition moves K^2 numbers and waits for them.
+    """The whole float32 [K, K] sum. On HOST and DISK every addition moves half of K^2 numbers and waits for them.
 
     folder: where a DISK sum makes its file, a memory map; whoever made the folder removes it.
     """
@@ -58,6 +76,7 @@ class FullHessian:
 
     def __init__(self, in_features: int, device: torch.device | str, placement: Placement = Placement.DEVICE,
                  folder: Path | None = None, name: str = "hessian") -> None:
+        self._mirrored = True
         if placement is Placement.DISK:
             if folder is None:
                 raise ValueError("a Hessian on disk needs a folder")
@@ -70,20 +89,26 @@ class FullHessian:
     def add(self, x: Tensor, weight: float) -> None:
         """x: [n, K], finite."""
         add_gram(self._sum, x, weight)
+        self._mirrored = False
 
     def total(self) -> Tensor:
         """float32 [K, K], the accumulator itself: do not write into it."""
+        if not self._mirrored:
+            mirror(self._sum)
+            self._mirrored = True
         return self._sum
 
     def merge(self, other: "FullHessian") -> None:
-        self._sum.add_(other.total().to(self._sum.device))
+        self._sum.add_(other._sum.to(self._sum.device))
+        self._mirrored = self._mirrored and other._mirrored
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"hessian": pack_triangle(self.total())}
+        return {"hessian": pack_triangle(self._sum)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of tensors()."""
         unpack_triangle(tensors["hessian"], self._sum)
+        self._mirrored = True
 
 
 class SketchHessian:
@@ -159,15 +184,24 @@ class SketchHessian:
 
 
 def pack_triangle(h: Tensor) -> Tensor:
-    """A symmetric [K, K] -> its upper triangle, row by row, [K * (K + 1) / 2]: half the bytes."""
-    return torch.cat([h[i, i:] for i in range(len(h))])
+    """The upper triangle of [K, K], row by row, on the CPU: [K * (K + 1) / 2], half the bytes of a symmetric matrix."""
+    size, at = len(h), 0
+    packed = torch.empty(size * (size + 1) // 2, dtype=h.dtype, device="cpu")
+    for start in range(0, size, PANEL):
+        poll()
+        for i, row in enumerate(h[start:start + PANEL].cpu(), start):
+            packed[at:at + size - i] = row[i:]
+            at += size - i
+    return packed
 
 
 def unpack_triangle(packed: Tensor, out: Tensor) -> None:
     """The inverse of pack_triangle, into out [K, K]."""
     size, at = len(out), 0
     for i in range(size):
-        row = packed[at:at + size - i].to(out.device)
-        out[i, i:] = row
-        out[i:, i] = row
+        out[i, i:] = packed[at:at + size - i].to(out.device)
         at += size - i
+    for start in range(0, size, PANEL):
+        block = out[start:start + PANEL, start:start + PANEL]
+        block.copy_(block.triu() + block.triu(1).T)
+    mirror(out)

@@ -26,12 +26,11 @@ def count_into(histogram: Tensor, x: Tensor) -> None:
 
     Magnitudes below 2**-40, zeros included, fall into the first bin; those of 2**24 and more into the last.
     """
-    bins = (x.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT
-    bins = (bins - _FIRST_BIN).clamp_(0, BINS - 1).to(torch.int64)
-    if x.is_cuda:  # bincount waits for the largest value there
-        histogram.scatter_add_(0, bins, torch.ones_like(bins))
-    else:
-        histogram += torch.bincount(bins, minlength=BINS)
+    bins = ((x.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT).clamp_(_FIRST_BIN, _FIRST_BIN + BINS - 1)
+    if x.device.type in ("cpu", "mps"):
+        histogram += torch.bincount(bins - _FIRST_BIN, minlength=BINS)
+    else:  # bincount would wait for the largest value; histc counts in shared memory, integers exactly
+        histogram += torch.histc(bins, BINS, _FIRST_BIN, _FIRST_BIN + BINS)
 
 
 def edges() -> Tensor:

@@ -25,17 +25,24 @@ class Reservoir:
 
     def offer(self, x: Tensor, index: Tensor, keys: Tensor) -> None:
         """x: [n, K]. index: int64 [m] on the CPU, the rows of x on offer; keys: float32 [m] on the CPU."""
+        entering, slots = self.choose(keys)
+        if len(entering):
+            self.place(x[index[entering].to(x.device, non_blocking=True)], slots.to(self.rows.device, non_blocking=True))
+
+    def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(which of the offered rows enter, where), int64 on the CPU; `place` must follow. keys: float32 [m] on the CPU."""
         size = self.size
         best = torch.cat([self.keys, keys]).topk(size).indices
         entering = best[best >= size] - size
-        if not len(entering):
-            return
         stays = torch.zeros(size, dtype=torch.bool, device="cpu")
         stays[best[best < size]] = True
         slots = (~stays).nonzero().flatten()  # as many as rows enter
         self.keys[slots] = keys[entering]
-        chosen = index[entering].to(x.device, non_blocking=True)
-        self.rows[slots.to(self.rows.device, non_blocking=True)] = x[chosen].to(self.rows.device, torch.bfloat16)
+        return entering, slots
+
+    def place(self, rows: Tensor, slots: Tensor) -> None:
+        """rows: [e, K]; slots: int64 [e] on the reservoir's device."""
+        self.rows[slots] = rows.to(self.rows.device, torch.bfloat16)
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the rows with the largest keys of both."""

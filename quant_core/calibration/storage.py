@@ -32,7 +32,6 @@ from .statistics import LayerStatistics, StatisticsSettings
 
 METADATA_KEY = "quantpress_calibration"
 SCHEMA = 1
-_PLAIN_FIELDS = ("absmax", "sum", "square_sum", "weight", "count", "nonfinite", "histogram")
 
 
 def save_calibration(calibration: Calibration, path: str | Path, overwrite: bool = False) -> Path:
@@ -108,13 +107,8 @@ class CalibrationReader:
                 raise InputFileError(f"{self._source.path}: {name} {what}; {TORCH_TO_CODE[dtype]} {list(shape)} is "
                                      "needed. Capture again.")
             found[field] = self._source.read(name)
-        for field in _PLAIN_FIELDS:
-            target = getattr(result, field)
-            setattr(result, field, found[field].to(device=device, dtype=target.dtype))
-        result.reservoir.rows, result.reservoir.keys = found["rows"].to(device), found["row_keys"]
+        result.restore(found)
         result.seen, result.labels = int(entry["seen"]), {str(k): int(v) for k, v in entry["labels"].items()}
-        if result.hessian is not None:
-            result.hessian.load(found)
         return result
 
 
@@ -147,10 +141,7 @@ def _specs(statistics: LayerStatistics) -> dict[str, tuple[torch.dtype, tuple[in
 
 
 def _tensors(statistics: LayerStatistics) -> dict[str, Tensor]:
-    tensors = {field: getattr(statistics, field) for field in _PLAIN_FIELDS}
-    tensors |= {"rows": statistics.reservoir.rows, "row_keys": statistics.reservoir.keys}
-    if statistics.hessian is not None:
-        tensors |= statistics.hessian.tensors()
+    tensors = statistics.tensors()
     return {field: tensors[field].to("cpu", dtype) for field, (dtype, _) in _specs(statistics).items()}
 
 
