@@ -6,7 +6,7 @@ the same, or ComfyUI would build another model than the one that was quantized.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..quant_core.checkpoint.header import CODE_TO_TORCH
+from ..quant_core.checkpoint.layers import stored_layers
 from ..quant_core.checkpoint.source import Source, open_source
 from ..quant_core.errors import VerificationError
 
@@ -22,11 +23,14 @@ _SMALL_BYTES = 1 << 16      # detection looks at the values of some norms and sc
 
 
 class RecordingDict(dict[str, Any]):
-    """A state dict made from a header: large tensors on the meta device, small ones read. `asked`: keys that were read."""
+    """A state dict made from a header: large tensors on the meta device, small ones read. `asked`: keys that were read.
 
-    def __init__(self, source: Source) -> None:
+    shapes: other shapes than the header's, {tensor: shape}.
+    """
+
+    def __init__(self, source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(dict.fromkeys(source.tensors))
-        self._source = source
+        self._source, self._shapes = source, shapes
         self.asked: set[str] = set()
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -50,6 +54,8 @@ class RecordingDict(dict[str, Any]):
 
     def _tensor(self, key: str) -> torch.Tensor:
         info = self._source.tensors[key]
+        if key in self._shapes:
+            return torch.empty(self._shapes[key], dtype=torch.bfloat16, device="meta")
         if info.nbytes <= _SMALL_BYTES:
             return self._source.read(key)
         return torch.empty(info.shape, dtype=CODE_TO_TORCH.get(info.dtype, torch.uint8), device="meta")
@@ -67,15 +73,27 @@ class Detection:
     fixed: frozenset[str] = frozenset()
 
 
-def detect(path: Path) -> Detection:
-    """A diffusion model, or a checkpoint with one, or else a text encoder. Reads the header and small tensors."""
+def detect(path: Path, *, decoded: bool = False) -> Detection:
+    """A diffusion model, or a checkpoint with one, or else a text encoder. Reads the header and small tensors.
+
+    decoded: as if every quantized layer were decoded; that tells what a file is in which layers are packed that
+    ComfyUI looks at. Raises InputFileError then: a layer that cannot be decoded.
+    """
     with open_source(path) as source:
-        return _detect_diffusion(source) or _detect_text_encoder(source) or Detection(None)
+        shapes = {f"{layer}.weight": stored.shape for layer, stored in stored_layers(source).items()} if decoded else {}
+        return _detect_diffusion(source, shapes) or _detect_text_encoder(source, shapes) or Detection(None)
 
 
-def _detect_diffusion(source: Source) -> Detection | None:
+def checkpoint_prefix(path: Path) -> str:
+    """What ComfyUI takes for the prefix of the diffusion model's tensors in a full checkpoint."""
     from comfy import model_detection
-    state = RecordingDict(source)
+    with open_source(path) as source:
+        return model_detection.unet_prefix_from_state_dict(RecordingDict(source, {}))
+
+
+def _detect_diffusion(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Detection | None:
+    from comfy import model_detection
+    state = RecordingDict(source, shapes)
     prefix = model_detection.unet_prefix_from_state_dict(state)
     if not any(key.startswith(prefix) for key in state):
         prefix = ""
@@ -91,9 +109,9 @@ def _detect_diffusion(source: Source) -> Detection | None:
     return Detection(type(known).__name__, plain, _fixed(state))
 
 
-def _detect_text_encoder(source: Source) -> Detection | None:
+def _detect_text_encoder(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Detection | None:
     import comfy.sd
-    state = RecordingDict(source)
+    state = RecordingDict(source, shapes)
     kind = comfy.sd.detect_te_model(state)
     return None if kind is None else Detection(kind.name, {"text_encoder": kind.name}, _fixed(state))
 
@@ -111,5 +129,5 @@ def require_same(before: Detection, path: Path) -> None:
                for key in sorted(before.config.keys() | after.config.keys())
                if before.config.get(key) != after.config.get(key)]
     raise VerificationError(f"ComfyUI would take the quantized file for {after.model}, the source is {before.model} "
-                            f"({'; '.join(changed[:4])}). Nothing was kept. Keep these layers with the keep field, and report "
-                            "the model to QuantPress.")
+                            f"({'; '.join(changed[:4])}). Nothing was kept. Keep these layers with the keep field; layers that "
+                            "were packed before need an 8-bit fallback.")

@@ -77,7 +77,7 @@ def add_calibrations_folder() -> None:
 def write_roots() -> dict[str, Path]:
     """Where Save may write: folder name -> its root. The first folder that exists; for models as ComfyUI orders them."""
     roots = {}
-    for folder in (*SOURCE_FOLDERS, CALIBRATIONS):
+    for folder in (*SOURCE_FOLDERS, CALIBRATIONS, LORAS):
         # Never into the pack: it adds a folder of its own for the demo model.
         paths = [path for path in folder_paths.get_folder_paths(folder) if not Path(path).is_relative_to(_PACK)]
         # diffusion_models is also called unet: prefer the folder whose name people know.

@@ -42,7 +42,7 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
             sink.write(name, value.to("cpu"))
             progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
         sink.commit()
-    return SourceHandle(target, label)
+    return SourceHandle(target, label, "Model from Graph")
 
 
 def _code(name: str, value: Any) -> str:

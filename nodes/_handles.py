@@ -22,10 +22,14 @@ _held: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @dataclass(frozen=True, eq=False)
 class SourceHandle:
-    """A model to be quantized. path: a .safetensors file or the index of its shards. label: its name, for file names."""
+    """A model to be quantized. path: a .safetensors file or the index of its shards. label: its name, for file names.
+
+    maker: the node that wrote the spool file; None for a user's file.
+    """
 
     path: Path
     label: str
+    maker: str | None = None
 
     def __post_init__(self) -> None:
         _held.add(self)
@@ -38,12 +42,14 @@ class QuantizedHandle:
     label: the source's name, for file names. maker: the node that wrote the spool file; None for a user's file.
     lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says so
     and does not refuse.
+    lora: a spool file with the low-rank part of what quantizing lost; None where none was asked for.
     """
 
     path: Path
     label: str
     maker: str | None = "Quantize Model"
     lenient: bool = False
+    lora: Path | None = None
 
     def __post_init__(self) -> None:
         _held.add(self)
@@ -60,10 +66,10 @@ class CalibrationHandle:
         _held.add(self)
 
 
-def spool_of(handle: QuantizedHandle | CalibrationHandle) -> Path:
+def spool_of(handle: SourceHandle | QuantizedHandle | CalibrationHandle) -> Path:
     """The handle's file, which someone may have removed with the temporary folder. Raises InputFileError."""
     if not handle.path.is_file():
-        maker = handle.maker if isinstance(handle, QuantizedHandle) else "Capture Activations"
+        maker = "Capture Activations" if isinstance(handle, CalibrationHandle) else handle.maker
         if maker is None:
             raise InputFileError(f"{handle.path.name} is not there any more. Press R to refresh the lists, and choose again.")
         raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
@@ -73,4 +79,5 @@ def spool_of(handle: QuantizedHandle | CalibrationHandle) -> Path:
 
 def held_files() -> set[Path]:
     """Every file that some handle of this process still names."""
-    return {handle.path for handle in _held}
+    loras = {handle.lora for handle in _held if isinstance(handle, QuantizedHandle) and handle.lora is not None}
+    return {handle.path for handle in _held} | loras

@@ -1,46 +1,79 @@
 """From a source handle and settings to a quantized handle."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from comfy import model_management
 
+from ..quant_core.checkpoint.layers import stored_layers
+from ..quant_core.checkpoint.part import remove
+from ..quant_core.checkpoint.source import open_source
+from ..quant_core.errors import QuantPressError
+from ..quant_core.plan import linear_layers
+from ..quant_core.policy.general import NOT_NAMED
 from ..quant_core.run import convert
+from ..quant_core.tools.requantize import only_quantized
 from ._detection import Detection, detect, require_same
 from ._folders import stamp
-from ._handles import QuantizedHandle, SourceHandle
+from ._handles import QuantizedHandle, SourceHandle, spool_of
 from ._progress import NodeProgress
 from ._recipe import Settings
-from ._spool import spooled
+from ._spool import lora_path, spooled
+
+NOT_BEFORE = "not quantized before"
 
 
-def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress) -> tuple[QuantizedHandle, dict[str, Any]]:
+def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress,
+             maker: str = "Quantize Model") -> tuple[QuantizedHandle, dict[str, Any]]:
     """Quantize into a spool file, with the run's report; at once when this very file was made before and is still there.
 
     Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.
     """
+    path = spool_of(source)
+
     def make(spool: Path) -> dict[str, Any]:
         progress.say("Reading the header")
-        return _convert(source, spool, settings, progress, detect(source.path))
+        with open_source(path) as src:
+            layers = linear_layers(src, stored_layers(src))
+        return _convert(path, spool, settings.for_layers(layers), progress, detect(path, decoded=True))
 
-    key = {"source": str(source.path), "stamp": stamp(source.path), **settings.describe()}
-    spool, report = spooled(source.label, key, make)
-    return QuantizedHandle(spool, source.label), report
+    spool, report = spooled(source.label, {"source": str(path), "stamp": stamp(path), **settings.describe()}, make)
+    return QuantizedHandle(spool, source.label, maker, lora=lora_path(spool) if settings.residual else None), report
 
 
-def _convert(source: SourceHandle, spool: Path, settings: Settings, progress: NodeProgress,
-             detection: Detection) -> dict[str, Any]:
+def requantize(quantized: QuantizedHandle, settings: Settings, progress: NodeProgress) -> tuple[QuantizedHandle, dict[str, Any]]:
+    """As `quantize`, for exactly the layers that are quantized now, unless the settings name others by `only`.
+
+    The report gets "formats_before", {format: layers}.
+    """
+    path = spool_of(quantized)
+    with open_source(path) as src:
+        before, policy = only_quantized(src)
+    chosen = settings.policy.only
+    if not chosen:
+        settings = replace(settings, policy=replace(settings.policy, only=policy.only))
+    handle, report = quantize(SourceHandle(path, quantized.label, quantized.maker), settings, progress, "Requantize")
+    rows = [row if chosen or row["format"] or row["reason"] != NOT_NAMED else {**row, "reason": NOT_BEFORE} for row in report["layers"]]
+    return handle, {**report, "layers": rows, "formats_before": before}
+
+
+def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgress, detection: Detection) -> dict[str, Any]:
     device = torch.device(settings.device)
     if device.type != "cpu":
         # As for a sampler: models that fill the GPU move out, so that the largest layer fits.
         model_management.free_memory(model_management.minimum_inference_memory(), device)
+    lora = lora_path(spool) if settings.residual else None
     try:
-        report = convert(source.path, spool, settings.recipe, settings.policy, device=device, overwrite=True,
-                         never_pack=detection.fixed, calibration=settings.calibration,
+        report = convert(source, spool, settings.recipe, settings.policy, device=device, overwrite=True,
+                         never_pack=detection.fixed, calibration=settings.calibration, residual_lora=lora,
                          progress=progress, cancel=progress.cancelled)
         require_same(detection, spool)
+    except QuantPressError:
+        remove(lora_path(spool))
+        raise
     finally:
         model_management.soft_empty_cache()
     unknown = () if detection.model else ("ComfyUI does not recognise this model: general rules decided, check the result.",)

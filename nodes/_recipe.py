@@ -1,24 +1,30 @@
 """The recipe's widgets, made from the registries, and their values made into a Recipe and a Policy."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..quant_core.calibration.use import CalibrationUse
 from ..quant_core.choosers import CHOOSERS
+from ..quant_core.errors import RequestError
 from ..quant_core.format import Format, all_formats, get_format
 from ..quant_core.policy.general import Policy
+from ..quant_core.policy.layer_config import parse_layer_config
+from ..quant_core.policy.presets import PRESETS, keep_patterns
 from ..quant_core.recipe import AUTO, Recipe
 from ..quant_core.rounders import ROUNDERS
 from ._folders import stamp
 from ._handles import CalibrationType, spool_of
+from ._schema import known
 
 DEFAULT_FORMAT = "int8_convrot"
 AUTOMATIC = "automatic"
 KEEP = "keep in source dtype"
+NO_PRESET = "none"
+LAYER_CONFIG_EXAMPLE = '{"attn": {"format": "int8_rowwise"}, "\\\\.0\\\\.": {"skip": true}}'
 _TYPICAL = (3072, 3072)
 
 
@@ -49,8 +55,9 @@ def widgets() -> list[Any]:
             "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
             "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused.")),
         io.Combo.Input("scales", options=[AUTO, *CHOOSERS], default=AUTO, tooltip=(
-            "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and "
-            "keeps the best: less error, a few times slower.")),
+            "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and keeps "
+            "the best, a few times slower. Without a calibration that is the best for the weights alone: in layers with strong "
+            "input channels the error of what comes out can rise, and 'absmax' is safer there.")),
         io.Combo.Input("rounding", options=[AUTO, *ROUNDERS], default=AUTO, tooltip=(
             "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast and right for 8 bits. "
             "'gptq' corrects later columns for earlier errors, best with a calibration. 'learned' optimises every layer's rounding: "
@@ -72,13 +79,30 @@ def widgets() -> list[Any]:
         CalibrationType.Input("calibration", optional=True, tooltip=(
             "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales and rounding then "
             "lower the error of what comes out of them.")),
-        io.Boolean.Input("bias_correction", default=True, optional=True, tooltip=(
+        io.Boolean.Input("bias_correction", default=True, optional=True, **rare(io.Boolean.Input), tooltip=(
             "With a calibration: the mean error of a layer's output moves into its bias, where that helps on inputs kept aside. "
             "Costs nothing in size or speed.")),
-        io.Boolean.Input("input_scales", default=False, optional=True, tooltip=(
+        io.Boolean.Input("input_scales", default=False, optional=True, **rare(io.Boolean.Input), tooltip=(
             "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that inputs "
             "saturate; otherwise it changes little.")),
+        io.Combo.Input("preset", options=[NO_PRESET, *PRESETS], default=NO_PRESET, optional=True, **rare(io.Combo.Input), tooltip=(
+            "Also keeps the layers that older converters keep for this family of models: closer to their files, slightly larger. "
+            "'none' is right for most: the general rules know the sensitive layers of every family.")),
+        io.String.Input("layer_config", default="", multiline=True, optional=True, placeholder=LAYER_CONFIG_EXAMPLE,
+                        **rare(io.String.Input), tooltip=(
+            "JSON: a format of their own for single layers, by regular expressions on their names; the most specific one wins, "
+            "over keep and only too. \"skip\": true keeps a layer, \"_default\" replaces the format above. Empty: no such "
+            "layers. For mixed precision: more bits where it hurts.")),
+        io.Int.Input("residual_lora", default=0, min=0, max=256, optional=True, **rare(io.Int.Input), tooltip=(
+            "Rank of a LoRA that gives back part of what quantizing loses; 0 makes none. Save Quantized Model writes it into "
+            "models/loras. Load it with Load LoRA (Bypass, Model Only): better pictures at 4 bits, slower sampling and a little "
+            "more memory as the rank grows. The usual Load LoRA would round it away.")),
     ]
+
+
+def rare(kind: Any) -> dict[str, Any]:
+    """For widgets that few people need: folded away, where this ComfyUI can do that."""
+    return known(kind, advanced=True)
 
 
 def devices() -> list[str]:
@@ -95,29 +119,51 @@ class Settings:
     policy: Policy
     device: str
     calibration: CalibrationUse | None = None
+    preset: str = NO_PRESET
+
+    @property
+    def residual(self) -> bool:
+        """Whether a low-rank part is written beside the model."""
+        return bool(self.recipe.options.get("residual_rank"))
+
+    def for_layers(self, layers: Iterable[str]) -> Settings:
+        """With the preset as patterns that keep some of these layers. RequestError when it is of another family."""
+        if self.preset == NO_PRESET or not PRESETS[self.preset].keep:
+            return replace(self, preset=NO_PRESET)
+        patterns = keep_patterns((self.preset,), layers)
+        if not patterns:
+            raise RequestError(f"preset {self.preset} names none of this model's layers: it is for models of another family. "
+                               f"Choose {NO_PRESET}, or the family of this model.")
+        policy = replace(self.policy, keep=tuple(dict.fromkeys((*self.policy.keep, *patterns))))
+        return replace(self, policy=policy, preset=NO_PRESET)
 
     def describe(self) -> dict[str, Any]:
         """JSON values that decide the bytes of the result."""
         fallback = self.policy.fallback
         use = self.calibration
         calibration = None if use is None else [str(use.path), stamp(use.path), use.bias_correction, use.input_scales]
-        return {"recipe": self.recipe.describe(), "calibration": calibration,
+        return {"recipe": self.recipe.describe(), "calibration": calibration, "preset": self.preset,
                 "keep": list(self.policy.keep), "only": list(self.policy.only),
+                "rules": [rule.describe() for rule in self.policy.rules],
                 "fallback": fallback.describe() if fallback else None, "device": self.device}
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
     """Settings from the inputs of `widgets`. Raises RequestError that says which value to change."""
     fmt = sized(values["format"], values["group_size"])
-    recipe = Recipe(fmt, values["scales"], values["rounding"], int(values["seed"]))
+    rank = int(values.get("residual_lora", 0))
+    recipe = Recipe(fmt, values["scales"], values["rounding"], int(values["seed"]), {"residual_rank": rank} if rank else {})
     recipe.validate()
     fallback = values.get("fallback", KEEP)
-    policy = Policy(_patterns(values["keep"]), _patterns(values["only"]),
-                    None if fallback == KEEP else Recipe(get_format(fallback), recipe.scales, recipe.rounding, recipe.seed))
+    other = None if fallback == KEEP else Recipe(get_format(fallback), recipe.scales, recipe.rounding, recipe.seed)
+    policy = Policy(_patterns(values["keep"]), _patterns(values["only"]), other)
+    if values.get("layer_config", "").strip():
+        config = parse_layer_config(values["layer_config"].encode("utf-8", "replace"), "layer_config", recipe)
+        recipe, policy = config.default or recipe, replace(policy, rules=config.rules)
     handle = values.get("calibration")
     use = None if handle is None else CalibrationUse(spool_of(handle), values.get("bias_correction", True),
                                                      values.get("input_scales", False))
-    return Settings(recipe, policy, device_name(values.get("device", "auto")), use)
+    return Settings(recipe, policy, device_name(values.get("device", "auto")), use, values.get("preset", NO_PRESET))
 
 
 def sized(name: str, size: str) -> Format:

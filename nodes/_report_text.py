@@ -27,6 +27,24 @@ def _calibrated(rows: list[Mapping[str, Any]]) -> list[str]:
     return ["with the calibration: " + ", ".join(parts)]
 
 
+def _residual(rows: list[Mapping[str, Any]]) -> list[str]:
+    """What the low-rank part gives back; [] without one."""
+    errors = [(row.get("residual_error"), row.get("error") or row.get("weight_error")) for row in rows]
+    shares = [left / error for left, error in errors if left is not None and error]
+    if not shares:
+        return []
+    return [f"residual LoRA: {len(shares)} layers, with it {median(shares):.2f} of their error is left (median); "
+            "Save Quantized Model writes it into models/loras"]
+
+
+def requantized(report: Mapping[str, Any]) -> str:
+    """What requantizing did; its errors are against the decoded source."""
+    before = ", ".join(f"{count} x {name}" for name, count in report["formats_before"].items())
+    exact = sum(row.get("weight_error") == 0 for row in report["layers"] if row["format"])
+    lossless = [f"{exact} layers lost nothing"] if exact else []
+    return "\n".join([f"was: {before}", *lossless, summary(report).replace("weight error: ", "added error against the decoded source: ", 1)])
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """What a run did, from RunReport.to_json()."""
     rows = [row for row in report["layers"] if row["format"]]
@@ -43,6 +61,6 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"weight error: {report['weight_error']:.2%} overall; worst layers:")
         worst = sorted(rows, key=lambda row: -(row.get("weight_error") or 0))[:_WORST]
         lines += [f"  {row['layer']}: {row.get('weight_error') or 0:.2%}" for row in worst]
-    lines += _calibrated(rows)
+    lines += _calibrated(rows) + _residual(rows)
     lines += [f"note: {note}" for note in dict.fromkeys(note for row in rows for note in row.get("notes", ()))][:5]
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])

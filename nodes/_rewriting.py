@@ -85,12 +85,12 @@ def _apply(path: Path, spool: Path | None, tool: Tool, progress: NodeProgress, b
         changes = plan.rewrite.changes()
         write = spool is not None and bool(changes)
         if write:
-            plan.rewrite.apply(spool, overwrite=True, force=tool.force, progress=_told(progress), cancel=progress.cancelled)
+            plan.rewrite.apply(spool, overwrite=True, force=tool.force, progress=told(progress), cancel=progress.cancelled)
         text = "\n".join([*plan.lines, *change_lines(plan.rewrite, changes, write)])
     return {"text": text, "data": plan.data, "changed": bool(changes)}
 
 
-def _told(progress: NodeProgress) -> Callable[[Progress], None]:
+def told(progress: NodeProgress) -> Callable[[Progress], None]:
     """Every byte is read back once all are written, which takes about as long and moves no bar."""
     def tell(state: Progress) -> None:
         progress(state)

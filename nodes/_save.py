@@ -19,6 +19,7 @@ from ..quant_core.checkpoint.source import Source, open_source
 from ..quant_core.errors import InputFileError, OutputError, RequestError
 from ..quant_core.plan import RECIPE_KEY
 from ..quant_core.verify import check_file
+from ._folders import LORAS, write_target
 from ._handles import QuantizedHandle
 from ._spool import spool_folder
 
@@ -119,6 +120,23 @@ def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], 
         raise cannot_write(target, err) from err
     finally:
         remove(part)
+
+
+def lora_target(handle: QuantizedHandle, name: str, overwrite: bool) -> tuple[str, Path] | None:
+    """(name as the loaders list it, file) for the low-rank part of a model that is saved as `name`; None without one.
+
+    Raises InputFileError: its spool file is gone; OutputError: the name is taken.
+    """
+    if handle.lora is None:
+        return None
+    if not handle.lora.is_file():
+        raise InputFileError(f"{handle.lora.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, the "
+                             "seed for example, and run again.")
+    listed = name.removesuffix(".safetensors").strip().replace("\\", "/") + "-residual.safetensors"
+    target = write_target(LORAS, listed)
+    if not overwrite and os.path.lexists(target):
+        raise OutputError(f"{target}: the file exists. Choose another name, or switch overwrite on.")
+    return listed, target
 
 
 def _link_or_copy(spool: Path, part: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-_OPTIONAL = {"has_intermediate_output", "search_aliases", "metadata"}
+_OPTIONAL = {"has_intermediate_output", "search_aliases", "metadata", "advanced"}
 
 
 def known(call: Any, **options: Any) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def report_path(spool: Path) -> Path:
     return spool.with_suffix(".json")
 
 
+def lora_path(spool: Path) -> Path:
+    """Where the low-rank part beside a quantized model belongs."""
+    return spool.with_suffix(".lora.safetensors")
+
+
 def finished_report(spool: Path) -> dict[str, Any] | None:
     """The report of a complete spool file; None when there is none. It is written last, so it tells."""
     report = report_path(spool)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
+from ._folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._save import DEFAULT_PATTERN, check_of, expand, publish, warnings_of
+from ._save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
 from ._schema import schema
 
 _WARNED = 5
@@ -27,15 +28,22 @@ class SaveQuantized(io.ComfyNode):
                     "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step.")),
             ],
             outputs=[io.AnyType.Output("file_name", tooltip=(
-                "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."))])
+                "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run.")),
+                io.AnyType.Output("lora_name", tooltip=(
+                    "With residual_lora in Quantize Model: its LoRA as the loaders list it. Connect it to Load LoRA (Bypass, Model "
+                    "Only). Without: nothing comes out."))])
 
     @classmethod
     def execute(cls, quantized: QuantizedHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
         path = spool_of(quantized)
         expanded = expand(name, quantized)
         target = write_target(folder, expanded)
+        lora = lora_target(quantized, expanded, overwrite)
         publish(path, target, overwrite, check_of(quantized))
         listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
         text = "\n".join([text, *warnings_of(quantized)[:_WARNED]])
-        return io.NodeOutput(listed, ui=ui.PreviewText(text))
+        if lora is not None:
+            publish(quantized.lora, lora[1], overwrite)
+            text += f"\nsaved {LORAS}/{lora[0]}: load it beside the model with Load LoRA (Bypass, Model Only)"
+        return io.NodeOutput(listed, lora[0] if lora else ExecutionBlocker(None), ui=ui.PreviewText(text))

@@ -13,7 +13,7 @@ from comfyui_quantpress.quant_core.errors import OutputError, QuantPressError, R
 def folders(tmp_path, monkeypatch):
     """The module under test, with models and output folders below tmp_path."""
     stub = types.ModuleType("folder_paths")
-    paths = {name: [str(tmp_path / "models" / name)] for name in ("diffusion_models", "checkpoints", "text_encoders", "calibrations")}
+    paths = {name: [str(tmp_path / "models" / name)] for name in ("diffusion_models", "checkpoints", "text_encoders", "calibrations", "loras")}
     paths["diffusion_models"].insert(0, str(tmp_path / "models" / "unet"))
     stub.get_folder_paths = lambda name: paths[name]
     stub.get_output_directory = lambda: str(tmp_path / "output")

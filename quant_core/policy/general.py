@@ -30,6 +30,8 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((why, re.compile(pattern
     ("gate or router", r"(^|\.)(router|gate_logits|to_gate_logits)($|\.)"),
 ))
 
+NOT_NAMED = "not named in only"
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -95,7 +97,7 @@ class Policy:
             if re.search(pattern, layer):
                 return f"named in keep ({pattern})"
         if self.only:
-            return None if any(re.search(pattern, layer) for pattern in self.only) else "not named in only"
+            return None if any(re.search(pattern, layer) for pattern in self.only) else NOT_NAMED
         return name_rule(layer)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.layers import stored_layers
-from ..checkpoint.source import open_source
+from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
 from ..policy.general import Policy
 from ..recipe import Recipe
@@ -39,13 +40,16 @@ def requantize(source: str | Path, target: str | Path, recipe: Recipe, policy: P
                cancel: Callable[[], bool] | None = None) -> RequantizeReport:
     """policy: None requantizes exactly the layers that are quantized now. Raises QuantPressError; RequestError when none is."""
     with open_source(source) as src:
-        stored = stored_layers(src)
-    if not stored:
-        raise RequestError(f"{source}: nothing in it is quantized. Run `quantpress quantize` on it.")
-    before: dict[str, int] = {}
-    for entry in stored.values():
-        before[entry.format.name] = before.get(entry.format.name, 0) + 1
-    if policy is None:
-        policy = Policy(only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",))
-    report = convert(source, target, recipe, policy, device=device, overwrite=overwrite, progress=progress, cancel=cancel)
+        before, same = only_quantized(src)
+    report = convert(source, target, recipe, same if policy is None else policy, device=device, overwrite=overwrite,
+                     progress=progress, cancel=cancel)
     return RequantizeReport(report, before)
+
+
+def only_quantized(src: Source) -> tuple[dict[str, int], Policy]:
+    """({format: layers}, the policy that names exactly these layers). RequestError: nothing in the file is quantized."""
+    stored = stored_layers(src)
+    if not stored:
+        raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it instead.")
+    return dict(Counter(entry.format.name for entry in stored.values())), Policy(
+        only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",))

@@ -1,0 +1,40 @@
+"""bitsandbytes' structure and ours, on a handle's file."""
+from __future__ import annotations
+
+from ..quant_core.checkpoint.layers import stored_layers
+from ..quant_core.checkpoint.source import Source
+from ..quant_core.errors import RequestError, some_of
+from ..quant_core.tools.bitsandbytes import export_bitsandbytes
+from ..quant_core.tools.migrate import migrate
+from ._detection import detect
+from ._handles import QuantizedHandle
+from ._progress import NodeProgress
+from ._rewriting import Outcome, Plan, Tool, rewritten
+
+NAME = "Convert bitsandbytes"
+IMPORT, EXPORT = "import", "export"
+
+
+def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, progress: NodeProgress) -> Outcome:
+    """Raises QuantPressError: nothing to convert, layers of other formats."""
+    def build(src: Source) -> Plan:
+        if direction == EXPORT:
+            return Plan(export_bitsandbytes(src, nested=nested))
+        kinds = [entry.kind for entry in stored_layers(src).values()]
+        if "bitsandbytes" not in kinds:
+            raise RequestError(f"{src.path.name}: no layer of it is stored in bitsandbytes' way, so there is nothing to import. "
+                               "For other forms take Migrate Legacy File.")
+        return Plan(migrate(src), unloadable(src))
+
+    return rewritten(quantized, Tool(NAME, {"direction": direction, "nested": nested}), progress, build)
+
+
+def unloadable(src: Source) -> list[str]:
+    """A warning where ComfyUI would not recognise the model, as layers are packed whose shape it looks at; else []."""
+    wanted = detect(src.path, decoded=True)
+    packed = [layer for layer, stored in stored_layers(src).items()
+              if layer in wanted.fixed and stored.format.tensor_specs(stored.shape)[0].shape != stored.shape]
+    if not packed:
+        return []
+    return [f"warning: ComfyUI will not recognise the result as {wanted.model}: {len(packed)} layers are packed whose shape it reads "
+            f"({some_of(packed)}). Put Requantize behind it, with an 8-bit fallback: that stores them unpacked."]
