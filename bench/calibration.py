@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from calibration_lora import measure_lora
+from calibration_lora import measure_lora, train_lora
 from calibration_model import ASSETS, METHODS, STEPS, Bench
 from calibration_overhead import measure_overhead
 from torch import Tensor, nn
@@ -100,7 +100,8 @@ def measure_weighting(bench: Bench, row: Callable[..., None], formats: Sequence[
 
 
 def measure_activations(bench: Bench, row: Callable[..., None], formats: Sequence[str]) -> None:
-    statistics = bench.calibrate().statistics
+    statistics, lora = bench.calibrate().statistics, train_lora(bench)
+    strided = {stride: bench.calibrate(absmax_stride=stride).statistics for stride in (4, 8)}
     for on_disk in [name for name in formats if name in RULES]:
         rule = RULES[on_disk]
         sources: dict[str, dict[str, float | None]] = {"measured per call": dict.fromkeys(bench.names)}
@@ -109,10 +110,17 @@ def measure_activations(bench: Bench, row: Callable[..., None], formats: Sequenc
             sources[name] = {layer: scale_for(rule, statistics[layer].percentile(percent)) for layer in bench.names}
         for factor in (0.5, 0.75, 1.5, 2.0, 4.0):
             sources[f"absmax x {factor}"] = {layer: scale * factor for layer, scale in sources["absmax"].items()}
+        for stride, statistics_seen in strided.items():
+            share = [float(statistics_seen[layer].absmax.max() / statistics[layer].absmax.max()) for layer in bench.names]
+            sources[f"absmax of every {stride}th row (layers: {min(share):.3f} at least, {sum(share) / len(share):.3f} on average)"] = {
+                layer: scale_for(rule, statistics_seen[layer].percentile(100.0)) for layer in bench.names}
         sources["none (1.0)"] = dict.fromkeys(bench.names, 1.0)
         sources["simulated, p99.9"] = {
             layer: scale_for(rule, simulated_magnitude(layer, bench.model.get_submodule(layer).weight, SimulationSettings()))
             for layer in bench.names}
+        sources["LoRA's directions, p99.9"] = {
+            layer: scale_for(rule, simulated_magnitude(layer, bench.model.get_submodule(layer).weight, SimulationSettings(),
+                                                       lora.directions(layer))) for layer in bench.names}
         sources["input_scale = weight_scale"] = {
             layer: float(bench.model.get_submodule(layer).weight.abs().max()) / 448 for layer in bench.names}
         for name, scales in sources.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfyui_quantpress.demo.sampler import simple_sigmas
-from comfyui_quantpress.quant_core.calibration.synthesise import Directions, directions_evidence
+from comfyui_quantpress.quant_core.calibration.synthesise import Directions
 from comfyui_quantpress.quant_core.metrics import relative_error, snr_db
 from comfyui_quantpress.quant_core.recipe import Evidence, layer_generator
 
@@ -34,6 +34,17 @@ class WithLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+def directions_evidence(directions: Directions, share: float) -> Evidence:
+    """A Hessian for inputs that lie along the directions with probability `share`, 0 to 1, and anywhere otherwise.
+
+    The mean of the diagonal is 1 (unit variance per channel).
+    """
+    scaled = directions.rows * directions.strength.sqrt()[:, None]
+    hessian = share * (scaled.T @ scaled)
+    hessian.diagonal().add_(1.0 - share)
+    return Evidence(hessian=hessian, hessian_diagonal=hessian.diagonal().clone(), count=len(directions.rows))
 
 
 @dataclass(frozen=True, slots=True)

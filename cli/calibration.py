@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import print_json, size_text, table_lines
 from .interrupt import stop_on_signal
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from ..quant_core.calibration.calibration import LayerSummary
@@ -69,13 +70,12 @@ def _content(path: Path, reader: CalibrationReader, rows: list[LayerSummary]) ->
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from ..quant_core.calibration.storage import load_calibration, save_calibration
+    from ..quant_core.calibration.merge import merge_files
+    from ..quant_core.cancel import cancel_scope
 
     if len(args.files) < 2:
         args.parser.error("two calibrations or more are needed")
-    merged = load_calibration(args.files[0])
-    for path in args.files[1:]:
-        merged.merge(load_calibration(path))
-    save_calibration(merged, args.output, args.overwrite)
-    print(f"{args.output}: {len(args.files)} calibrations merged, {len(merged.statistics)} layers, {len(merged.runs)} runs")
+    with stop_on_signal() as cancel, cancel_scope(cancel), show_progress("merging") as progress:
+        merged = merge_files(args.files, args.output, args.overwrite, progress)
+    print(f"{args.output}: {len(args.files)} calibrations merged, {merged.layers} layers, {merged.runs} runs")
     return 0

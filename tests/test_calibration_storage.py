@@ -1,5 +1,7 @@
 """Calibrations on disk: what is written comes back, merges exactly, and is refused where it does not belong."""
 import json
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from comfyui_quantpress.quant_core.calibration.calibration import (
     Calibration, ModelIdentity, RunRecord, fingerprint, identity_of_source)
 from comfyui_quantpress.quant_core.calibration.hessian import HessianKind
+from comfyui_quantpress.quant_core.calibration.merge import Merged, merge_files
 from comfyui_quantpress.quant_core.calibration.reservoir import draw_keys
 from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics, StatisticsSettings
 from comfyui_quantpress.quant_core.calibration.storage import (
-    METADATA_KEY, load_calibration, open_calibration, save_calibration)
+    METADATA_KEY, CalibrationReader, load_calibration, open_calibration, save_calibration)
+from comfyui_quantpress.quant_core.cancel import cancel_scope
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
+from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, RequestError
 
 SETTINGS = StatisticsSettings(histogram_rows=50, reservoir_rows=6, sketch_size=4)
 LAYERS = {"blocks.0.up": (24, 10), "blocks.0.down": (10, 24), "blocks.0.mod": (8, 12)}
@@ -91,6 +95,69 @@ def test_merging_files_adds_exactly(tmp_path):
     a, b, s = (calibration(seed).statistics["blocks.0.up"] for seed in (1, 2, 1))
     s.merge(b, "x")
     assert torch.equal(s.hessian_sum(), a.hessian_sum() + b.hessian_sum())
+
+
+def test_files_are_merged_to_the_bytes_of_a_merge_in_memory(tmp_path):
+    paths = [save_calibration(calibration(seed), tmp_path / f"{seed}.safetensors") for seed in (1, 2, 3)]
+    found = merge_files(paths, tmp_path / "merged.safetensors")
+    direct = calibration(1)
+    direct.merge(calibration(2))
+    direct.merge(calibration(3))
+    save_calibration(direct, tmp_path / "direct.safetensors")
+    assert (tmp_path / "merged.safetensors").read_bytes() == (tmp_path / "direct.safetensors").read_bytes()
+    assert found == Merged(layers=3, runs=3)
+
+
+def test_merging_files_never_holds_more_than_two_layers(tmp_path, monkeypatch):
+    layers = {f"blocks.{i}": (4, 16) for i in range(12)}
+    paths = [save_calibration(calibration(seed, layers), tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    alive, most, plain = weakref.WeakSet(), [], CalibrationReader.statistics
+
+    def counted(reader, layer, device="cpu"):
+        found = plain(reader, layer, device)
+        alive.add(found)
+        most.append(len(alive))
+        return found
+    monkeypatch.setattr(CalibrationReader, "statistics", counted)
+    merge_files(paths, tmp_path / "merged.safetensors")
+    assert len(most) == 24 and max(most) <= 3      # two of one layer, and the last layer's until it is replaced
+
+
+def test_merging_unlike_files_names_them_and_writes_nothing(tmp_path):
+    one = save_calibration(calibration(1), tmp_path / "one.safetensors")
+    for name, other, said in (("strange", calibration(fingerprint_="xyz"), "the weights differ"),
+                              ("late", replace(calibration(), weighting="late"), "weights its rows 'uniform'"),
+                              ("kind", calibration_of_kind(HessianKind.DIAGONAL), "blocks.0.up: .* a full Hessian, .* a diagonal"),
+                              ("sizes", sized(StatisticsSettings(histogram_rows=50, reservoir_rows=7, sketch_size=4)),
+                               "reservoir_rows is 6 in one calibration and 7")):
+        path = save_calibration(other, tmp_path / f"{name}.safetensors")
+        with pytest.raises(RequestError, match=said):
+            merge_files([one, path], tmp_path / "merged.safetensors")
+    with pytest.raises(OutputError):
+        merge_files([one, one], one, overwrite=True)
+    assert not (tmp_path / "merged.safetensors").exists() and not list(tmp_path.glob("*.part"))
+
+
+def calibration_of_kind(kind):
+    found = calibration()
+    found.statistics["blocks.0.up"] = LayerStatistics(10, "cpu", kind, settings=SETTINGS)
+    return found
+
+
+def sized(settings):
+    statistics = {layer: LayerStatistics(k, "cpu", KINDS[layer], settings=settings) for layer, (_, k) in LAYERS.items()}
+    return replace(calibration(), statistics=statistics, settings=settings)
+
+
+def test_saving_tells_its_progress_and_stops_when_asked_leaving_nothing(tmp_path):
+    seen = []
+    path = save_calibration(calibration(), tmp_path / "c.safetensors", progress=seen.append)
+    assert [state.layer for state in seen] == list(LAYERS) and [state.done_layers for state in seen] == [1, 2, 3]
+    assert seen[-1].done_bytes == seen[-1].total_bytes < path.stat().st_size
+    asked = iter([False, True])
+    with pytest.raises(Cancelled), cancel_scope(lambda: next(asked)):
+        save_calibration(calibration(), tmp_path / "d.safetensors", progress=lambda state: time.sleep(0.06))
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
 
 
 def test_layers_seen_in_one_run_only_are_kept_on_merging():

@@ -123,13 +123,21 @@ class Calibration:
             raise RequestError("the calibration is empty: no layer saw an input. Run the sampler on the MODEL output of "
                                "the capture node, and collect after it has finished.")
 
-    def merge(self, other: "Calibration") -> None:
-        """Add another capture of the same model in place. RequestError when it is of another one."""
+    def require_mergeable(self, other: "Calibration") -> None:
+        """RequestError when another capture is of another model, or chose or kept its rows otherwise."""
         other.model.require_match(self.model, "the second calibration")
         self.model.require_match(other.model, "the first calibration")
         if other.weighting != self.weighting:
             raise RequestError(f"one calibration weights its rows {self.weighting!r}, the other {other.weighting!r}; "
                                "their sum would be neither. Capture both alike.")
+        for name in ("reservoir_rows", "sketch_size"):
+            one, two = getattr(self.settings, name), getattr(other.settings, name)
+            if one != two:
+                raise RequestError(f"{name} is {one} in one calibration and {two} in the other. Capture both alike.")
+
+    def merge(self, other: "Calibration") -> None:
+        """Add another capture of the same model in place. RequestError when it does not fit; see require_mergeable."""
+        self.require_mergeable(other)
         for layer, statistics in other.statistics.items():
             if layer in self.statistics:
                 self.statistics[layer].merge(statistics, layer)

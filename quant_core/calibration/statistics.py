@@ -199,9 +199,7 @@ class LayerStatistics:
         if other.in_features != self.in_features:
             raise RequestError(f"{layer}: in_features is {self.in_features} in one calibration and "
                                f"{other.in_features} in the other. They belong to different models.")
-        if other.kind is not self.kind:
-            raise RequestError(f"{layer}: one calibration holds a {self.kind.value} Hessian, the other a "
-                               f"{other.kind.value} one. Capture both with the same memory budget.")
+        require_same_kind(layer, self.kind, other.kind)
         self.flush()
         other.flush()
         self.seen += other.seen
@@ -232,3 +230,10 @@ class LayerStatistics:
         self.reservoir.rows, self.reservoir.keys = found["rows"].to(self.device), found["row_keys"]
         if self.hessian is not None:
             self.hessian.load(found)
+
+
+def require_same_kind(layer: str, one: HessianKind, other: HessianKind) -> None:
+    """RequestError when two captures of a layer keep different things."""
+    if one is not other:
+        raise RequestError(f"{layer}: one calibration holds a {one.value} Hessian, the other a {other.value} one. "
+                           "Capture both with the same memory budget.")

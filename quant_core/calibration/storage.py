@@ -13,18 +13,21 @@ Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch ro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from ..cancel import poll
 from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, load_json_object
 from ..checkpoint.sink import open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError
+from ..report import Progress
 from .calibration import Calibration, ModelIdentity, RunRecord
 from .hessian import HessianKind, Placement
 from .histogram import BINS
@@ -34,21 +37,51 @@ METADATA_KEY = "quantpress_calibration"
 SCHEMA = 1
 
 
-def save_calibration(calibration: Calibration, path: str | Path, overwrite: bool = False) -> Path:
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """What a file's header says of one captured layer, before its tensors are there."""
+
+    in_features: int
+    kind: HessianKind
+    seen: int
+    labels: Mapping[str, int]
+
+
+def save_calibration(calibration: Calibration, path: str | Path, overwrite: bool = False,
+                     progress: Callable[[Progress], None] | None = None) -> Path:
     """Write atomically; one layer at a time comes from the GPU. Returns the path, which must end in .safetensors.
 
-    Raises RequestError (nothing was captured), OutputError (the disk, the target exists).
+    Raises RequestError (nothing was captured), OutputError (the disk, the target exists), Cancelled.
     """
     calibration.require_captured()
-    entries = []
-    for layer, statistics in calibration.statistics.items():
-        for field, (dtype, shape) in _specs(statistics).items():
-            entries.append(OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape))
-    metadata = {METADATA_KEY: json.dumps(_manifest(calibration), ensure_ascii=False, allow_nan=False)}
-    with open_sink(path, entries, metadata, overwrite=overwrite) as sink:
-        for layer, statistics in calibration.statistics.items():
-            for field, tensor in _tensors(statistics).items():
-                sink.write(f"{layer}.{field}", tensor)
+    entries = {layer: LayerEntry(s.in_features, s.kind, s.seen, s.labels) for layer, s in calibration.statistics.items()}
+    return write_calibration(calibration, entries, calibration.statistics.__getitem__, path, overwrite, progress)
+
+
+def write_calibration(header: Calibration, entries: Mapping[str, LayerEntry], statistics: Callable[[str], LayerStatistics],
+                      path: str | Path, overwrite: bool = False, progress: Callable[[Progress], None] | None = None,
+                      sources: Sequence[Path] = ()) -> Path:
+    """The same with statistics that are fetched one layer at a time, in the order of `entries`.
+
+    header: everything but its statistics is written. sources: files being read, which the target must not be.
+    Raises OutputError, Cancelled.
+    """
+    specs = {layer: _specs(entry.in_features, entry.kind, header.settings) for layer, entry in entries.items()}
+    outputs = [OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape)
+               for layer, fields in specs.items() for field, (dtype, shape) in fields.items()]
+    sizes = {layer: sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values()) for layer, fields in specs.items()}
+    metadata = {METADATA_KEY: json.dumps(_manifest(header, entries), ensure_ascii=False, allow_nan=False)}
+    started, done = time.monotonic(), 0
+    with open_sink(path, outputs, metadata, overwrite=overwrite, sources=sources) as sink:
+        for number, (layer, fields) in enumerate(specs.items(), 1):
+            poll()
+            tensors = statistics(layer).tensors()
+            for field, (dtype, _) in fields.items():
+                sink.write(f"{layer}.{field}", tensors[field].to("cpu", dtype))
+            done += sizes[layer]
+            if progress is not None:
+                elapsed, total = time.monotonic() - started, sum(sizes.values())
+                progress(Progress(layer, number, len(specs), done, total, elapsed, elapsed * (total - done) / done))
         sink.commit()
     return Path(path)
 
@@ -93,13 +126,18 @@ class CalibrationReader:
         """What is kept of the layer's Hessian. KeyError when the layer was not captured."""
         return HessianKind(self._layers[layer]["hessian"])
 
+    def entry(self, layer: str) -> LayerEntry:
+        """KeyError when the layer was not captured."""
+        found = self._layers[layer]
+        return LayerEntry(self.header.model.layers[layer][1], self.kind(layer), int(found["seen"]),
+                          {str(k): int(v) for k, v in found["labels"].items()})
+
     def statistics(self, layer: str, device: torch.device | str = "cpu") -> LayerStatistics:
         """Read one layer. KeyError when it was not captured; InputFileError when its tensors are damaged."""
-        entry = self._layers[layer]
-        in_features = self.header.model.layers[layer][1]
-        result = LayerStatistics(in_features, device, self.kind(layer), Placement.DEVICE, self.header.settings)
+        entry = self.entry(layer)
+        result = LayerStatistics(entry.in_features, device, entry.kind, Placement.DEVICE, self.header.settings)
         found = {}
-        for field, (dtype, shape) in _specs(result).items():
+        for field, (dtype, shape) in _specs(entry.in_features, entry.kind, self.header.settings).items():
             name = f"{layer}.{field}"
             info = self._source.tensors.get(name)
             if info is None or info.dtype != TORCH_TO_CODE[dtype] or info.shape != shape:
@@ -108,7 +146,7 @@ class CalibrationReader:
                                      "needed. Capture again.")
             found[field] = self._source.read(name)
         result.restore(found)
-        result.seen, result.labels = int(entry["seen"]), {str(k): int(v) for k, v in entry["labels"].items()}
+        result.seen, result.labels = entry.seen, dict(entry.labels)
         return result
 
 
@@ -126,26 +164,20 @@ def load_calibration(path: str | Path, device: torch.device | str = "cpu") -> Ca
         return reader.header
 
 
-def _specs(statistics: LayerStatistics) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _specs(k: int, kind: HessianKind, settings: StatisticsSettings) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a layer's tensors are on disk, without touching the data."""
-    k, settings = statistics.in_features, statistics.settings
     f32, f64, i64 = torch.float32, torch.float64, torch.int64
     specs = {"absmax": (f32, (k,)), "sum": (f64, (k,)), "square_sum": (f64, (k,)), "weight": (f64, ()),
              "count": (i64, ()), "nonfinite": (i64, ()), "histogram": (i64, (BINS,)),
              "rows": (torch.bfloat16, (settings.reservoir_rows, k)), "row_keys": (f32, (settings.reservoir_rows,))}
-    if statistics.kind is HessianKind.FULL:
+    if kind is HessianKind.FULL:
         specs["hessian"] = (f32, (k * (k + 1) // 2,))
-    elif statistics.kind is HessianKind.SKETCH:
+    elif kind is HessianKind.SKETCH:
         specs |= {"hessian_sketch": (f32, (settings.sketch_size, k)), "hessian_shrinkage": (f64, ())}
     return specs
 
 
-def _tensors(statistics: LayerStatistics) -> dict[str, Tensor]:
-    tensors = statistics.tensors()
-    return {field: tensors[field].to("cpu", dtype) for field, (dtype, _) in _specs(statistics).items()}
-
-
-def _manifest(calibration: Calibration) -> dict[str, object]:
+def _manifest(calibration: Calibration, entries: Mapping[str, LayerEntry]) -> dict[str, object]:
     return {
         "schema": SCHEMA, "pack_version": calibration.pack_version, "seed": calibration.seed,
         "weighting": calibration.weighting, "settings": asdict(calibration.settings),
@@ -153,8 +185,8 @@ def _manifest(calibration: Calibration) -> dict[str, object]:
                   "layers": {name: list(shape) for name, shape in calibration.model.layers.items()}},
         "runs": [{"note": run.note, "completed": run.completed, "steps": dict(run.steps), "sigmas": dict(run.sigmas),
                   "labels": dict(run.labels), "loras": list(run.loras)} for run in calibration.runs],
-        "layers": {layer: {"seen": statistics.seen, "labels": statistics.labels, "hessian": statistics.kind.value}
-                   for layer, statistics in calibration.statistics.items()},
+        "layers": {layer: {"seen": entry.seen, "labels": dict(entry.labels), "hessian": entry.kind.value}
+                   for layer, entry in entries.items()},
     }
 
 

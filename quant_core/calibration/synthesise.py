@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
-from ..recipe import Evidence, layer_generator
+from ..recipe import layer_generator
 from .layer_names import LayerNames
 from .lora_keys import LoraIndex, index_lora
 
@@ -93,17 +93,3 @@ def read_directions(source: Source, index: LoraIndex, layer: str, in_features: i
     if not live.any():
         return None
     return Directions(stacked[live] / rms[live, None], strength[live] / strength[live].sum())
-
-
-def directions_evidence(directions: Directions, share: float = 0.5) -> Evidence:
-    """A Hessian for inputs that lie along the directions with probability `share` and anywhere otherwise.
-
-    share: 0 to 1. The mean of the diagonal is 1 (unit variance per channel), the matrix is positive definite for
-    share < 1, and mean and absmax stay unknown.
-    """
-    if not 0.0 <= share < 1.0:
-        raise RequestError(f"share is {share}; from 0 to below 1 is needed, or directions that no row has cost nothing.")
-    scaled = directions.rows * directions.strength.sqrt()[:, None]
-    hessian = share * (scaled.T @ scaled)
-    hessian.diagonal().add_(1.0 - share)
-    return Evidence(hessian=hessian, hessian_diagonal=hessian.diagonal().clone(), count=len(directions.rows))
