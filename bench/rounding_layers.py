@@ -71,6 +71,12 @@ def synthetic(n: int, k: int, rows: int, device: str, seed: int = 0) -> Layer:
     return Layer(f"synthetic {n}x{k}", weight, Evidence(hessian=hessian, count=rows), draw(2048))
 
 
+def errors_of(layer: Layer, decoded: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(norm of the held-out rows' output, norm of its error); moved: what the bias gained, [N]."""
+    error = layer.held_out @ (decoded - layer.weight).T
+    return (layer.held_out @ layer.weight.T).norm(), (error if moved is None else error + moved).norm()
+
+
 def _by_seed(sample: Callable[[int], Any]) -> Callable[[str], None]:
     """Calibrates on seeds 1 and 2, tunes on 3, judges on 77."""
     seeds = {"calibrate": (1, 2), "tune": (3,), "judge": (77,)}
