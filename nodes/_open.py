@@ -36,12 +36,14 @@ def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle,
 
 def describe(path: Path, name: str) -> str:
     """name: of the file as the user knows it. Never an error for what the tools can put right, or name."""
-    problems = [finding.message for finding in check_file(path).errors]
+    problems: dict[str, str] = {}
+    for finding in check_file(path).errors:
+        problems.setdefault(finding.code, finding.message)
     with open_source(path) as source:
         try:
             kinds = Counter((layer.kind, layer.format.name) for layer in stored_layers(source).values())
         except InputFileError as err:
-            kinds, problems = Counter(), [str(err), *problems]
+            kinds, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
         foreign = refusal(source)
         lines = [f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {len(source.tensors)} tensors"]
     lines += [f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form") for (kind, fmt), count in kinds.most_common()]
@@ -51,7 +53,8 @@ def describe(path: Path, name: str) -> str:
     elif older:
         lines.append("Migrate Legacy File turns older and foreign forms into ComfyUI's own.")
     elif problems:
-        lines += [f"problems: {len(problems)}. Repair finds out which have an exact answer.", *(f"  {p}" for p in problems[:_SHOWN])]
+        lines.append(f"{len(problems)} kinds of problems. Repair lists all, and puts right what has an exact answer:")
+        lines += [f"  {message}" for message in list(problems.values())[:_SHOWN]]
     elif not kinds:
         lines.append("Nothing in it is quantized. Load Model to Quantize takes such files.")
     return "\n".join(lines)

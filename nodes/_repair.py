@@ -44,10 +44,12 @@ def repaired(handle: QuantizedHandle, settings: RepairSettings, only_diagnose: b
     if settings.original is not None and (settings.assume is not None or settings.unswizzled):
         raise RequestError("The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
                            "disconnect it.")
-    return rewritten(handle, Tool(NAME, settings.describe(), only_diagnose), progress, lambda src: _plan(src, settings))
+    return rewritten(handle, Tool(NAME, settings.describe(), only_diagnose), progress,
+                     lambda src: _plan(src, settings, "can be repaired" if only_diagnose else "repaired"))
 
 
-def _plan(src: Source, settings: RepairSettings) -> Plan:
+def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
+    """word: what is said of findings with an exact answer."""
     if settings.mode == ONLY_INPUTS:
         return Plan(add_legacy_input(src), data=[])
     if settings.mode == TIDY:
@@ -61,15 +63,17 @@ def _plan(src: Source, settings: RepairSettings) -> Plan:
         found = ["assume " + assume] * (assume is not None) + ["unswizzled"] * unswizzled
         lines = [f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"]
     result = repair(src, assume=assume, unswizzled=unswizzled)
-    return Plan(result.rewrite, [*lines, *_lines(result.findings, result.unfixed)], result.to_json()["findings"])
+    return Plan(result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"])
 
 
-def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding]) -> list[str]:
-    """One line per code and whether it is put right: how many, and the first message of them."""
+def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -> list[str]:
+    """A count, then one line per code: how many, and the first message of them."""
     groups: dict[tuple[str, str, bool], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.code, finding not in unfixed), []).append(finding)
     if not groups:
         return ["no problems found"]
-    return [f"{severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}, {'has an exact answer' if fixed else 'NOT repaired'}: "
-            f"{group[0].message}" for (severity, code, fixed), group in groups.items()]
+    stay = f", {len(unfixed)} without an exact answer" if unfixed else ""
+    return [f"{len(findings)} problems: {len(findings) - len(unfixed)} {word}{stay}",
+            *(f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
+              for (severity, code, fixed), group in groups.items())]

@@ -9,6 +9,7 @@ from ._folders import LORAS, list_models, stamp
 from ._handles import CATEGORY, CalibrationHandle, CalibrationType, QuantizedHandle, QuantizedType
 from ._input_scales import METHODS, NAME, NONE, SIMULATED, lora_file, plan, read_settings, scale_file, scale_files
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._rewriting import Tool, rewritten
 from ._schema import schema
 
@@ -29,14 +30,14 @@ class CalibrateInputScales(io.ComfyNode):
                     "calibration: what really flows, by far the best. LoRA and simulated: guesses from the weights, for when the "
                     "model cannot be run; a bad guess costs quality. file: scales that someone else found. weight scales: as "
                     "some FP8 text encoder files have it.")),
-                io.Int.Input("samples", default=64, min=1, max=1024, tooltip=(
+                io.Int.Input("samples", default=64, min=1, max=1024, **rare(io.Int.Input), tooltip=(
                     "simulated, LoRA: random inputs per layer. More: slower, and the guess depends less on chance.")),
-                io.Float.Input("percentile", default=99.9, min=0.01, max=100.0, step=0.01, tooltip=(
+                io.Float.Input("percentile", default=99.9, min=0.01, max=100.0, step=0.01, **rare(io.Float.Input), tooltip=(
                     "simulated, LoRA: which of the magnitudes still fits, 100 for the largest. Lower: finer steps, but more "
                     "inputs are cut off.")),
-                io.Int.Input("seed", default=42, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
+                io.Int.Input("seed", default=42, min=0, max=2**31 - 1, control_after_generate=False, **rare(io.Int.Input), tooltip=(
                     "simulated, LoRA: of the random inputs. The same seed gives the same bytes.")),
-                io.Float.Input("captured_percentile", default=100.0, min=0.01, max=100.0, step=0.01, tooltip=(
+                io.Float.Input("captured_percentile", default=100.0, min=0.01, max=100.0, step=0.01, **rare(io.Float.Input), tooltip=(
                     "calibration: which of the captured magnitudes still fits. 100, the largest, was best wherever we measured; "
                     "less cuts off outliers, which costs more than finer steps gain.")),
                 io.Combo.Input("lora", options=[NONE, *list_models(LORAS, shards=False)], default=NONE, tooltip=(

@@ -7,6 +7,7 @@ from ..quant_core.tools.configs import HeaderMode
 from ..quant_core.tools.edit import Edit, edit, parse_names, parse_pairs
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._rewriting import Plan, Tool, rewritten
 from ._schema import schema
 
@@ -36,7 +37,7 @@ class EditMetadata(io.ComfyNode):
                     "The copy of the metadata in the file's header, which some tools read. update: keep it in step where there "
                     "is one. build: write it from the tensors, and tensors for layers that it alone describes. remove: take it "
                     "out; ComfyUI itself needs only the tensors.")),
-                io.Boolean.Input("force", default=False, tooltip=(
+                io.Boolean.Input("force", default=False, **rare(io.Boolean.Input), tooltip=(
                     "Off: a change after which the file would not load is refused. On: it is made, and saving only warns. "
                     "For other loaders than ComfyUI's.")),
                 io.Boolean.Input("preview", default=False, tooltip=(

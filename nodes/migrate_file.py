@@ -6,6 +6,7 @@ from ..quant_core.tools.canonicalize import InputScale
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType
 from ._migrate import FULL_PRECISION, INPUT_SCALES, LEGACY, NAME, NATIVE, MigrateSettings, plan
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._rewriting import Tool, rewritten
 from ._schema import schema
 
@@ -29,10 +30,10 @@ class MigrateFile(io.ComfyNode):
                 io.Combo.Input("input_scale", options=list(INPUT_SCALES), default=InputScale.KEEP.value, tooltip=(
                     "What FP8 layers without an input scale get. keep: none, ComfyUI takes 1.0. 1.0: the same, written out, for "
                     "other loaders. weight scale: as some text encoder files have it; for those only, others lose quality.")),
-                io.String.Input("hp_filter", default="", tooltip=(
+                io.String.Input("hp_filter", default="", **rare(io.String.Input), tooltip=(
                     "Regular expression: weights that must be in 16 bits, for example final_layer. If one is quantized, the "
                     "node stops and names it: a check on files of others. Empty: no check.")),
-                io.Boolean.Input("header", default=True, tooltip=(
+                io.Boolean.Input("header", default=True, **rare(io.Boolean.Input), tooltip=(
                     "For comfy_quant: also write the metadata into the file's header, for tools that read it there. ComfyUI needs "
                     "only the tensors.")),
                 io.Boolean.Input("preview", default=False, tooltip=(

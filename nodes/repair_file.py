@@ -8,6 +8,7 @@ from ..quant_core.format import all_formats
 from ..quant_core.tools.diagnose import MODELOPT
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._repair import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
 from ._schema import schema
 
@@ -28,18 +29,18 @@ class Repair(io.ComfyNode):
                 io.Combo.Input("assume", options=[AUTOMATIC, *(fmt.name for fmt in all_formats()), MODELOPT], default=AUTOMATIC, tooltip=(
                     "What layers without metadata are, where their tensors fit several formats: a wrong choice draws noise. "
                     "automatic: such layers are only named. Connecting the original finds it out.")),
-                io.Boolean.Input("unswizzled", default=False, tooltip=(
+                io.Boolean.Input("unswizzled", default=False, **rare(io.Boolean.Input), tooltip=(
                     "On: the block scales of NVFP4 and MXFP8 lie in row order and are reordered. Only where the pictures are "
                     "noise although everything loads: on a sound file it makes noise.")),
                 io.Combo.Input("mode", options=[REPAIR, TIDY, ONLY_INPUTS], default=REPAIR, tooltip=(
                     "repair: everything but legacy fp8_scaled, which Migrate Legacy File converts. tidy legacy: keep that form, "
                     "without scales that serve nothing. legacy scale_input: only add scale_input 1.0, which some loaders want.")),
-                io.Combo.Input("marker", options=["0", "2"], default="0", tooltip=(
+                io.Combo.Input("marker", options=["0", "2"], default="0", **rare(io.Combo.Input), tooltip=(
                     "tidy legacy: elements of the scaled_fp8 marker. 0: FP8 layers multiply in FP8, fast. 2: ComfyUI multiplies "
                     "in 16 bits: slower, a little nearer to the original.")),
-                io.Boolean.Input("add_scale_input", default=False, tooltip=(
+                io.Boolean.Input("add_scale_input", default=False, **rare(io.Boolean.Input), tooltip=(
                     "tidy legacy: write scale_input 1.0 where a layer has none. ComfyUI takes 1.0 anyway: for other loaders.")),
-                io.Boolean.Input("keep_shapes", default=False, tooltip=(
+                io.Boolean.Input("keep_shapes", default=False, **rare(io.Boolean.Input), tooltip=(
                     "tidy legacy: leave scales of one element in the shape they have, instead of making plain numbers of them. "
                     "The values are the same; for loaders that look at the shape.")),
                 SourceType.Input("original", optional=True, tooltip=(

@@ -127,9 +127,12 @@ def test_a_broken_file_is_diagnosed_repaired_and_loads(server, files):
     graph.save(diagnosed, "tools/never")
     repaired = graph.repair(opened)
     outputs = server.run(graph)
-    assert "Repair finds out" in outputs[opened]["text"][0]
+    assert "3 kinds of problems. Repair lists all" in outputs[opened]["text"][0]
     for text in (outputs[diagnosed]["text"][0], outputs[repaired]["text"][0]):
-        assert "config-nul (16 x), has an exact answer" in text and "header-json" in text and "NOT repaired: joint_blocks.0.x_block.lost" in text
+        assert "error config-nul (16 x): " in text and "error header-json: " in text
+        assert "error orphan, NOT repaired: joint_blocks.0.x_block.lost" in text and "1 without an exact answer" in text
+    assert "19 problems: 18 can be repaired" in outputs[diagnosed]["text"][0]
+    assert "19 problems: 18 repaired" in outputs[repaired]["text"][0]
     assert "would change" in outputs[diagnosed]["text"][0] and "written and checked" in outputs[repaired]["text"][0]
     assert not path_of(server, "tools/never").exists()      # only_diagnose: the nodes behind wait
     findings = json.loads(outputs[found]["text"][0])
