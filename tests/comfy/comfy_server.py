@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv/bin/python"))
+ARGUMENTS = os.environ.get("COMFYUI_ARGS", "--cpu").split()      # e.g. "" for the GPU
 START_S, RUN_S = 180, 300
 
 
@@ -86,7 +87,7 @@ class Server:
                        "OMP_NUM_THREADS": "1"}
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
-                [str(PYTHON), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+                [str(PYTHON), "main.py", *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
                  "--disable-auto-launch", "--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/{self.port}.db", *args],
                 cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
