@@ -3,7 +3,7 @@
     load_script.py COMFYUI_DIR JOBS.json        writes what the JSON's "out" names: latents, and beside it FILE.json
 The JSON: out; pack (its folder, or null for a ComfyUI without it); conditioning; fp8 (true: pretend that this CPU multiplies
 in fp8, so that inputs are quantized, too); jobs. A job: id, file, and where wanted checkpoint, loras [file, strength, how],
-partly (most layers stay offloaded), probe (latents to measure single steps on).
+partly (all layers stay offloaded), probe (latents to measure single steps on), pictures (how many latents; 1).
 """
 import asyncio
 import json
@@ -27,6 +27,7 @@ import nodes  # noqa: E402
 import safetensors.torch  # noqa: E402
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
 
+LOAD_MODELS = comfy.model_management.load_models_gpu
 SEED, STEPS, CFG = 3, 2, 1.0
 PROBED = (1.0, 0.75, 0.5, 0.25)
 WARM_CIRCLE, COOL_RING, NULL = 0, 9, 10
@@ -51,15 +52,15 @@ def load(job):
     return model
 
 
-def sample(model, table):
-    latent = torch.zeros(1, 16, 8, 8)
+def sample(model, table, pictures):
+    latent = torch.zeros(pictures, 16, 8, 8)
     noise = comfy.sample.prepare_noise(latent, SEED)
     return comfy.sample.sample(model, noise, STEPS, CFG, "euler", "simple", conditioning(table, WARM_CIRCLE), conditioning(table, NULL),
                                latent, disable_pbar=True, seed=SEED)
 
 
 def velocities(model, table, latents):
-    """The model's outputs at four noise levels of two pictures: what one Euler step down to 0 subtracts."""
+    """The model's outputs at four noise levels: what one Euler step down to 0 subtracts."""
     found, inner = [], model.model
     sampler = comfy.samplers.sampler_object("euler")
     for level in PROBED:
@@ -76,11 +77,14 @@ def run(job, table):
     model = load(job)
     if job.get("partly"):
         model.load(torch.device("cpu"), lowvram_model_memory=1, full_load=False)
+        assert model.model.model_lowvram
+        comfy.model_management.load_models_gpu = lambda *args, **kwargs: None      # the sampler would load it wholly
     layouts = [module.weight._layout_cls for module in model.model.diffusion_model.modules()
                if isinstance(getattr(module, "weight", None), QuantizedTensor)]
-    found = {job["id"]: sample(model, table)}
+    found = {job["id"]: sample(model, table, job.get("pictures", 1))}
     if job.get("probe"):
         found[job["id"] + "/velocities"] = velocities(model, table, safetensors.torch.load_file(job["probe"])["latent"])
+    comfy.model_management.load_models_gpu = LOAD_MODELS
     comfy.model_management.unload_all_models()
     return found, {"quantized": len(layouts), "layouts": sorted(set(layouts))}
 

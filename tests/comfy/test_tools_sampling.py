@@ -1,0 +1,136 @@
+"""Baked LoRAs, a quantized model put back into its checkpoint, and the residual LoRA, in the stock loaders.
+
+One-step errors: the model's outputs at four noise levels of two latents, against the 16-bit model's.
+"""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_server import ROOT, missing
+from loading import Loaded, start
+from safetensors.torch import load_file, save_file
+
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
+from comfyui_quantpress.quant_core.format import get_format
+from comfyui_quantpress.quant_core.recipe import Recipe
+from comfyui_quantpress.quant_core.report import RunReport
+from comfyui_quantpress.quant_core.run import convert
+from comfyui_quantpress.quant_core.tools.lora import bake
+from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert
+
+MODEL, VAE = ROOT / "assets/tiny_mmdit_256.safetensors", ROOT / "assets/tiny_taesd.safetensors"
+FORMATS = ("float8_e4m3fn", "nvfp4", "bnb_nf4", "int8_blockwise")
+RESIDUAL, RANK = ("nvfp4", "bnb_nf4"), 32
+STRENGTH, SIZE, LORA_RANK = 0.8, 0.1, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    found: Loaded
+    reports: dict[str, RunReport]
+    folder: Path
+
+    def error(self, job: str, reference: str) -> float:
+        return self.found.difference(f"{job}/velocities", f"{reference}/velocities")
+
+
+def write_lora(path: Path) -> Path:
+    """Random, and so large that it changes each attention and MLP weight by a tenth. alpha is half the rank."""
+    tensors, generator = {}, torch.Generator().manual_seed(4)
+    for name, w in load_file(MODEL).items():
+        if w.dim() == 2 and ".x_block." in name and "adaLN" not in name:
+            up, down = (torch.randn(size, generator=generator) for size in ((w.shape[0], LORA_RANK), (LORA_RANK, w.shape[1])))
+            up *= SIZE * w.float().norm() / (up @ down).norm() / (STRENGTH * 0.5)
+            base = "diffusion_model." + name.removesuffix(".weight")
+            tensors |= {f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down, f"{base}.alpha": torch.tensor(LORA_RANK / 2)}
+    save_file(tensors, path)
+    return path
+
+
+def write_checkpoint(folder: Path, fmt: str) -> Path:
+    """A full checkpoint (model, VAE, no text encoder) whose model was taken out, quantized and put back."""
+    whole, model, quantized = folder / "whole.safetensors", folder / "model.safetensors", folder / f"put-back-{fmt}.safetensors"
+    if not whole.exists():
+        save_file({f"{MODEL_PREFIX}{k}": t for k, t in load_file(MODEL).items()}
+                  | {f"first_stage_model.{k}": t for k, t in load_file(VAE).items()}, whole)
+        with open_source(whole) as src:
+            extract(src).apply(model)
+    with ExitStack() as stack:
+        convert(model, folder / f"alone-{fmt}.safetensors", Recipe(get_format(fmt)), device="cpu")
+        parts = [stack.enter_context(open_source(path)) for path in (whole, folder / f"alone-{fmt}.safetensors")]
+        insert(*parts).apply(quantized)
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    if missing():
+        pytest.skip(missing())
+    folder = tmp_path_factory.mktemp("sampling")
+    probe = folder / "probe.safetensors"
+    save_file({"latent": torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.7}, probe)
+    lora, baked = write_lora(folder / "lora.safetensors"), folder / "baked.safetensors"
+    with open_source(MODEL) as src, open_source(lora) as part:
+        bake(src, [(part, STRENGTH)]).apply(baked)
+    jobs = [{"id": "bf16", "file": MODEL}, {"id": "bf16+lora", "file": MODEL, "loras": [[lora, STRENGTH, "stock"]]},
+            {"id": "baked", "file": baked}]
+    reports = {}
+    for fmt in FORMATS:
+        before, after = folder / f"{fmt}.safetensors", folder / f"{fmt}-baked.safetensors"
+        residual = folder / f"{fmt}-residual.safetensors" if fmt in RESIDUAL else None
+        options = {"residual_rank": RANK} if residual else {}
+        reports[fmt] = convert(MODEL, before, Recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual)
+        convert(baked, after, Recipe(get_format(fmt)), device="cpu")
+        jobs += [{"id": fmt, "file": before}, {"id": f"{fmt} of baked", "file": after},
+                 {"id": f"{fmt}+lora", "file": before, "loras": [[lora, STRENGTH, "stock"]]}]
+        if residual:
+            jobs += [{"id": f"{fmt}+residual {how}", "file": before, "loras": [[residual, 1.0, how.removesuffix(" partly")]],
+                      "partly": how.endswith("partly")} for how in ("stock", "stock partly", "bypass")]
+    for fmt in RESIDUAL:
+        jobs += [{"id": f"{fmt} put back", "file": write_checkpoint(folder, fmt), "checkpoint": True},
+                 {"id": f"{fmt} alone", "file": folder / f"alone-{fmt}.safetensors"}]
+    yield Results(start("sampling", folder, [job | {"probe": probe} for job in jobs], pack=True).result(), reports, folder)
+    shutil.rmtree(folder)
+
+
+def test_a_baked_lora_is_what_the_stock_loader_makes_of_it(results):
+    assert results.error("bf16+lora", "bf16") > 0.03                # the LoRA changes the outputs
+    assert results.error("baked", "bf16+lora") < 0.005              # rounding to bf16
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_baking_before_quantizing_beats_applying_the_lora_to_quantized_weights(results, fmt):
+    """And is as good as the format is without any LoRA."""
+    baked, applied, alone = (results.error(f"{fmt} of baked", "bf16+lora"), results.error(f"{fmt}+lora", "bf16+lora"),
+                             results.error(fmt, "bf16"))
+    assert baked < 0.9 * applied and baked < 1.3 * alone
+
+
+@pytest.mark.parametrize("fmt", RESIDUAL)
+def test_a_model_put_back_into_its_checkpoint_is_what_the_stock_checkpoint_loader_takes(results, fmt):
+    """load_script.py has decoded a latent with the checkpoint's VAE as well. Kept weights are copied from other alignments."""
+    found = results.found
+    assert found.difference(f"{fmt} put back", f"{fmt} alone") < 1e-4
+    assert found.known[f"{fmt} put back"] == found.known[f"{fmt} alone"] and found.known[f"{fmt} alone"]["quantized"] > 20
+    with open_source(results.folder / "whole.safetensors") as one, open_source(results.folder / f"put-back-{fmt}.safetensors") as two:
+        names = [name for name in one.tensors if name.startswith("first_stage_model.")]
+        assert len(names) > 100 and all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in names)
+
+
+@pytest.mark.parametrize("fmt", RESIDUAL)
+def test_a_residual_lora_helps_where_it_stays_apart_and_harms_where_it_is_rounded_in(results, fmt):
+    """The bypass loader, and the stock loader on offloaded layers, add it to float weights or outputs. On resident layers
+    the stock loader rounds the sum into the format again, by chance, which costs more than the LoRA gives."""
+    alone, bypass, offloaded, merged = (results.error(job, "bf16") for job in (
+        fmt, f"{fmt}+residual bypass", f"{fmt}+residual stock partly", f"{fmt}+residual stock"))
+    layers = results.reports[fmt].quantized
+    predicted = sum(layer.residual_error for layer in layers) / sum(layer.weight_error for layer in layers)
+    assert predicted < 0.9 and bypass / alone == pytest.approx(predicted, abs=0.08)
+    assert offloaded == pytest.approx(bypass, rel=0.02)
+    assert merged > 1.1 * alone
