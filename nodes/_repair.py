@@ -60,7 +60,7 @@ def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
         with open_source(settings.original) as reference:
             layout = find_layout(src, reference)
         assume, unswizzled = layout.assume, layout.unswizzled
-        found = ["assume " + assume] * (assume is not None) + ["unswizzled"] * unswizzled
+        found = [f"assume {assume}"] * (assume is not None) + ["unswizzled"] * unswizzled
         lines = [f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"]
     result = repair(src, assume=assume, unswizzled=unswizzled)
     return Plan(result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"])

@@ -23,7 +23,7 @@ class InspectQuantization(io.ComfyNode):
                 io.Combo.Input("file", options=[CONNECTED, *list_models(*SOURCE_FOLDERS)], default=CONNECTED, tooltip=(
                     "A file to look into. Header and scales are read, not the weights: quick for any size.")),
                 QuantizedType.Input("quantized", optional=True, tooltip=(
-                    "A model from Quantize Model, before it is saved. Used when no file is chosen.")),
+                    "A model from Quantize Model, Open Quantized File or a tool, before it is saved. Used when no file is chosen.")),
             ],
             outputs=[io.String.Output("table", tooltip="The table as text."),
                      io.String.Output("json", tooltip="Everything, for scripts.")])

@@ -10,6 +10,9 @@ from comfy_server import Graph, WorkflowError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from comfyui_quantpress.quant_core.format import get_format
+from comfyui_quantpress.quant_core.packing import unswizzle_scales
+
 HEADER = "_quantization_metadata"
 LAYERS = ("x_block.attn.qkv", "x_block.attn.proj", "x_block.mlp.fc1", "x_block.mlp.fc2")
 
@@ -149,6 +152,42 @@ def test_the_repaired_file_samples_as_the_sound_one(server, files):
     text = server.run(graph)[saved]["text"][0]
     assert "warning: joint_blocks.0.x_block.lost.weight_scale" in text      # a user's file: what stays is told, not refused
     assert torch.equal(server.latent("tools/repaired"), server.latent("tools/sound"))
+
+
+def test_connecting_the_original_finds_block_scales_in_row_order(server, files):
+    """NVFP4 as other tools write it: everything fits, everything loads, and the picture is noise."""
+    nvfp4, rest = get_format("nvfp4"), load_file(path_of(server, "trained_sd3"))
+    right = {}
+    for layer in files:
+        w = rest.pop(f"{layer}.weight")
+        right |= {f"{layer}.{suffix}": tensor for suffix, tensor in nvfp4.quantize(w).items()}
+        right[f"{layer}.comfy_quant"] = text_bytes(nvfp4.config(tuple(w.shape), w.dtype))
+    wrong = {name: unswizzle_scales(tensor, tensor.shape[0], tensor.shape[1]) if name.endswith(".weight_scale") else tensor
+             for name, tensor in right.items()}
+    save_file({**rest, **right}, path_of(server, "nvfp4"))
+    save_file({**rest, **wrong}, path_of(server, "row_order"))
+    graph = Tools()
+    alone = graph.repair(graph.open("row_order"), only_diagnose=True)
+    repaired = graph.repair(graph.open("row_order"), original=(graph.source("trained_sd3"), 0))
+    graph.save(repaired, "tools/swizzled")
+    outputs = server.run(graph)
+    assert "unswizzled" not in outputs[alone]["text"][0]
+    assert "off with unswizzled" in outputs[repaired]["text"][0] and "error scale-unswizzled (16 x)" in outputs[repaired]["text"][0]
+    one, other = load_file(path_of(server, "nvfp4")), load_file(path_of(server, "tools/swizzled"))
+    assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one if name.endswith(".weight_scale"))
+    graph.nodes[repaired]["inputs"]["unswizzled"] = True
+    with pytest.raises(WorkflowError, match="disconnect it"):
+        server.run(graph)
+
+
+def test_a_plain_file_and_a_legacy_one_say_which_node_takes_them(server, files):
+    graph = Tools()
+    plain, legacy = graph.open("trained_sd3"), graph.repair(graph.open("legacy"), only_diagnose=True)
+    inspected = graph.add("QuantPressInspect", file="(the connected model)", quantized=(plain, 0))
+    outputs = server.run(graph)
+    assert "Load Model to Quantize takes such files" in outputs[plain]["text"][0]
+    assert "trained_sd3.safetensors: SD3" in outputs[inspected]["text"][0]
+    assert "warning legacy, NOT repaired: 16 layers" in outputs[legacy]["text"][0]
 
 
 def test_a_sound_file_goes_through_the_tools_unchanged_and_nothing_is_written(server, files):
