@@ -8,17 +8,22 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from comfy import model_management
 from comfy.patcher_extension import WrappersMP
 
 from ..quant_core.calibration.budget import Budget, BudgetPlan, plan_budget
 from ..quant_core.calibration.calibration import LayerSummary, fingerprint
 from ..quant_core.calibration.collector import CallContext, CaptureSettings, Collector
-from ..quant_core.calibration.linear_layers import linear_layers
+from ..quant_core.calibration.linear_layers import linear_layers, refuse_compiled
 from ..quant_core.calibration.storage import save_calibration
-from ..quant_core.errors import RequestError
+from ..quant_core.cancel import cancel_scope
+from ..quant_core.errors import Cancelled, RequestError
 from ._handles import CalibrationHandle
+from ._progress import NodeProgress
 from ._spool import spool_folder, sweep
 
 KEY = "quantpress_capture"
@@ -52,7 +57,9 @@ class Capture:
         guider = executor.class_obj
         if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILE_KEY):
             raise compiled()
-        if guider.model_patcher.model.diffusion_model is not self._root:
+        sampled = guider.model_patcher.get_model_object("diffusion_model")      # with what other nodes put in its place
+        refuse_compiled(sampled)
+        if sampled is not self._root:
             raise RequestError("Capture Activations: another model is being sampled than the one that it was given. Connect its "
                                "MODEL output to the sampler, with no node between that replaces the model.")
         if not self._lock.acquire(blocking=False):      # a sampling inside a sampling: the outer one's hooks see it
@@ -67,6 +74,11 @@ class Capture:
         finally:
             self._lock.release()
 
+    def prepare_sampling(self, executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of the loading of the models: room for the record is left on the device."""
+        with _needs_more_memory(model.model, self._collector.missing_device_bytes()):
+            return executor(model, *args, **kwargs)
+
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes step, sigma and labels."""
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
@@ -77,20 +89,44 @@ class Capture:
         return executor(x, t, *args, **kwargs)
 
     # ---- afterwards --------------------------------------------------------------------------------------------
-    def collect(self) -> tuple[CalibrationHandle, list[LayerSummary]]:
-        """Everything captured so far, as a file in the spool folder, and its table. RequestError when that is nothing."""
-        with self._lock:
-            if self._collected is not None and self._collected[0].path.is_file():
-                return self._collected
+    def collect(self, progress: NodeProgress) -> tuple[CalibrationHandle, list[LayerSummary]]:
+        """Everything captured so far, as a file in the spool folder, and its table.
+
+        Raises RequestError when that is nothing, and ComfyUI's InterruptProcessingException after Cancel: the capture stays
+        as it was, and no file.
+        """
+        try:
+            with self._lock, cancel_scope(progress.cancelled):
+                return self._collect(progress)
+        except Cancelled:
+            model_management.throw_exception_if_processing_interrupted()
+            raise
+
+    def _collect(self, progress: NodeProgress) -> tuple[CalibrationHandle, list[LayerSummary]]:
+        if self._collected is None or not self._collected[0].path.is_file():
             calibration = self._collector.result()
             calibration.require_captured()
             sweep()
+            rows = calibration.table()
             path = spool_folder() / f"calibration-{self._label}-{secrets.token_hex(6)}.safetensors"
-            save_calibration(calibration, path)
-            self._collected = CalibrationHandle(path, self._label), calibration.table()
+            save_calibration(calibration, path, progress=progress)
+            self._collected = CalibrationHandle(path, self._label), rows
             if not self._accumulate:
                 self._collector.reset()
-            return self._collected
+        return self._collected
+
+
+@contextmanager
+def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
+    """ComfyUI's loader asks the model what it needs beside its weights, and offers nodes no other way to ask for more."""
+    plain, own = base.memory_required, base.__dict__.get("memory_required")
+    base.memory_required = lambda *args, **kwargs: plain(*args, **kwargs) + extra_bytes
+    try:
+        yield
+    finally:
+        del base.memory_required
+        if own is not None:
+            base.memory_required = own
 
 
 def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> tuple[Any, Capture]:
@@ -99,6 +135,7 @@ def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, a
         raise compiled()
     capture, watched = Capture(model, pattern, budget, settings, accumulate), model.clone()
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
+    watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
     watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
     return watched, capture
 

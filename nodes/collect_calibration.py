@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ._calibration_text import table
 from ._capture import Capture
 from ._handles import CATEGORY, CalibrationType, CaptureType
+from ._progress import NodeProgress
 from ._schema import schema
 
 
@@ -21,10 +22,11 @@ class CollectCalibration(io.ComfyNode):
                         "From the sampler that ran the captured model: it makes this node wait. Of several samplers, the last.")),
                     CaptureType.Input("capture", tooltip="From Capture Activations.")],
             outputs=[CalibrationType.Output("calibration", tooltip="For Quantize Model, or Save Calibration."),
-                     io.String.Output("table", tooltip="Layers, rows and outlier channels as text.")])
+                     io.String.Output("table", tooltip="Layers, rows and outlier channels as text.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, latent: Any, capture: Capture) -> io.NodeOutput:
-        handle, rows = capture.collect()
+        handle, rows = capture.collect(NodeProgress(cls.hidden.unique_id, "Collecting"))
         text = table(handle.path, rows, capture.plan)
         return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

@@ -14,6 +14,7 @@ from comfyui_quantpress.quant_core.calibration.linear_layers import linear_layer
 from comfyui_quantpress.quant_core.calibration.selection import Part, chunk_labels, select_rows
 from comfyui_quantpress.quant_core.calibration.staging import LARGEST_SLOTS
 from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics, StatisticsSettings
+from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.errors import RequestError
 
 
@@ -114,6 +115,43 @@ def test_the_same_seed_gives_the_same_calibration_and_another_seed_another():
     one, two = (contents(run(collector(net, seed=5, rows_per_step=20), net)) for _ in range(2))
     assert one == two
     assert one != contents(run(collector(net, seed=6, rows_per_step=20), net))
+
+
+def test_a_whole_run_repeated_gives_the_same_file_byte_by_byte(tmp_path):
+    files = []
+    for name in ("one", "again"):
+        net = Net().to(torch.bfloat16)
+        watch = collector(net, seed=5, rows_per_step=20)
+        with torch.inference_mode():
+            run(watch, net, dtype=torch.bfloat16)
+            run(watch, net, steps=2, dtype=torch.bfloat16)
+        files.append(save_calibration(watch.result(), tmp_path / f"{name}.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_cancelled_run_keeps_exactly_what_was_sampled_before():
+    net = Net()
+    whole, cut = collector(net, rows_per_step=20), collector(net, rows_per_step=20)
+    run(whole, net, steps=2)
+    step = iter(range(9))
+    with pytest.raises(KeyboardInterrupt), cut.capture(net, lambda: CallContext(next(step), 0.5, ("uncond", "cond"))):
+        call(net, 0), call(net, 1)
+        raise KeyboardInterrupt
+    assert contents(whole.result()) == contents(cut.result())
+    assert cut.result().runs[0].steps == whole.result().runs[0].steps and not cut.result().runs[0].completed
+
+
+def test_memory_still_to_come_is_the_plan_less_what_the_seen_layers_hold():
+    net = Net()
+    modules, watch = linear_layers(net), collector(net)
+    plan = plan_budget({name: m.in_features for name, m in modules.items()}, Budget())
+    assert watch.missing_device_bytes() == plan.device_bytes
+    run(watch, net, steps=1)
+    kept = sum(t.nbytes for s in watch.result().statistics.values()
+               for t in (s.absmax, s.sum, s.square_sum, s.histogram, s.reservoir.rows, s.hessian.total()))
+    assert watch.missing_device_bytes() == plan.device_bytes - kept
+    watch.reset()
+    assert watch.missing_device_bytes() == plan.device_bytes
 
 
 def test_reset_and_run_again_gives_the_same():

@@ -78,6 +78,12 @@ def fixed_bytes(in_features: int, settings: StatisticsSettings, kind: HessianKin
     return in_features * (4 + 8 + 8) + BINS * 8 + rows * in_features * 2
 
 
+def kept_bytes(decision: Decision, settings: StatisticsSettings) -> int:
+    """What a layer that was seen holds on the device between runs: its statistics, without what waits for them."""
+    hessian = decision.nbytes if decision.placement is Placement.DEVICE else 0
+    return hessian + decision.in_features * (4 + 8 + 8 + settings.reservoir_rows * 2) + BINS * 8
+
+
 def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
                 settings: StatisticsSettings = StatisticsSettings()) -> BudgetPlan:
     """Narrow layers first, as most of them fit: on the device, else in RAM, else on disk, else a sketch, else the

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..cancel import poll
 from ..checkpoint.source import Source
 from ..errors import RequestError, some_of
 from .statistics import LayerStatistics, StatisticsSettings
@@ -146,8 +147,12 @@ class Calibration:
         self.runs += other.runs
 
     def table(self, channels: int = 3) -> list[LayerSummary]:
-        """One summary per layer. channels: how many outlier channels to name."""
-        return [summarise(layer, statistics, channels) for layer, statistics in self.statistics.items()]
+        """One summary per layer. channels: how many outlier channels to name. Raises Cancelled."""
+        rows = []
+        for layer, statistics in self.statistics.items():
+            poll()
+            rows.append(summarise(layer, statistics, channels))
+        return rows
 
 
 def summarise(layer: str, statistics: LayerStatistics, channels: int = 3) -> LayerSummary:

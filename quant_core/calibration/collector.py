@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError
-from .budget import BudgetPlan
+from .budget import BudgetPlan, kept_bytes
 from .calibration import Calibration, ModelIdentity, RunRecord
 from .hessian import HessianKind, Placement
 from .linear_layers import refuse_compiled
@@ -74,6 +74,7 @@ class Collector:
                  settings: CaptureSettings = CaptureSettings(), fingerprint: str = "") -> None:
         self.modules = dict(modules)
         self.settings = settings
+        self._plan = plan
         self._decisions = {decision.layer: decision for decision in plan.decisions}
         shapes = {name: (module.out_features, module.in_features) for name, module in self.modules.items()}
         if {name: shape[1] for name, shape in shapes.items()} != {d.layer: d.in_features for d in plan.decisions}:
@@ -90,6 +91,11 @@ class Collector:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def missing_device_bytes(self) -> int:
+        """What a run may still take on the device, beside what the statistics hold there already."""
+        held = sum(kept_bytes(self._decisions[name], self.settings.statistics) for name in self._statistics)
+        return max(0, self._plan.device_bytes - held)
 
     def result(self) -> Calibration:
         """What was captured so far; the statistics are the collector's own, so take it when sampling is over."""
