@@ -84,7 +84,9 @@ def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Plan:
     rewrite, report = plan_patch(src, given, method)
     names = LayerNames(layers)
     scales = {names.resolve(name): value for name, value in given.items() if name not in report.skipped}
-    saturated = [] if settings.calibration is None else captured_saturation(src, settings.calibration, scales, progress)
+    # Scales from the largest captured inputs let all of them through.
+    all_fit = settings.calibration is None or (settings.method == CAPTURED and settings.captured_percentile == 100)
+    saturated = [] if all_fit else captured_saturation(src, settings.calibration, scales, progress)
     data = {"method": method, "scales": scales, "saturated": saturated,
             **{field.name: _plain(getattr(report, field.name)) for field in fields(report)}}
     return Plan(rewrite, _table(method, scales, file_input_scales(src, layers), report, saturated), data)
