@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from comfyui_quantpress.quant_core.calibration import histogram as hist
 from comfyui_quantpress.quant_core.calibration.hessian import (
-    FullHessian, HessianKind, Placement, SketchHessian, add_gram, mirror, pack_triangle, unpack_triangle)
+    PANEL, FullHessian, HessianKind, Placement, SketchHessian, add_gram, mirror, pack_triangle, unpack_triangle)
 from comfyui_quantpress.quant_core.calibration.reservoir import Reservoir, draw_keys
 from comfyui_quantpress.quant_core.calibration.selection import Part
 from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics, StatisticsSettings
@@ -337,3 +337,30 @@ def test_a_hessian_on_disk_needs_a_folder():
 def test_settings_refuse_nonsense(field, value):
     with pytest.raises(RequestError, match=field):
         StatisticsSettings(**{field: value})
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("placement", [Placement.DEVICE, Placement.HOST])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu_products_are_right_in_every_entry_also_beyond_one_panel(dtype, placement):
+    x = inputs(rows=900, k=PANEL + 80, dtype=dtype)
+    hessian = FullHessian(x.shape[1], "cuda", placement)
+    for piece in x.cuda().split(300):
+        hessian.add(piece, 0.5)
+    exact = 0.5 * x.double().T @ x.double()
+    size = exact.diagonal().sqrt()
+    assert float(((hessian.total().cpu().double() - exact).abs() / (size[:, None] * size)).max()) < 1e-5
+
+
+@needs_cuda
+def test_gpu_counts_the_histogram_that_the_cpu_counts():
+    x = torch.cat([inputs().flatten(), torch.tensor([0.0, 1e-20, 1e30, -3.0])])
+    found, wanted = hist.new_histogram("cuda"), hist.new_histogram("cpu")
+    hist.count_into(found, x.cuda())
+    hist.count_into(wanted, x)
+    assert torch.equal(found.cpu(), wanted)
