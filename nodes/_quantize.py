@@ -76,5 +76,9 @@ def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgre
         raise
     finally:
         model_management.soft_empty_cache()
-    unknown = () if detection.model else ("ComfyUI does not recognise this model: general rules decided, check the result.",)
-    return {**report.to_json(), "architecture": detection.model, "warnings": [*report.warnings, *unknown]}
+    warnings = list(report.warnings)
+    if not detection.model:
+        warnings.append("ComfyUI does not recognise this model: general rules decided, check the result.")
+    if lora is not None and any(layer.judgement and layer.judgement.rounding == "gptq" for layer in report.quantized):
+        warnings.append("The residual LoRA stands on gptq, where it measured worse than none: take rounding nearest with it.")
+    return {**report.to_json(), "architecture": detection.model, "warnings": warnings}

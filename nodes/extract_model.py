@@ -6,6 +6,7 @@ from ._exchange import PREFIX_TOOLTIP
 from ._handles import CATEGORY, SourceHandle, SourceType
 from ._merge import extract_model
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._schema import schema
 
 
@@ -19,7 +20,7 @@ class ExtractModel(io.ComfyNode):
             has_intermediate_output=True, search_aliases=["checkpoint", "unet", "split checkpoint", "prefix"],
             inputs=[
                 SourceType.Input("source", tooltip="A full checkpoint, from Load Model to Quantize."),
-                io.String.Input("prefix", default="", tooltip=PREFIX_TOOLTIP),
+                io.String.Input("prefix", default="", placeholder="automatic", **rare(io.String.Input), tooltip=PREFIX_TOOLTIP),
             ],
             outputs=[SourceType.Output("source", tooltip="For Quantize Model, Bake LoRA, or Save Model."),
                      io.String.Output("report", tooltip="What was found, and its size, as text.")],

@@ -7,6 +7,7 @@ from ._folders import list_models, resolve_model, stamp
 from ._handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle
 from ._merge import CHECKPOINTS, replace_model
 from ._progress import NodeProgress
+from ._recipe import rare
 from ._schema import schema
 
 
@@ -22,7 +23,7 @@ class ReplaceModel(io.ComfyNode):
                 model_input("model", "The diffusion model alone: quantized, or a source such as Extract Diffusion Model gives."),
                 io.Combo.Input("checkpoint", options=list_models(CHECKPOINTS), tooltip=(
                     "The full checkpoint of the same model. The result is as large as it is, less what quantizing saves.")),
-                io.String.Input("prefix", default="", tooltip=PREFIX_TOOLTIP),
+                io.String.Input("prefix", default="", placeholder="automatic", **rare(io.String.Input), tooltip=PREFIX_TOOLTIP),
                 io.Boolean.Input("allow_differences", default=False, tooltip=(
                     "Off: weights that only one of the two has are an error, as they are mostly two different models. On: the "
                     "checkpoint gets the model's weights as they are, and may no longer load.")),

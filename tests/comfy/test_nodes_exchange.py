@@ -402,6 +402,14 @@ def test_the_residual_lora_brings_the_picture_closer(server):
     assert relative_error(server.latent("residual/with"), reference) < 0.7 * relative_error(server.latent("residual/without"), reference)
 
 
+def test_a_residual_lora_on_gptq_is_warned_of(server):
+    graph = Graph()
+    node = graph.quantize(graph.source("random_flux"), format="bnb_nf4", only=r"double_blocks\.0\.img_attn\.proj", rounding="gptq",
+                          residual_lora=4)
+    graph.add("QuantPressInspect", file="(the connected model)", quantized=(node, 0))
+    assert "warning: The residual LoRA stands on gptq" in server.run(graph)[node]["text"][0]
+
+
 def test_a_model_without_residual_lora_sends_nothing_to_its_lora_output(server):
     graph = Graph()
     saved = save(graph, graph.quantize(graph.source("trained_sd3"), format="float8_e4m3fn"), "exchange/no_lora")

@@ -10,7 +10,9 @@ from comfy_server import ROOT, Graph
 IDS = ("QuantPressLoadSource", "QuantPressModelSource", "QuantPressQuantize", "QuantPressLoadQuantized", "QuantPressSave",
        "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning", "QuantPressCapture", "QuantPressCollect",
        "QuantPressSaveCalibration", "QuantPressLoadCalibration", "QuantPressOpenFile",
-       "QuantPressRepair", "QuantPressMigrate", "QuantPressEditMetadata", "QuantPressInputScales")
+       "QuantPressRepair", "QuantPressMigrate", "QuantPressEditMetadata", "QuantPressInputScales", "QuantPressRequantize",
+       "QuantPressDequantize", "QuantPressBitsandbytes", "QuantPressBakeLora", "QuantPressExtractModel", "QuantPressReplaceModel",
+       "QuantPressSplitShards", "QuantPressSaveSource")
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTROL = {"fixed", "randomize", "increment", "decrement"}
 
