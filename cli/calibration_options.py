@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="with --calibration: write input_scale, from the true absmax, in formats whose runtime uses it. "
                              "FP8 without one saturates inputs above 448; NVFP4 without one measures every call")
     parser.add_argument("--residual-lora", type=Path, metavar="FILE",
-                        help="also write what quantizing lost as a low-rank LoRA, to be loaded beside the model")
+                        help="also write what quantizing lost as a low-rank LoRA, for ComfyUI's Load LoRA (Bypass, Model Only); the usual "
+                             "Load LoRA rounds it away and makes the model worse (docs/loras.md)")
     parser.add_argument("--residual-rank", type=int, metavar="N", help=f"its rank (default: {DEFAULT_RANK})")
 
 

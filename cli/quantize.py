@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(report.to_json())
     else:
         _print_report(report)
+        if args.residual_lora:
+            from ..quant_core.residual import HOW_TO_LOAD
+            print(f"{args.residual_lora}: {HOW_TO_LOAD}")
     return 0
 
 
