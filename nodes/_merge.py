@@ -39,8 +39,10 @@ def replace_model(model: QuantizedHandle | SourceHandle, checkpoint: Path, prefi
     label = label_of(checkpoint)
     spool, report = combined(label, REPLACE, {"prefix": found, "force": force}, [checkpoint, path], progress,
                              lambda files: insert(files[0], files[1], found, force=force))
+    with open_source(checkpoint) as src:
+        before = src.nbytes
     text = (f"{detect(spool).model or 'unknown model'}: {model.label} in the place of the diffusion model in {checkpoint.name}, "
-            f"{checkpoint.stat().st_size / 1e9:.3f} GB -> {report['bytes'] / 1e9:.3f} GB")
+            f"{before / 1e9:.3f} GB -> {report['bytes'] / 1e9:.3f} GB")
     lora = model.lora if isinstance(model, QuantizedHandle) else None
     return QuantizedHandle(spool, label, REPLACE, lenient=True, lora=lora), text
 
@@ -48,7 +50,9 @@ def replace_model(model: QuantizedHandle | SourceHandle, checkpoint: Path, prefi
 def one_file(source: SourceHandle, progress: NodeProgress) -> Path:
     """The source's file; shards are joined into a spool file first."""
     path = spool_of(source)
-    return combined(source.label, SAVE, {}, [path], progress, lambda files: join(files[0]))[0] if path.name.endswith(INDEX_SUFFIX) else path
+    if not path.name.endswith(INDEX_SUFFIX):
+        return path
+    return combined(source.label, SAVE, {}, [path], progress, lambda files: join(files[0]))[0]
 
 
 def write_shards(model: QuantizedHandle | SourceHandle, target: Path, max_gb: float, progress: NodeProgress) -> tuple[Path, str]:

@@ -232,6 +232,15 @@ def test_shards_and_one_file(tmp_path):
     assert_untouched(tmp_path / "joined.safetensors", source, header=set())
 
 
+def test_the_progress_of_a_split_runs_once_over_all_shards(tmp_path):
+    states = []
+    with open_source(canonical_file(tmp_path / "a.safetensors", "bnb_nf4")) as src:
+        shards = split(src, tmp_path / "a.safetensors.index.json", 45_000, progress=states.append)
+        assert len(shards) > 1 and len(states) == len(src.tensors) == states[-1].done_layers
+        assert states[-1].done_bytes == src.nbytes == states[0].total_bytes
+    assert [state.done_bytes for state in states] == sorted(state.done_bytes for state in states)
+
+
 def test_a_cancelled_split_leaves_nothing(tmp_path):
     source = canonical_file(tmp_path / "a.safetensors", "bnb_nf4")
     calls = []

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,15 +87,35 @@ def split(src: Source, index: str | Path, max_bytes: int, *, overwrite: bool = F
     groups = _groups(src, max_bytes)
     stem = index.name.removesuffix(INDEX_SUFFIX)
     shards = [index.with_name(f"{stem}-{i:05}-of-{len(groups):05}.safetensors") for i in range(1, len(groups) + 1)]
+    told = None if progress is None else _Whole(progress, len(src.tensors), src.nbytes)
     with ExitStack() as undo:
         for path, names in zip(shards, groups):
-            _shard(src, names).apply(path, overwrite=overwrite, force=True, progress=progress, cancel=cancel)
+            _shard(src, names).apply(path, overwrite=overwrite, force=True, progress=told, cancel=cancel)
             undo.callback(remove, path)
+            if told is not None:
+                told.next_shard()
         weight_map = {name: path.name for path, names in zip(shards, groups) for name in names}
         content = {"metadata": {"total_size": src.nbytes}, "weight_map": weight_map}
         _write_text(index, json.dumps(content, indent=2, ensure_ascii=False))
         undo.pop_all()
     return shards
+
+
+class _Whole:
+    """Progress of all shards together, from that of one after the other."""
+
+    def __init__(self, progress: Callable[[Progress], None], tensors: int, nbytes: int) -> None:
+        self._progress, self._tensors, self._bytes = progress, tensors, nbytes
+        self._before, self._last, self._started = (0, 0), (0, 0), time.monotonic()
+
+    def __call__(self, state: Progress) -> None:
+        count, done = self._before[0] + state.done_layers, self._before[1] + state.done_bytes
+        self._last, elapsed = (count, done), time.monotonic() - self._started
+        left = elapsed * (self._bytes - done) / done if done else None
+        self._progress(Progress(state.layer, count, self._tensors, done, self._bytes, elapsed, left))
+
+    def next_shard(self) -> None:
+        self._before = self._last
 
 
 def _shard(src: Source, names: list[str]) -> Rewrite:
