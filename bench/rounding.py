@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -32,8 +31,8 @@ from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 
 from rounding_layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic
-from rounding_peer import METHOD as PEER
 from rounding_peer import measure_peer
+from rounding_summary import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, 
             peak += torch.cuda.max_memory_allocated()
     decoded = recipe.format.for_shape(shape).dequantize(result.tensors, shape)
     output, error = errors_of(layer, decoded, None if result.bias is None else result.bias - layer.bias)
-    return {"layer": layer.name, "shape": list(shape), "format": fmt_name, "method": method, "seconds": min(seconds),
+    return {"layer": layer.name, "shape": list(shape), "format": fmt_name, "method": method, "data": how.data, "seconds": min(seconds),
             "weight_error": float((decoded - layer.weight).norm() / layer.weight.norm()),
             "output_error": float(error / output), "notes": list(result.notes),
             "objective": result.judgement.objective, "fell_back": result.judgement.fell_back,
@@ -127,28 +126,6 @@ def run(layers: Iterator[Layer], args: argparse.Namespace, about: dict[str, Any]
                 rows.append(row)
             print(json.dumps(about | row), flush=True)
     return rows
-
-
-def table(rows: list[dict], single: bool) -> None:
-    """Per format and method: medians over the layers, the worst, and how many end above round-to-nearest; then those.
-
-    single: every layer on its own, where there is one per shape.
-    """
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["layer"] if single else "", row["format"], row["method"]), []).append(row)
-    print(f"{'layer':22s} {'format':24s} {'method':16s} {'out':>8s} {'x near':>7s} {'worst':>6s} {'above':>5s} {'w x near':>8s} "
-          f"{'s':>8s} {'copies':>6s}", file=sys.stderr)
-    for key, group in sorted(groups.items(), key=lambda item: item[0][:2]):
-        middle = lambda what, group=group: statistics.median(row.get(what) or 0.0 for row in group)  # noqa: E731
-        ratios = [row["output_ratio"] or 0.0 for row in group]
-        print(f"{key[0]:22s} {key[1]:24s} {key[2]:16s} {middle('output_error'):8.4f} {middle('output_ratio'):7.3f} "
-              f"{max(ratios):6.3f} {sum(r > 1 for r in ratios):5d} {middle('weight_ratio'):8.4f} "
-              f"{middle('seconds'):8.4f} {middle('peak_weight_copies'):6.2f}", file=sys.stderr)
-    for row in rows:
-        if (row["output_ratio"] or 0) > 1 and (row["method"] == PEER or METHODS[row["method"]].data):
-            print(f"above nearest: {row['output_ratio']:.3f} x of {row['nearest_output_error']:.5f}, {row['method']}, "
-                  f"{row['format']}, {row['layer']} {row['shape']}", file=sys.stderr)
 
 
 def project(formats: list[str], device: str, about: dict[str, Any]) -> None:
