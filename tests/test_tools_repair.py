@@ -261,6 +261,20 @@ def test_a_broken_description_still_tells_whose_order_the_scales_have(tmp_path):
         assert all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in one.tensors)
 
 
+def test_a_description_without_format_is_said_of_the_tensor_and_of_the_header(tmp_path):
+    good = canonical_file(tmp_path / "good.safetensors", "float8_e4m3fn")
+
+    def damage(tensors, configs, meta):
+        tensors["blocks.0.comfy_quant"] = raw(json.dumps({"note": 1}))
+        meta[HEADER] = json.dumps({"format_version": "1.0", "layers": {**configs, "blocks.0": {"note": 1}}})
+    result, target = repaired(damaged(tmp_path / "bad.safetensors", "float8_e4m3fn", damage))
+    said = {finding.code: finding.message for finding in result.findings}
+    assert said.keys() == {"config-json", "config-format"} and not result.unfixed
+    assert said["config-format"].startswith("blocks.0: its description in the header has no format. Its tensors are")
+    assert not any(str(tmp_path) in message for message in said.values())
+    assert config_of(target, "blocks.0") == config_of(good, "blocks.0")
+
+
 def test_a_header_that_says_less_is_completed(tmp_path):
     """As convert_to_quant 1.3.1 wrote it: per_row in the tensors only."""
     tensors, configs = quantized(get_format("int8_convrot"))

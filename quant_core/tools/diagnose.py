@@ -139,6 +139,10 @@ def _settle(src: Source, layer: str, names: dict[str, str], described: tuple[Con
     """The layer under the description that fits its tensors. Where both fit, the header's: ComfyUI takes that one."""
     (header, tensor), errors, fitting = described, [], []
     for config in (header, tensor):
+        if config is not None and "format" not in _flat(config):
+            fitting.append(None)
+            errors.append(InputFileError(f"{layer}: its description in the header has no format."))
+            continue
         try:
             fitting.append(describe_layer(src, layer, _flat(config), names) if config is not None else None)
         except InputFileError as err:
@@ -184,15 +188,20 @@ def _infer(src: Source, layer: str, names: dict[str, str], described: tuple[Conf
             _require_swizzled(layer, infos)
         stored = describe_layer(src, layer, config, names, kind if config["format"] == "nvfp4" else "bare")
     except InputFileError as err:
-        found.note("unknown-format", layer, f"{errors[0] if errors else err} {err if errors else ''}".strip(), fixed=False)
+        found.note("unknown-format", layer, " ".join(_reason(src, one) for one in (*errors[:1], err)), fixed=False)
         return None
     if any((config or {}).get("full_precision_matrix_mult") is True for config in described):
         stored = replace(stored, config={**stored.config, "full_precision_matrix_mult": True})
     if errors:
-        found.note("config-format", layer, f"{errors[0]} Its tensors are {json.dumps(config)}, which is written.")
+        found.note("config-format", layer, f"{_reason(src, errors[0])} Its tensors are {json.dumps(config)}, which is written.")
     else:
         found.note("config-missing", layer, f"{layer} has scales and no description; its tensors are {json.dumps(config)}.")
     return stored
+
+
+def _reason(src: Source, error: InputFileError) -> str:
+    """Without the path, which the report names once."""
+    return str(error).removeprefix(f"{src.path}: ")
 
 
 def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
