@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from comfyui_quantpress.quant_core.calibration.budget import Budget, fixed_bytes, plan_budget
+from comfyui_quantpress.quant_core.calibration.budget import LEAST_STAGED, Budget, fixed_bytes, plan_budget
 from comfyui_quantpress.quant_core.calibration.calibration import fingerprint
 from comfyui_quantpress.quant_core.calibration.collector import ABSMAX_WHOLE, CallContext, CaptureSettings, Collector
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
@@ -407,19 +407,31 @@ def test_narrow_layers_come_first_and_each_takes_the_best_place_left(device, hos
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=12), st.integers(0, 2**31), st.integers(0, 2**30),
        st.integers(0, 2**30), st.booleans())
 def test_the_plan_never_exceeds_the_budget(widths, device, host, disk, hessians):
-    shapes, settings_ = {str(i): k for i, k in enumerate(widths)}, StatisticsSettings()
-    budget = Budget(device, host, disk, hessians=hessians)
-    small = sum(fixed_bytes(k, settings_, HessianKind.FULL if hessians else HessianKind.DIAGONAL) for k in widths)
-    if small + min(max(widths), PANEL) * max(widths) * 4 > device:
+    shapes, budget = {str(i): k for i, k in enumerate(widths)}, Budget(device, host, disk, hessians=hessians)
+
+    def small(staged):
+        kind = HessianKind.FULL if hessians else HessianKind.DIAGONAL
+        return sum(fixed_bytes(k, StatisticsSettings(staged_rows=staged), kind) for k in widths)
+    if small(LEAST_STAGED) + min(max(widths), PANEL) * max(widths) * 4 > device:
         with pytest.raises(RequestError, match="bytes on the device"):
             plan_budget(shapes, budget)
         return
     plan = plan_budget(shapes, budget)
-    assert small <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
+    assert small(plan.staged_rows) <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
+    assert plan.staged_rows == 1024 or small(2 * plan.staged_rows) > device // 2
     turned = plan_budget(dict(reversed(shapes.items())), budget)
     assert set(turned.decisions) == set(plan.decisions)
     if not hessians:
         assert all(d.kind is HessianKind.DIAGONAL for d in plan.decisions)
+
+
+def test_the_largest_models_can_be_captured_within_the_nodes_own_limits():
+    # Wan 14B: 40 blocks of nine layers with 5120 inputs and one with 13824.
+    shapes = {f"{block}.{i}": 13824 if i == 9 else 5120 for block in range(40) for i in range(10)}
+    plan = plan_budget(shapes, Budget())
+    assert plan.staged_rows == LEAST_STAGED and plan.counts()["full on device"] > 15
+    watch = Collector({"a": nn.Linear(8, 8)}, plan_budget({"a": 8}, Budget(device_bytes=60_000)))
+    assert watch.settings.statistics.staged_rows == 512      # 1024 would take 35 kB, more than half
 
 
 def test_fixed_bytes_are_what_the_statistics_really_take():

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import RequestError
 from .hessian import PANEL, HessianKind, Placement
@@ -11,6 +11,7 @@ from .staging import LARGEST_SLOTS
 from .statistics import StatisticsSettings
 
 GIB = 2**30
+LEAST_STAGED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,16 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
-    """decisions: one per layer, in the order of the layers. The bytes are what the capture will take at most."""
+    """decisions: one per layer, in the order of the layers. The bytes are what the capture will take at most.
+
+    staged_rows: as the settings have it, or fewer where so many would leave no room.
+    """
 
     decisions: tuple[Decision, ...]
     device_bytes: int
     host_bytes: int
     disk_bytes: int
+    staged_rows: int
 
     def decision(self, layer: str) -> Decision:
         return next(decision for decision in self.decisions if decision.layer == layer)
@@ -92,8 +97,8 @@ def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
     Raises RequestError when device_bytes does not hold even the small statistics of all layers.
     """
     left = {Placement.DEVICE: budget.device_bytes, Placement.HOST: budget.host_bytes, Placement.DISK: budget.disk_bytes}
-    staged_for = HessianKind.FULL if budget.hessians else HessianKind.DIAGONAL
-    small = sum(fixed_bytes(k, settings, staged_for) for k in in_features.values()) + max(map(_scratch, in_features.values()), default=0)
+    settings = _staging_that_fits(in_features, budget, settings)
+    small = _small_bytes(in_features, budget, settings) + max(map(_scratch, in_features.values()), default=0)
     if small > budget.device_bytes:
         raise RequestError(f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
                            f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "
@@ -103,7 +108,19 @@ def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
     for layer, k in sorted(in_features.items(), key=lambda item: (item[1], item[0])):
         decided[layer] = _decide(layer, k, budget, settings, left)
     return BudgetPlan(tuple(decided[layer] for layer in in_features), budget.device_bytes - left[Placement.DEVICE],
-                      budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK])
+                      budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK], settings.staged_rows)
+
+
+def _small_bytes(in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings) -> int:
+    kind = HessianKind.FULL if budget.hessians else HessianKind.DIAGONAL
+    return sum(fixed_bytes(k, settings, kind) for k in in_features.values())
+
+
+def _staging_that_fits(in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings) -> StatisticsSettings:
+    """Fewer rows wait where they would fill more than half of the device's budget: a Hessian there is worth more."""
+    while settings.staged_rows > LEAST_STAGED and _small_bytes(in_features, budget, settings) > budget.device_bytes // 2:
+        settings = replace(settings, staged_rows=max(LEAST_STAGED, settings.staged_rows // 2))
+    return settings
 
 
 def _scratch(k: int) -> int:

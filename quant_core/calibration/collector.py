@@ -73,7 +73,7 @@ class Collector:
     def __init__(self, modules: Mapping[str, nn.Module], plan: BudgetPlan,
                  settings: CaptureSettings = CaptureSettings(), fingerprint: str = "") -> None:
         self.modules = dict(modules)
-        self.settings = settings
+        self.settings = replace(settings, statistics=replace(settings.statistics, staged_rows=plan.staged_rows))
         self._plan = plan
         self._decisions = {decision.layer: decision for decision in plan.decisions}
         shapes = {name: (module.out_features, module.in_features) for name, module in self.modules.items()}
