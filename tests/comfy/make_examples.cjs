@@ -90,6 +90,33 @@ Press **Run**: the demo model draws one picture while *Capture Activations* watc
 
 The saved calibration is in *models/calibrations*.`],
   },
+  repair_and_inspect: {
+    nodes: {
+      1: node('QuantPressLoadSource', { file: `diffusion_models/${MODEL}` }, [40, 110], [380, 190]),
+      20: node('QuantPressOpenFile', { file: `diffusion_models/${MODEL}` }, [40, 350], [380, 110], 'Your own file: connect this to Repair'),
+      2: node('QuantPressQuantize', recipe('float8_e4m3fn'), [460, 110], [420, 640]),
+      21: node('QuantPressEditMetadata', { quantized: ['2', 0], add: '', remove: 'format', layers: 'x_block', header: 'update', force: true, preview: false },
+        [460, 800], [420, 400], 'Spoil it: half of the layers lose their format'),
+      22: node('QuantPressRepair', { quantized: ['21', 0], only_diagnose: false, assume: 'automatic', unswizzled: false, mode: 'repair', marker: '0',
+        add_scale_input: false, keep_shapes: false }, [920, 110], [470, 560]),
+      13: node('QuantPressInspect', { file: '(the connected model)', quantized: ['22', 0] }, [920, 720], [470, 480]),
+      12: node('QuantPressSave', { quantized: ['22', 0], folder: 'diffusion_models', name: 'QuantPress/{model}-repaired', overwrite: true }, [1430, 110], [330, 190]),
+      3: node('QuantPressLoadQuantized', { quantized: ['22', 0] }, [1430, 350], [330, 60]),
+      4: node('QuantPressTestConditioning', { model: ['3', 0], kind: 'demo shapes', seed: 8 }, [1430, 470], [330, 110], 'Positive (use your text encoder)'),
+      5: node('QuantPressTestConditioning', { model: ['3', 0], kind: 'zeros', seed: 0 }, [1430, 640], [330, 110], 'Negative'),
+      6: node('EmptySD3LatentImage', { width: 128, height: 128, batch_size: 1 }, [1430, 810], [330, 110]),
+      7: node('KSampler', sampler(['3', 0], 8), [1800, 110], [330, 270]),
+      8: node('VAELoader', { vae_name: VAE }, [1800, 450], [330, 60]),
+      9: node('VAEDecode', { samples: ['7', 0], vae: ['8', 0] }, [1800, 570], [330, 50]),
+      10: node('PreviewImage', { images: ['9', 0] }, [1800, 690], [330, 440], 'The repaired model'),
+    },
+    groups: [['1. A broken file, to practise on', 20, 40, 875, 1180, '#b58b2a'],
+      ['2. What is wrong, what it is now', 905, 40, 500, 1180, '#3f789e'], ['3. It loads and draws again', 1415, 40, 735, 1180, '#8A8']],
+    note: [40, 510, 380, 400, `### Repair and inspect
+Press **Run**: the demo model is quantized to FP8, and *Edit Metadata* is forced to spoil it: more than half of the layers no longer say what they are, so ComfyUI could not load it. *Repair* names what is wrong, finds the format from the tensors, and writes a sound file.
+
+**Your own file** that does not load, or makes noise: choose it in *Open Quantized File*, connect that to *Repair*, and delete the other nodes of part 1. With *only_diagnose* on, nothing is written. Older forms (fp8_scaled, bitsandbytes) take *Migrate Legacy File* in place of *Repair*.`],
+  },
 };
 
 const plain = (nodes) => Object.fromEntries(Object.entries(nodes).map(([id, n]) => [id, { class_type: n.class_type, inputs: n.inputs, _meta: { title: n.title } }]));
