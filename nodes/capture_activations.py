@@ -32,12 +32,13 @@ class CaptureActivations(io.ComfyNode):
                     "On: also which inputs go together, which gptq needs; takes memory. Off: only sizes and means, for input "
                     "scales and bias correction.")),
                 io.Float.Input("device_gb", default=4.0, min=0.1, max=512.0, step=0.5, tooltip=(
-                    "Most memory for the record on the device that runs the model. More: faster. Less: leaves room for the model.")),
+                    "Most memory for the record on the device that runs the model; ComfyUI is told to leave it free. More: faster. "
+                    "Less: more of the model stays there.")),
                 io.Float.Input("ram_gb", default=16.0, min=0.0, max=4096.0, step=1.0, tooltip=(
                     "Most RAM for what finds no room on the device. Layers that find none keep a sketch, or their diagonal only.")),
                 io.Int.Input("rows_per_step", default=128, min=1, max=65536, tooltip=(
-                    "Most inputs that a layer gives per step, for the prompt and for the negative each. More: slower, and a "
-                    "little less chance in the result.")),
+                    "Most inputs that a layer gives per step, for the prompt and for the negative each; with hessians off, a quarter "
+                    "of that. More: slower, and a little less chance in the result.")),
                 io.String.Input("layers", default="", tooltip=(
                     "Regular expression: only layers whose name matches are recorded. Empty: all. Fewer layers take less memory.")),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
