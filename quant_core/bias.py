@@ -9,13 +9,18 @@ from .recipe import Evidence
 _ROWS = 4096
 
 
+def can_correct(evidence: Evidence) -> bool:
+    """Whether the mean is known, and rows to judge it by."""
+    return evidence.mean is not None and evidence.rows is not None
+
+
 def correct_bias(bias: Tensor, error: Tensor, evidence: Evidence) -> tuple[Tensor | None, str | None]:
     """b + E[x] (W - Wq)^T, in bias's dtype, and None; or None and why it is left as it is.
 
     bias: [N]. error: float32 [N, K], W - Wq. The mean comes from the calibration rows; it is used only where it lowers
     the output error on the rows held out, which took no part in it.
     """
-    if evidence.mean is None or evidence.rows is None:
+    if not can_correct(evidence):
         return None, None
     shift = error @ evidence.mean.to(error.device, torch.float32)
     corrected = (bias.to(torch.float32) + shift).to(bias.dtype)

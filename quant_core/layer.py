@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bias import correct_bias
+from .bias import can_correct, correct_bias
 from .cancel import cancel_scope
 from .choosers import CHOOSERS
 from .footprint import choose_device, free_bytes, needed_bytes
 from .objective import Objective, make_objective, ratio, total_loss
 from .options import read_options
+from .precision import tensor_core_products
 from .recipe import Evidence, Recipe, layer_generator
 from .residual import Residual, ResidualOptions, make_residual
 from .rounders import ROUNDERS
@@ -22,7 +23,7 @@ from .task import Rounded, Task
 from .tiles import encode_rows, errors_by_rows
 
 NO_EVIDENCE = Evidence()
-JUDGED_AT_ONCE = 1 << 22      # weights
+JUDGED_AT_ONCE = 1 << 21      # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,11 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
     cancel: asked several times a second; Cancelled is raised when it says True. None: an enclosing cancel_scope counts.
     """
     with cancel_scope(cancel):
-        return _quantize(layer, w, recipe, evidence, measure, bias)
+        if bias is None or not can_correct(evidence):
+            return _quantize(layer, w, recipe, evidence, measure, bias)
+        # A corrected bias takes the mean error, so the weight is rounded for what remains of the inputs.
+        result = _quantize(layer, w, recipe, evidence.centred(), measure, bias)
+        return result if result.bias is not None else _quantize(layer, w, recipe, evidence, measure, bias)
 
 
 def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None) -> LayerResult:
@@ -121,10 +126,11 @@ def _extras(task: Task, w: Tensor, rounded: Rounded, recipe: Recipe, evidence: E
 def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
     """`rounded`, or round-to-nearest with absmax scales where that is better under the objective of the algorithms."""
     fmt, work, aim = task.fmt, task.work, task.judge
-    reference = total_loss(aim, work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
-    error = ratio(total_loss(aim, errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
     qp = fmt.absmax(work)
-    nearest = ratio(total_loss(aim, errors_by_rows(fmt, work, None, qp)), reference)
+    with tensor_core_products(work.device):
+        reference = total_loss(aim, work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
+        error = ratio(total_loss(aim, errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
+        nearest = ratio(total_loss(aim, errors_by_rows(fmt, work, None, qp)), reference)
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement

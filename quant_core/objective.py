@@ -28,12 +28,13 @@ class Aim(Protocol):
 class Objective:
     """In the work basis. hessian: float32 [Kp, Kp] or None. diagonal: float32 [Kp] or None, its diagonal.
 
-    by_rows: the loss of the whole is the sum of its rows'. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
+    rows: how many input rows they were made of, 0 when unknown. by_rows: the loss of the whole is the sum of its rows'. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
     """
 
     hessian: Tensor | None = None
     diagonal: Tensor | None = None
     by_rows: bool = True
+    rows: int = 0
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Obj
         hessian = fmt.prepare_hessian(evidence.hessian.to(device, torch.float32))
         diagonal = hessian.diagonal().clamp(min=0)
         if float(diagonal.sum()) > 0:
-            return Objective(hessian, diagonal)
+            return Objective(hessian, diagonal, rows=evidence.count)
     elif evidence.hessian_diagonal is not None:
         diagonal = prepare_diagonal(fmt, evidence.hessian_diagonal.to(device, torch.float32))
         if float(diagonal.sum()) > 0:

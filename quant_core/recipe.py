@@ -1,7 +1,7 @@
 """A recipe says how one layer is quantized; evidence is what is known of its inputs."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ class Evidence:
     absmax: Tensor | None = None
     rows: Tensor | None = None
     count: int = 0
+
+    def centred(self) -> Evidence:
+        """The Hessian and its diagonal of x - mean: what counts once the bias has taken up the mean error."""
+        hessian = None if self.hessian is None else torch.addr(self.hessian, self.mean, self.mean, alpha=-1)
+        diagonal = None if self.hessian_diagonal is None else (self.hessian_diagonal - self.mean.square()).clamp_(min=0)
+        return replace(self, hessian=hessian, hessian_diagonal=diagonal)
 
 
 @dataclass(frozen=True, slots=True)

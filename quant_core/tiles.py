@@ -12,7 +12,7 @@ from .scales import Granularity, QParams
 
 
 # Weights worked on at once: they stay in a CPU's cache; on a GPU fewer launches count more, and memory is what a slice bounds.
-_SLICE = {"cpu": 1 << 19, "cuda": 1 << 22}
+_SLICE = {"cpu": 1 << 19, "cuda": 1 << 21}
 
 
 def tile(fmt: Format, qp: QParams, work_shape: tuple[int, int], rows: slice, cols: slice) -> QParams:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..elements import FloatElement
 from ..scales import QParams, ScaleDtype, block_view
 from ..task import Task
 from ..tiles import row_slices, tile
@@ -20,8 +21,10 @@ _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an oc
 _PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)                          # rows and neighbours sampled for it
 _COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
 _SMALL_BLOCK, _SMALL_COARSE = 256, 11                                    # small blocks never want less than 0.6
+# A float grid repeats itself an octave up, where nothing clips: where the weights fall on it counts, so many are tried.
+_OCTAVE = tuple(2.0**(-i / 20) * 2 for i in range(20)) + tuple(0.95 - 0.05 * i for i in range(10))
 _FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
-_NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 5), ScaleDtype.E8M0: range(-3, 2)}
+_NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 9), ScaleDtype.E8M0: range(-3, 2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ def _multiples(task: Task, base: QParams, steps: Sequence[int] | None) -> Iterat
         effective = base.effective()
         rows, cols = task.fmt.block(task.shape)
         coarse = _COARSE[:_SMALL_COARSE] if rows * cols <= _SMALL_BLOCK else _COARSE
+        coarse = _OCTAVE if isinstance(task.fmt.element, FloatElement) else coarse
         for multiple in (*coarse, *(-m for m in coarse)) if task.fmt.signed_scales else coarse:
             yield task.fmt.qparams(effective * multiple, like=base)
         return

@@ -13,14 +13,15 @@ from ..tiles import group_columns, row_slices, tile
 
 
 def worth_refitting(fmt: Format) -> bool:
-    """Coarse stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
-    return fmt.granularity in (Granularity.ROW, Granularity.GROUP) and fmt.scale_dtype in (ScaleDtype.F32, ScaleDtype.BF16)
+    """Scales of rows gain 1 to 2 % of the error. Those of groups gain 0.5 %, for up to half of the time on a GPU; coarse
+    stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
+    return fmt.granularity is Granularity.ROW and fmt.scale_dtype in (ScaleDtype.F32, ScaleDtype.BF16)
 
 
 def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QParams:
     """errors: float32 [Np, Kp] = work - rounded in channel order, changed in place to those of the new scales.
 
-    added: what is added to the Hessian's diagonal. Each block's scale moves to the minimum of the quadratic
+    added: float32 [Kp], what is added to the Hessian's diagonal. Each block's scale moves to the minimum of the quadratic
     objective, is snapped to what can be stored, and is kept only where the decoded result is better, so the
     objective never rises. The format is one that `worth_refitting` accepts.
     """
@@ -47,7 +48,7 @@ def _refit_block(task: Task, sub: QParams, original: Tensor, errors: Tensor, col
     own = errors[:, cols]
     rounded = (original - own).contiguous()
     codes = fmt.encode(rounded, sub)
-    pull = torch.addmm(own * added, errors, hessian[:, cols])            # E H of these columns
+    pull = torch.addmm(own * added[cols], errors, hessian[:, cols])            # E H of these columns
     within = hessian[cols, cols]
     sums = lambda a, b: block_view(a * b, block).sum(dim=(1, 3))  # noqa: E731
 
@@ -57,12 +58,12 @@ def _refit_block(task: Task, sub: QParams, original: Tensor, errors: Tensor, col
     divisor = torch.where(effective == 0, torch.ones_like(effective), effective)
     unit = (view / divisor[:, None, :, None]).reshape(original.shape)
     numerator = sums(pull, unit)
-    denominator = sums(torch.addmm(added * unit, unit, within), unit)
+    denominator = sums(torch.addmm(added[cols] * unit, unit, within), unit)
     wished = effective + torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
     new = fmt.qparams(torch.where(wished * effective > 0, wished, effective), like=sub)
 
     change = fmt.decode(codes, new) - rounded
-    gain = sums(torch.addmm(added * change, change, within).sub_(pull, alpha=2), change)
+    gain = sums(torch.addmm(added[cols] * change, change, within).sub_(pull, alpha=2), change)
     keep = gain < 0
     own -= block_view(change, block).mul(keep[:, None, :, None]).view(original.shape)
     return new, keep
