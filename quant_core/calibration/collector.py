@@ -168,12 +168,13 @@ class Collector:
         if self._context is None:  # the layer was called outside of root
             self._begin_call(None)
         flat = x.reshape(-1, x.shape[-1])
+        rows = flat.shape[0]
         statistics = self._statistics_of(name, flat.device)
-        stride = self.settings.absmax_stride if len(flat) > ABSMAX_WHOLE else 1
+        stride = self.settings.absmax_stride if rows > ABSMAX_WHOLE else 1
         statistics.see(flat if stride == 1 else flat[self._call % stride::stride])
-        if not len(flat):
+        if not rows:
             return
-        chosen = self._rows_of(name, statistics.kind, len(flat), chunk_labels(x.shape, self._context.labels) or ("",))
+        chosen = self._rows_of(name, statistics.kind, rows, chunk_labels(x.shape, self._context.labels) or ("",))
         if not chosen.parts:
             return
         statistics.stage(flat, self._moved(chosen.index, flat.device), chosen.parts)

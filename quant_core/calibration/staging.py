@@ -18,23 +18,25 @@ class StagedRows:
         self._size, self._in_features, self._device = size, in_features, device
         self.rows: Tensor | None = None
         self._parts: list[Part] = []
-        self._fill = 0
+        self._fill = self._capacity = 0
 
     def fits(self, x: Tensor, count: int) -> bool:
         """Whether `count` rows of x may come in before those that wait were taken."""
-        return self.rows is None or (self._fill + count <= len(self.rows) and self.rows.dtype is x.dtype)
+        return self.rows is None or (self._fill + count <= self._capacity and self.rows.dtype is x.dtype)
 
     def put(self, x: Tensor, index: Tensor, parts: Sequence[Part]) -> None:
         """One kernel. x: [n, K]; index: int64 on x's device, rows of x; parts: what they are, in their order."""
+        count = index.numel()       # not len(), which is slow for a tensor: this runs at every call of every layer
         if self.rows is None:
-            self.rows = torch.empty(max(self._size, len(index)), self._in_features, dtype=x.dtype, device=self._device)
-        target = self.rows[self._fill:self._fill + len(index)]
+            self._capacity = max(self._size, count)
+            self.rows = torch.empty(self._capacity, self._in_features, dtype=x.dtype, device=self._device)
+        target = self.rows[self._fill:self._fill + count]
         if x.device == self._device:
             torch.index_select(x, 0, index, out=target)
         else:
             target.copy_(x[index])
         self._parts += parts
-        self._fill += len(index)
+        self._fill += count
 
     def take(self) -> tuple[Tensor, list[Part]]:
         """(rows [n, K], what they are): the caller's own from now on."""
@@ -56,7 +58,7 @@ class LargestValues:
         if self._slots is not None and (self._fill == LARGEST_SLOTS or self._slots.dtype is not x.dtype):
             self.total()
         if self._slots is None:
-            self._slots = torch.empty(LARGEST_SLOTS, len(self._total), dtype=x.dtype, device=self._total.device)
+            self._slots = torch.empty(LARGEST_SLOTS, self._total.numel(), dtype=x.dtype, device=self._total.device)
         slot = self._slots[self._fill]
         if x.device == slot.device:
             torch.linalg.vector_norm(x, ord=torch.inf, dim=0, out=slot)

@@ -97,16 +97,17 @@ class LayerStatistics:
 
     def see(self, x: Tensor) -> None:
         """Let every row count for the absmax. x: [rows, K] of any float dtype. NaN is passed over, Inf is not."""
-        if len(x):
+        rows = x.shape[0]
+        if rows:
             self._largest.see(x)
-            self.seen += len(x)
+            self.seen += rows
 
     def stage(self, x: Tensor, index: Tensor, parts: Sequence[Part]) -> None:
         """Take rows now, work them in later (`flush`). x: [rows, K]. index: int64 on x's device; parts: what they are."""
         for part in parts:
             if part.keys is None:
                 self.labels[part.label] = self.labels.get(part.label, 0) + part.count
-        if not self._staged.fits(x, len(index)):
+        if not self._staged.fits(x, index.numel()):
             self.flush()
         self._staged.put(x, index, parts)
 
