@@ -17,9 +17,13 @@ from loading import Loaded, start
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # tool_files
-import broken_forms  # noqa: E402
-from broken_forms import FORMS, OURS, Form  # noqa: E402
+from form import OURS, Form, canonical, decoded  # noqa: E402
+from forms_described import DESCRIPTIONS  # noqa: E402
+from forms_families import FAMILIES, LIBRARY  # noqa: E402
+from forms_legacy import EDITS, LEGACY  # noqa: E402
+from forms_scales import SCALES  # noqa: E402
 
+FORMS = [*LEGACY, *DESCRIPTIONS, *SCALES, *FAMILIES, *LIBRARY, *EDITS]
 FORMATS = sorted({form.format for form in FORMS})
 # Stock reads these, in another precision than the tool's result asks for: the tool was told to change it.
 OTHER_PRECISION = {"edit-full-precision", "legacy-cleanup", "migrate-full-precision"}
@@ -44,9 +48,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder = tmp_path_factory.mktemp("forms")
     stock, ours, fp8 = [], [], []
     for name in FORMATS:
-        path = broken_forms.canonical(name).write(folder / f"canonical-{name}.safetensors")
+        path = canonical(name).write(folder / f"canonical-{name}.safetensors")
         plain = folder / f"decoded-{name}.safetensors"
-        save_file(broken_forms.decoded(name), plain)
+        save_file(decoded(name), plain)
         (ours if name in OURS else stock).extend([{"id": f"canonical/{name}", "file": path}, {"id": f"decoded/{name}", "file": plain}])
     for form in FORMS:
         before, after = form.write(folder)
@@ -54,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         stock.append({"id": f"before/{form.name}", "file": before})
         mine.append({"id": f"after/{form.name}", "file": after})
         if form.truth is not None:
-            file = broken_forms.canonical(form.format)
+            file = canonical(form.format)
             form.truth(file)
             mine.append({"id": f"truth/{form.name}", "file": file.write(folder / f"truth-{form.name}.safetensors")})
         if form.stock == "same" and form.format == "float8_e4m3fn":

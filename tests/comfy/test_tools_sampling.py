@@ -1,4 +1,5 @@
-"""Baked LoRAs, a quantized model put back into its checkpoint, and the residual LoRA, in the stock loaders.
+"""Baked LoRAs, a quantized model put back into its checkpoint, requantized, joined from shards, and the residual LoRA, in the
+stock loaders.
 
 One-step errors: the model's outputs at four noise levels of two latents, against the 16-bit model's.
 """
@@ -22,7 +23,8 @@ from comfyui_quantpress.quant_core.recipe import Recipe
 from comfyui_quantpress.quant_core.report import RunReport
 from comfyui_quantpress.quant_core.run import convert
 from comfyui_quantpress.quant_core.tools.lora import bake
-from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert
+from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
+from comfyui_quantpress.quant_core.tools.requantize import requantize
 
 MODEL, VAE = ROOT / "assets/tiny_mmdit_256.safetensors", ROOT / "assets/tiny_taesd.safetensors"
 FORMATS = ("float8_e4m3fn", "nvfp4", "bnb_nf4", "int8_blockwise")
@@ -95,6 +97,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     for fmt in RESIDUAL:
         jobs += [{"id": f"{fmt} put back", "file": write_checkpoint(folder, fmt), "checkpoint": True},
                  {"id": f"{fmt} alone", "file": folder / f"alone-{fmt}.safetensors"}]
+    requantize(folder / "int8_blockwise.safetensors", folder / "requantized.safetensors", Recipe(get_format("nvfp4")), device="cpu")
+    with open_source(folder / "nvfp4.safetensors") as src:
+        assert len(split(src, folder / "nvfp4.safetensors.index.json", 4_000_000)) > 2
+    with open_source(folder / "nvfp4.safetensors.index.json") as src:
+        join(src).apply(folder / "joined.safetensors")
+    jobs += [{"id": name, "file": folder / f"{name}.safetensors"} for name in ("requantized", "joined")]
     yield Results(start("sampling", folder, [job | {"probe": probe} for job in jobs], pack=True).result(), reports, folder)
     shutil.rmtree(folder)
 
@@ -121,6 +129,15 @@ def test_a_model_put_back_into_its_checkpoint_is_what_the_stock_checkpoint_loade
     with open_source(results.folder / "whole.safetensors") as one, open_source(results.folder / f"put-back-{fmt}.safetensors") as two:
         names = [name for name in one.tensors if name.startswith("first_stage_model.")]
         assert len(names) > 100 and all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in names)
+
+
+def test_requantizing_adds_the_other_formats_error_and_little_more(results):
+    assert results.error("requantized", "bf16") < 1.1 * results.error("nvfp4", "bf16")
+    assert results.found.known["requantized"] == results.found.known["nvfp4"]
+
+
+def test_shards_put_together_are_the_model_that_was_split(results):
+    assert results.error("joined", "nvfp4") < 1e-6 and results.found.known["joined"] == results.found.known["nvfp4"]
 
 
 @pytest.mark.parametrize("fmt", RESIDUAL)
