@@ -10,6 +10,7 @@ import torch
 
 from ._version import __version__
 from .calibration.use import OpenCalibration
+from .checkpoint.diffusers_names import diffusers_warning
 from .checkpoint.families import refusal
 from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
 from .checkpoint.layers import StoredLayer, config_tensor_name, stored_layers
@@ -116,7 +117,9 @@ def make_plan(src: Source, recipe: Recipe, policy: Policy = Policy(), *, never_p
             copied.append(name)
             outputs.append(OutputTensor(name, info.dtype, info.shape))
     metadata = _metadata(src, recipe, policy, layers, stored, source_hash, calibration)
-    return Plan(layers, tuple(copied), tuple(outputs), metadata, warnings + _warnings(layers, calibration),
+    foreign_names = diffusers_warning(src.tensors)
+    warnings += _warnings(layers, calibration) + ((foreign_names,) if foreign_names else ())
+    return Plan(layers, tuple(copied), tuple(outputs), metadata, warnings,
                 src.nbytes, sum(tensor_bytes(o.dtype, o.shape) for o in outputs), _peak_bytes(src, quantized, calibration))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checkpoint.canonical import INPUT_SCALE, STEPS, steps_to
+from ..checkpoint.diffusers_names import diffusers_warning
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.infer import infer_config
 from ..checkpoint.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
@@ -290,8 +291,9 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
     for finding in check_file(src.path).findings:
         if finding.code in ("scale-value", "bias-shape"):
             found.note(finding.code, finding.layer, finding.message, finding.severity, fixed=False)
+    if found.layers and (problem := diffusers_warning(src.tensors)):
+        found.note("diffusers-names", "", problem, "warning", fixed=False)
     legacy = [name for name in src.tensors if name.endswith(".scale_weight")]
     if legacy:
         found.note("legacy", "", f"{len(legacy)} layers are of the legacy form. `quantpress migrate` converts them.", "warning",
                    fixed=False)
-

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.diffusers_names import diffusers_warning
 from ..checkpoint.families import refusal
 from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
 from ..checkpoint.legacy import CODED, is_marker
@@ -54,6 +55,8 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     drop_dummies(draft, stored)
     kinds = Counter(f"{entry.kind} {entry.format.name}" for entry in stored.values() if entry.kind != "comfy_quant")
     draft.notes += [f"{count} layers: {kind} -> comfy_quant" for kind, count in kinds.items()]
+    foreign_names = diffusers_warning(src.tensors) if stored else None
+    draft.notes += [foreign_names] if foreign_names else []
     return draft.finish()
 
 

@@ -6,6 +6,7 @@ One-step errors: the model's outputs at four noise levels of two latents, agains
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import ROOT, missing
+from comfy_server import COMFYUI, PYTHON, ROOT, missing
 from loading import Loaded, start
 from safetensors.torch import load_file, save_file
 
@@ -102,7 +103,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         assert len(split(src, folder / "nvfp4.safetensors.index.json", 4_000_000)) > 2
     with open_source(folder / "nvfp4.safetensors.index.json") as src:
         join(src).apply(folder / "joined.safetensors")
-    jobs += [{"id": name, "file": folder / f"{name}.safetensors"} for name in ("requantized", "joined")]
+    named = folder / "diffusers.safetensors"
+    subprocess.run([PYTHON, ROOT / "tests/comfy/diffusers_model.py", COMFYUI, MODEL, named], check=True, capture_output=True, timeout=120)
+    reports["diffusers"] = convert(named, folder / "diffusers-fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu")
+    names = ("requantized", "joined", "diffusers", "diffusers-fp8")
+    jobs += [{"id": name, "file": folder / f"{name}.safetensors"} for name in names]
     yield Results(start("sampling", folder, [job | {"probe": probe} for job in jobs], pack=True).result(), reports, folder)
     shutil.rmtree(folder)
 
@@ -138,6 +143,13 @@ def test_requantizing_adds_the_other_formats_error_and_little_more(results):
 
 def test_shards_put_together_are_the_model_that_was_split(results):
     assert results.error("joined", "nvfp4") < 1e-6 and results.found.known["joined"] == results.found.known["nvfp4"]
+
+
+def test_a_model_under_diffusers_names_loads_in_16_bits_and_is_lost_when_it_is_quantized(results):
+    """ComfyUI's loader says nothing; the conversion has warned. When this fails, a newer ComfyUI may have learned it."""
+    assert results.error("diffusers", "bf16") < 1e-4
+    assert results.error("diffusers-fp8", "bf16") > 0.5 and results.found.known["diffusers-fp8"]["quantized"] == 0
+    assert any("diffusers' names (SD3)" in warning for warning in results.reports["diffusers"].warnings)
 
 
 @pytest.mark.parametrize("fmt", RESIDUAL)
