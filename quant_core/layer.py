@@ -64,10 +64,13 @@ class LayerResult:
 
 def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = NO_EVIDENCE, measure: bool = True,
                    bias: Tensor | None = None, cancel: Callable[[], bool] | None = None) -> LayerResult:
-    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. bias: [N], to be corrected.
+    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. bias: [N], to be corrected; it stays where a
+    low-rank part is asked for.
 
     cancel: asked several times a second; Cancelled is raised when it says True. None: an enclosing cancel_scope counts.
     """
+    if read_options(ResidualOptions, recipe.options).wants(layer):
+        bias = None                        # the low-rank part takes the mean error too: corrected twice it would come back
     with cancel_scope(cancel):
         if bias is None or not can_correct(evidence):
             return _quantize(layer, w, recipe, evidence, measure, bias)
@@ -116,7 +119,7 @@ def _extras(task: Task, w: Tensor, rounded: Rounded, recipe: Recipe, evidence: E
     residual = None
     if wanted:
         hessian = None if evidence.hessian is None else evidence.hessian.to(w.device, torch.float32)
-        residual = make_residual(w, error, options.residual_rank, Objective(hessian))
+        residual = make_residual(w, error, options.residual_rank, Objective(hessian, rows=evidence.count))
     if bias is None:
         return None, residual, ()
     corrected, note = correct_bias(bias, error, evidence)

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import OutputError, RequestError
+from .factor import damped
 from .fit.objectives import leading_directions
 from .objective import Objective, ratio
 
@@ -23,7 +24,7 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # For users, and in the file's header.
 HOW_TO_LOAD = ("Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of weight and "
                "LoRA again, which makes the model worse.")
-_DAMPING = 0.01
+_DAMPING, _SCARCE = 0.01, 0.5      # share of the Hessian's diagonal, and times K / rows: few rows must not decide which errors count
 _SPARE = 8
 
 
@@ -62,17 +63,18 @@ class Residual:
     corrected_error: float
 
 
-def low_rank(error: Tensor, rank: int, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+def low_rank(error: Tensor, rank: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """The best up [N, r] and down [r, K] for tr((E - up down) H (E - up down)^T); without H for |E - up down|.
 
     error: float32 [N, K]. r = rank, or less where N or K is smaller.
     """
     rank = min(rank, *error.shape)
-    root = None
+    root, hessian = None, objective.hessian
     if hessian is not None:
-        added = _DAMPING * hessian.diagonal().mean()
-        root, info = torch.linalg.cholesky_ex(hessian + added * torch.eye(len(hessian), device=hessian.device))
-        root = root if int(info) == 0 and float(added) > 0 else hessian.diagonal().clamp(min=float(added)).sqrt().diag()
+        share = max(_DAMPING, _SCARCE * len(hessian) / objective.rows) if objective.rows else _DAMPING
+        added = damped(hessian.diagonal(), share)
+        root, info = torch.linalg.cholesky_ex(hessian + added.diag())
+        root = root if int(info) == 0 else (hessian.diagonal().clamp(min=0) + added).sqrt().diag()
     whole = error if root is None else error @ root
     # An exact SVD takes seconds at 3072 x 3072; a few directions more than asked for make the randomised one as good.
     basis = leading_directions(whole, min(rank + _SPARE, *error.shape), torch.Generator().manual_seed(0))[1]
@@ -86,7 +88,7 @@ def low_rank(error: Tensor, rank: int, hessian: Tensor | None) -> tuple[Tensor, 
 
 def make_residual(w: Tensor, error: Tensor, rank: int, objective: Objective) -> Residual:
     """w, error = W - Wq: float32 [N, K] in the layer's own basis, and so is the objective."""
-    up, down = (part.to(torch.bfloat16) for part in low_rank(error, rank, objective.hessian))
+    up, down = (part.to(torch.bfloat16) for part in low_rank(error, rank, objective))
     reference = objective.loss(w)
     left = error - up.float() @ down.float()
     return Residual(up, down, ratio(objective.loss(error), reference), ratio(objective.loss(left), reference))

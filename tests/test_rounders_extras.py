@@ -7,6 +7,8 @@ from comfyui_quantpress.quant_core.errors import OutputError, RequestError
 from comfyui_quantpress.quant_core.footprint import WEIGHT_COPIES, choose_device, needed_bytes
 from comfyui_quantpress.quant_core.format import get_format
 from comfyui_quantpress.quant_core.layer import quantize_layer
+from comfyui_quantpress.quant_core.objective import Objective
+from comfyui_quantpress.quant_core.precision import tensor_core_products
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.residual import ResidualOptions, lora_keys, low_rank, save_residuals
 from comfyui_quantpress.quant_core.rounders import ROUNDERS
@@ -64,12 +66,80 @@ def test_weighted_residual_beats_the_plain_one_on_the_output():
     w, x, evidence = layer()
     error = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
     loss = lambda parts: float((x @ (error - parts[0] @ parts[1]).T).norm())  # noqa: E731
-    assert loss(low_rank(error, 8, evidence.hessian)) < 0.95 * loss(low_rank(error, 8, None))
+    assert loss(low_rank(error, 8, Objective(evidence.hessian))) < 0.95 * loss(low_rank(error, 8, Objective()))
+
+
+def test_a_residual_of_few_rows_trusts_their_hessian_less():
+    w, x, _ = layer()
+    error, few = torch.randn(64, 96, generator=torch.Generator().manual_seed(3)), x[:60]
+    parts = {rows: low_rank(error, 8, Objective(few.T @ few / 60, rows=rows)) for rows in (0, 60)}
+    lost = {rows: float((x[60:] @ (error - up @ down).T).norm()) for rows, (up, down) in parts.items()}
+    assert lost[60] < 0.97 * lost[0]
+
+
+def test_a_layer_with_a_residual_keeps_its_bias():
+    w, _, evidence = layer(mean=3.0)
+    result = quantize_layer("l", w, Recipe(NVFP4, options={"residual_rank": 4}), evidence, bias=torch.zeros(64))
+    assert result.bias is None and result.residual is not None
+
+
+def test_the_weight_is_rounded_for_what_a_corrected_bias_leaves():
+    generator = torch.Generator().manual_seed(0)
+    mixing, mean = torch.randn(24, 96, generator=generator), 3 * torch.randn(96, generator=generator)
+    x, held_out = (torch.randn(rows, 24, generator=generator) @ mixing + 0.3 * torch.randn(rows, 96, generator=generator) + mean
+                   for rows in (2000, 300))
+    w, evidence = torch.randn(64, 96, generator=generator), Evidence(hessian=x.T @ x / 2000, mean=x.mean(0), rows=held_out, count=2000)
+    bias, recipe = torch.zeros(64), Recipe(NVFP4, "search", "gptq")
+    result = quantize_layer("l", w, recipe, evidence, bias=bias)
+    plain = quantize_layer("l", w, recipe, evidence)
+    shift = (w - NVFP4.dequantize(plain.tensors, tuple(w.shape))) @ evidence.mean
+    assert output_error(w, bias, result, evidence.rows) < 0.97 * output_error(w, bias, replace(plain, bias=bias + shift), evidence.rows)
+
+
+def test_a_refused_correction_leaves_the_weight_as_it_is_without_one():
+    w, _, evidence = layer(mean=3.0)
+    wrong, recipe = replace(evidence, mean=-evidence.mean), Recipe(NVFP4, "search", "gptq")
+    result, plain = quantize_layer("l", w, recipe, wrong, bias=torch.zeros(64)), quantize_layer("l", w, recipe, wrong)
+    assert result.bias is None and all(torch.equal(result.tensors[name], plain.tensors[name]) for name in plain.tensors)
+
+
+def test_centred_evidence_is_that_of_inputs_without_their_mean():
+    _, x, evidence = layer(mean=3.0)
+    centred = replace(evidence, hessian_diagonal=x.square().mean(0)).centred()
+    away = x - x.mean(0)
+    assert torch.allclose(centred.hessian, away.T @ away / len(x), atol=1e-3)
+    assert torch.allclose(centred.hessian_diagonal, away.square().mean(0), atol=1e-3)
+
+
+def test_weak_channels_are_not_drowned_by_a_strong_one():
+    """A share of the mean diagonal would exceed all other channels' energy, and feedback among them would cease."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 96, generator=generator) + 0.1 * torch.randn(4000, 96, generator=generator)
+    x[:, 5] = 0
+    weak, w = x.T @ x / 4000, torch.randn(64, 96, generator=generator)
+    hessian = weak.clone()
+    hessian[5, 5] = 1e6
+    evidence = Evidence(hessian=hessian, count=4000)
+    lost = {rounding: Objective(weak).loss(w - NVFP4.dequantize(quantize_layer("l", w, Recipe(NVFP4, "absmax", rounding), evidence).tensors,
+                                                                (64, 96))) for rounding in ("nearest", "gptq")}
+    assert lost["gptq"] < 0.3 * lost["nearest"]
+
+
+def test_tensor_core_products_are_switched_off_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    with pytest.raises(KeyError), tensor_core_products(torch.device("cuda")):
+        raise KeyError
+    assert calls == ["high", "highest"]
+    with tensor_core_products(torch.device("cpu")):
+        pass
+    assert calls == ["high", "highest"]
 
 
 def test_full_rank_residual_is_the_error():
     error = torch.randn(20, 12, generator=torch.Generator().manual_seed(3))
-    up, down = low_rank(error, 99, None)
+    up, down = low_rank(error, 99, Objective())
     assert torch.allclose(up @ down, error, atol=1e-5)
 
 
