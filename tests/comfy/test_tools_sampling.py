@@ -25,7 +25,9 @@ from comfyui_quantpress.quant_core.report import RunReport
 from comfyui_quantpress.quant_core.run import convert
 from comfyui_quantpress.quant_core.tools.lora import bake
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
+from comfyui_quantpress.quant_core.tools.migrate import migrate
 from comfyui_quantpress.quant_core.tools.requantize import requantize
+from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy
 
 MODEL, VAE = ROOT / "assets/tiny_mmdit_256.safetensors", ROOT / "assets/tiny_taesd.safetensors"
 FORMATS = ("float8_e4m3fn", "nvfp4", "bnb_nf4", "int8_blockwise")
@@ -54,6 +56,18 @@ def write_lora(path: Path) -> Path:
             tensors |= {f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down, f"{base}.alpha": torch.tensor(LORA_RANK / 2)}
     save_file(tensors, path)
     return path
+
+
+def write_legacy_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint with its model as legacy fp8_scaled, and what migrating makes of it."""
+    before, after, native = (folder / f"legacy-{name}.safetensors" for name in ("before", "after", "native"))
+    with open_source(folder / "whole.safetensors") as whole, open_source(folder / "float8_e4m3fn.safetensors") as model:
+        insert(whole, model).apply(native)
+    with open_source(native) as src:
+        to_legacy(src).apply(before)
+    with open_source(before) as src:
+        migrate(src).apply(after)
+    return [before, after]
 
 
 def write_checkpoint(folder: Path, fmt: str) -> Path:
@@ -98,6 +112,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     for fmt in RESIDUAL:
         jobs += [{"id": f"{fmt} put back", "file": write_checkpoint(folder, fmt), "checkpoint": True},
                  {"id": f"{fmt} alone", "file": folder / f"alone-{fmt}.safetensors"}]
+    jobs += [{"id": path.stem, "file": path, "checkpoint": True} for path in write_legacy_checkpoints(folder)]
     requantize(folder / "int8_blockwise.safetensors", folder / "requantized.safetensors", Recipe(get_format("nvfp4")), device="cpu")
     with open_source(folder / "nvfp4.safetensors") as src:
         assert len(split(src, folder / "nvfp4.safetensors.index.json", 4_000_000)) > 2
@@ -134,6 +149,12 @@ def test_a_model_put_back_into_its_checkpoint_is_what_the_stock_checkpoint_loade
     with open_source(results.folder / "whole.safetensors") as one, open_source(results.folder / f"put-back-{fmt}.safetensors") as two:
         names = [name for name in one.tensors if name.startswith("first_stage_model.")]
         assert len(names) > 100 and all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in names)
+
+
+def test_a_legacy_checkpoint_samples_as_before_when_it_is_migrated(results):
+    found = results.found
+    assert found.difference("legacy-after", "legacy-before") == 0
+    assert found.known["legacy-after"] == found.known["legacy-before"] == found.known["float8_e4m3fn"]
 
 
 def test_requantizing_adds_the_other_formats_error_and_little_more(results):
