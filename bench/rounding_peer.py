@@ -74,7 +74,7 @@ def measure_peer(layer: Layer, formats: list[str], peer: Path) -> Iterator[dict[
         save_file({"layer.weight": torch.randn(_SMALL, _SMALL)}, folder / "small.safetensors")
         jobs = [(_arguments(folder / "small.safetensors", folder / "warm.safetensors", name) + ["--num_iter", "20"],
                  _arguments(folder / "input.safetensors", folder / f"{name}.safetensors", name)) for name in known]
-        path = os.pathsep.join(filter(None, [str(peer), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(peer.resolve()), os.environ.get("PYTHONPATH")]))
         done = subprocess.run([sys.executable, "-c", _DRIVER, json.dumps(jobs), str(folder / "seconds.json")],
                               env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
         timings = folder / "seconds.json"
