@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from comfy import model_management
@@ -79,13 +80,16 @@ class Capture:
         with _needs_more_memory(model.model, self._collector.missing_device_bytes()):
             return executor(model, *args, **kwargs)
 
+    def predict_noise(self, executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of one look at the noise, of all conditions: (x, timestep, model_options, seed). Counts steps."""
+        self._context = CallContext(self._context.step + 1, timestep.flatten()[0].clone())      # its value would wait for the GPU
+        return executor(x, timestep, *args, **kwargs)
+
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes step, sigma and labels."""
+        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels."""
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        sigma = float(t.flatten()[0])
-        step = self._context.step if sigma == self._context.sigma else self._context.step + 1
         labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
-        self._context = CallContext(step, sigma, labels)
+        self._context = replace(self._context, labels=labels)
         return executor(x, t, *args, **kwargs)
 
     # ---- afterwards --------------------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, a
     capture, watched = Capture(model, pattern, budget, settings, accumulate), model.clone()
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
     watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, capture.predict_noise)
     watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
     return watched, capture
 

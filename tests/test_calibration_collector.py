@@ -182,7 +182,7 @@ def test_cap_balances_steps_and_labels_whatever_the_calls():
     net = Net()
     watch = collector(net, rows_per_step=24, holdout=0.0)
     contexts = iter([CallContext(0, 1.0, ("cond",)), CallContext(0, 1.0, ("uncond",)),
-                     CallContext(1, 0.5, ("cond", "uncond")), CallContext(1, 0.5, ("cond",))])
+                     CallContext(1, torch.tensor(0.5), ("cond", "uncond")), CallContext(1, torch.tensor(0.5), ("cond",))])
     with watch.capture(net, lambda: next(contexts)):
         call(net, 0, tokens=80), call(net, 1, tokens=10), call(net, 2, tokens=60), call(net, 3)
     record = watch.result().runs[0]

@@ -23,11 +23,12 @@ from .statistics import LayerStatistics, StatisticsSettings
 class CallContext:
     """What the model is being called with. step: the sampling step's number, so that calls of one step share a quota.
 
+    sigma: a number, or a tensor () that is read when the run ends, so that nothing waits for the GPU before.
     labels: of the chunks that the batch consists of, in order ("cond", "uncond"); () when unknown.
     """
 
     step: int = 0
-    sigma: float | None = None
+    sigma: float | Tensor | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -133,7 +134,7 @@ class Collector:
         self._chosen: dict[tuple[object, ...], Chosen] = {}
         self._on_device: dict[tuple[object, ...], Tensor] = {}
         self._steps: dict[int, dict[str, int]] = {}                   # step -> layer -> rows
-        self._sigmas: dict[int, float] = {}
+        self._sigmas: dict[int, float | Tensor] = {}
         self._labels: dict[str, int] = {}
 
     def _begin_call(self, context: Callable[[], CallContext] | None) -> None:
@@ -151,7 +152,7 @@ class Collector:
             for statistics in self._statistics.values():
                 statistics.flush()
         steps = {step: max(rows.values()) for step, rows in self._steps.items()}
-        self._runs[-1] = replace(self._runs[-1], steps=steps, sigmas=self._sigmas, labels=self._labels)
+        self._runs[-1] = replace(self._runs[-1], steps=steps, sigmas=_numbers(self._sigmas), labels=self._labels)
         self._context, self._taken, self._chosen, self._on_device = None, {}, {}, {}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
@@ -230,6 +231,13 @@ class Collector:
             # Windows removes no file that is still mapped; what stays is in the system's temporary folder.
             self._folder = tempfile.TemporaryDirectory(prefix="quantpress-calibration-", ignore_cleanup_errors=True)
         return Path(self._folder.name)
+
+
+def _numbers(values: Mapping[int, float | Tensor]) -> dict[int, float]:
+    """Tensors () as floats, all fetched at once."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist())) if tensors else {}
+    return {key: fetched.get(key, value) for key, value in values.items()}
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
