@@ -13,7 +13,7 @@ the moment its inputs arrive, so they come from the layers before it as quantize
 Judged by one step of the model on other seeds (calibration_model.py). Rows: results/rounding_asymmetric.jsonl.
 
 Conclusion (200 calibration samples, 4 seeds x 10 classes): the term pays, the sequential Hessians alone do not.
-Sequential -0.04 to +0.07 dB; asymmetric +0.3 to +0.6 dB; with ridge 0.1 or half the way +0.7 to +1.1 dB. Full strength
+Sequential -0.04 to +0.08 dB; asymmetric +0.3 to +0.6 dB; with ridge 0.1 or half the way +0.7 to +1.1 dB. Full strength
 fits chance in few rows, so it wants the larger ridge. The price is that layers must be quantized in order of execution,
 with the inputs of the model before and after at every layer: here all calibration samples fit one pass; a large model
 needs a second calibration, block by block, and holds x and y of one block.
