@@ -50,6 +50,7 @@ class Method:
 METHODS = {
     "nearest": Method("absmax", "nearest"),
     "search": Method("search", "nearest"),
+    "search unguarded": Method("search", "nearest", {"search_guard": 0.0}),
     "weighted search": Method("search", "nearest", data=True),
     "learned": Method("search", "learned"),
     "learned output": Method("absmax", "learned", data=True),

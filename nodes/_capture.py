@@ -145,6 +145,12 @@ def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, a
     return watched, capture
 
 
+def device_bytes() -> int:
+    """What a capture may take when nothing is said: a quarter of the GPU's memory; without a GPU the engine's default."""
+    device = model_management.get_torch_device()
+    return Budget().device_bytes if device.type == "cpu" else model_management.get_total_memory(device) // 4
+
+
 def compiled() -> RequestError:
     """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
     return RequestError("The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "

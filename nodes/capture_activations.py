@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..quant_core.calibration.budget import GIB, Budget
 from ..quant_core.calibration.collector import CaptureSettings
-from ._capture import watch
+from ._capture import device_bytes, watch
 from ._handles import CATEGORY, CaptureType
 from ._schema import schema
 
@@ -31,9 +31,9 @@ class CaptureActivations(io.ComfyNode):
                 io.Boolean.Input("hessians", default=True, tooltip=(
                     "On: also which inputs go together, which gptq needs; takes memory. Off: only sizes and means, for input "
                     "scales and bias correction.")),
-                io.Float.Input("device_gb", default=4.0, min=0.1, max=512.0, step=0.5, tooltip=(
-                    "Most memory for the record on the device that runs the model; ComfyUI is told to leave it free. More: faster. "
-                    "Less: more of the model stays there.")),
+                io.Float.Input("device_gb", default=0.0, min=0.0, max=512.0, step=0.5, tooltip=(
+                    "Most memory for the record on the device that runs the model; ComfyUI is told to leave it free. 0: a quarter of "
+                    "the GPU's. More: faster, as the widest layers' part need not move to RAM. Less: more of the model stays there.")),
                 io.Float.Input("ram_gb", default=16.0, min=0.0, max=4096.0, step=1.0, tooltip=(
                     "Most RAM for what finds no room on the device. Layers that find none keep a sketch, or their diagonal only.")),
                 io.Int.Input("rows_per_step", default=128, min=1, max=65536, tooltip=(
@@ -50,7 +50,7 @@ class CaptureActivations(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, runs: str, hessians: bool, device_gb: float, ram_gb: float, rows_per_step: int, layers: str,
                 seed: int) -> io.NodeOutput:
-        budget = Budget(int(device_gb * GIB), int(ram_gb * GIB), hessians=hessians)
+        budget = Budget(int(device_gb * GIB) or device_bytes(), int(ram_gb * GIB), hessians=hessians)
         settings = CaptureSettings(seed, rows_per_step)
         return io.NodeOutput(*watch(model, layers.strip(), budget, settings, runs == ACCUMULATE))
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from comfyui_quantpress.quant_core.calibration.budget import LEAST_STAGED, Budget, fixed_bytes, plan_budget
+from comfyui_quantpress.quant_core.calibration.budget import LEAST_STAGED, MOST_STAGED, Budget, fixed_bytes, plan_budget
 from comfyui_quantpress.quant_core.calibration.calibration import fingerprint
 from comfyui_quantpress.quant_core.calibration.collector import ABSMAX_WHOLE, CallContext, CaptureSettings, Collector
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
@@ -432,6 +432,20 @@ def test_the_largest_models_can_be_captured_within_the_nodes_own_limits():
     assert plan.staged_rows == LEAST_STAGED and plan.counts()["full on device"] > 15
     watch = Collector({"a": nn.Linear(8, 8)}, plan_budget({"a": 8}, Budget(device_bytes=60_000)))
     assert watch.settings.statistics.staged_rows == 512      # 1024 would take 35 kB, more than half
+
+
+def test_hessians_in_ram_are_worked_in_less_often_where_the_device_has_room():
+    shapes = {"narrow": 512, "wide": 8192}
+    tight = plan_budget(shapes, Budget(device_bytes=130 * 2**20))
+    roomy = plan_budget(shapes, Budget(device_bytes=200 * 2**20))
+    wide = [plan.decision("wide") for plan in (tight, roomy)]
+    assert [d.placement for d in wide] == [Placement.HOST] * 2 and wide[0].staged_rows < wide[1].staged_rows <= MOST_STAGED
+    assert roomy.decision("narrow").staged_rows is None
+    net = nn.Linear(8192, 4).requires_grad_(False)
+    watch = Collector({"wide": net}, plan_budget({"wide": 8192}, Budget(device_bytes=200 * 2**20)), CaptureSettings(rows_per_step=2000))
+    with watch.capture(net):
+        net(torch.ones(2000, 8192))
+        assert float(watch.result().statistics["wide"].weight) == 0          # they wait, though more than 1024
 
 
 def test_fixed_bytes_are_what_the_statistics_really_take():

@@ -11,7 +11,7 @@ from .staging import LARGEST_SLOTS
 from .statistics import StatisticsSettings
 
 GIB = 2**30
-LEAST_STAGED = 256
+LEAST_STAGED, MOST_STAGED = 256, 8192      # the most is 30 steps of the default rows, prompt and negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a layer keeps, and where. placement is None without a Hessian. nbytes: of the Hessian, where it lies."""
+    """What a layer keeps, and where. placement is None without a Hessian. nbytes: of the Hessian, where it lies.
+
+    staged_rows: how many rows wait on the device before they are worked in; None: as many as the plan says.
+    """
 
     layer: str
     in_features: int
     kind: HessianKind
     placement: Placement | None
     nbytes: int
+    staged_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,20 @@ def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
     decided: dict[str, Decision] = {}
     for layer, k in sorted(in_features.items(), key=lambda item: (item[1], item[0])):
         decided[layer] = _decide(layer, k, budget, settings, left)
+    _stage_more(decided, settings.staged_rows, left)
     return BudgetPlan(tuple(decided[layer] for layer in in_features), budget.device_bytes - left[Placement.DEVICE],
                       budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK], settings.staged_rows)
+
+
+def _stage_more(decided: dict[str, Decision], staged: int, left: dict[Placement, int]) -> None:
+    """What is left on the device lets more rows wait for the Hessians elsewhere: each time they are worked in, half of
+    such a Hessian crosses to the RAM."""
+    away = [d for d in decided.values() if d.kind is HessianKind.FULL and d.placement is not Placement.DEVICE]
+    row = sum(decision.in_features * 2 for decision in away)
+    more = min(MOST_STAGED - staged, left[Placement.DEVICE] // row) if away else 0
+    if more > 0:
+        left[Placement.DEVICE] -= more * row
+        decided |= {decision.layer: replace(decision, staged_rows=staged + more) for decision in away}
 
 
 def _small_bytes(in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings) -> int:

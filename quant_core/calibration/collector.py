@@ -221,9 +221,11 @@ class Collector:
         if name not in self._statistics:
             decision = self._decisions[name]
             folder = self._disk_folder() if decision.placement is Placement.DISK else None
+            settings = self.settings.statistics
+            if decision.staged_rows is not None:
+                settings = replace(settings, staged_rows=decision.staged_rows)
             self._statistics[name] = LayerStatistics(
-                decision.in_features, device, decision.kind, decision.placement or Placement.DEVICE,
-                self.settings.statistics, folder, f"{len(self._statistics):05d}")
+                decision.in_features, device, decision.kind, decision.placement or Placement.DEVICE, settings, folder, f"{len(self._statistics):05d}")
         return self._statistics[name]
 
     def _disk_folder(self) -> Path:

@@ -1,7 +1,9 @@
 """Per scale block, the storable scale with the smallest rounding error, weighted by the inputs where they are known.
 
-Without data the error is the weight's own. On a layer whose inputs have strong channels that can be worse for the
-OUTPUT than absmax scales (measured: up to three times), because clipping a few large weights looks cheap.
+Without data the error is the weight's own, and clipping a few large weights looks cheap. Where they sit in the column of
+a strong channel the OUTPUT suffers: up to 3.2 times that of absmax scales (int8_blockwise) on a trained text encoder. So no
+column's error may rise much: if none does, no uncorrelated inputs can make the output worse. Guarded, that layer ends at
+1.06, and the median over 46 trained layers stays (nvfp4 0.87, nf4 0.90).
 """
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..elements import FloatElement
 from ..scales import QParams, ScaleDtype, block_view
 from ..task import Task
-from ..tiles import row_slices, tile
+from ..tiles import errors_by_rows, row_slices, tile
 from ..triton_kernels import runs_triton
 
 _PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
@@ -25,13 +27,19 @@ _SMALL_BLOCK, _SMALL_COARSE = 256, 11                                    # small
 _OCTAVE = tuple(2.0**(-i / 20) * 2 for i in range(20)) + tuple(0.95 - 0.05 * i for i in range(10))
 _FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
 _NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 9), ScaleDtype.E8M0: range(-3, 2)}
+_GUARD_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """search_refits: least-squares refinements after the search, 0 or more."""
+    """search_refits: least-squares refinements after the search, 0 or more.
+
+    search_guard: how far a column's squared error may rise above that of absmax scales when nothing is known of the
+    inputs; columns that rise further count more in a second and third search. 0: they may rise without limit.
+    """
 
     search_refits: int = field(default=3, metadata={"low": 0, "high": 50})
+    search_guard: float = field(default=1.25, metadata={"low": 0.0, "high": 1000.0})
 
 
 def choose(task: Task) -> QParams:
@@ -39,9 +47,29 @@ def choose(task: Task) -> QParams:
     from ..options import read_options
     options = read_options(SearchOptions, task.options)
     base = task.fmt.absmax(task.work)
+    found = _search(task, base, options)
+    if task.weights is not None or not options.search_guard:
+        return found
+    allowed = options.search_guard * _column_errors(task, base)
+    weights = torch.ones_like(allowed)
+    for _ in range(_GUARD_ROUNDS):
+        excess = torch.where(allowed > 0, _column_errors(task, found) / allowed, 1.0)
+        if float(excess.max()) <= 1:
+            break
+        weights *= excess.clamp(min=1).square()
+        found = _search(replace(task, weights=weights), base, options)
+    return found
+
+
+def _search(task: Task, base: QParams, options: SearchOptions) -> QParams:
     if base.parent is not None and base.parent.dim() == 0:
         base = _choose_parent(task, base)
     return refine(task, base, options.search_refits)
+
+
+def _column_errors(task: Task, qp: QParams) -> Tensor:
+    """Squared error of rounding to nearest, summed over each column, float32 [Kp]."""
+    return sum(error.square_().sum(dim=0) for error in errors_by_rows(task.fmt, task.work, None, qp))
 
 
 def refine(task: Task, base: QParams, refits: int) -> QParams:

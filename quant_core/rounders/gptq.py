@@ -44,7 +44,9 @@ class GptqOptions:
 def prepare(task: Task) -> Task:
     """Factors the Hessian, and has the scales chosen by what feedback leaves of each column's error.
 
-    That is the factor's pivot D_k, not the channel's mean square H_kk: errors that later columns undo do not count.
+    That is the factor's pivot D_k, not the channel's mean square H_kk: errors that later columns undo do not count. Where
+    pivots span many orders they alone let scales clip what no later column can undo (measured: 2.8 times the error of
+    nearest on one layer in blocks of 128 x 128), so their geometric mean with H_kk decides.
     """
     if task.objective.hessian is None:
         return task
@@ -57,7 +59,7 @@ def prepare(task: Task) -> Task:
         found = factor(task.objective.hessian, order, _damping(task, options) * step, task.poll)
         if found is not None:
             weights = torch.empty_like(found.pivots)
-            weights[order] = found.pivots
+            weights[order] = (found.pivots * task.objective.diagonal[order]).sqrt_()
             return replace(task, factor=found, weights=weights)
     return task
 
