@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_PANEL = 1024         # rows or columns of a Hessian rotated at once
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -38,8 +39,13 @@ def rotate_columns(w: Tensor, group: int) -> Tensor:
 
 
 def rotate_hessian(h: Tensor, group: int) -> Tensor:
-    """float32 [K, K], H = X^T X -> the Hessian of the rotated inputs, R^T H R."""
-    return rotate_columns(rotate_columns(h, group).T.contiguous(), group).T
+    """float32 [K, K], H = X^T X -> the Hessian of the rotated inputs, R^T H R. One matrix of that size beside h, no second."""
+    turned = torch.empty_like(h)
+    for start in range(0, len(h), _PANEL):
+        turned[start:start + _PANEL] = rotate_columns(h[start:start + _PANEL], group)
+    for start in range(0, len(h), _PANEL):
+        turned[:, start:start + _PANEL] = rotate_columns(turned[:, start:start + _PANEL].T.contiguous(), group).T
+    return turned
 
 
 def largest_group(k: int, limit: int = 4096) -> int | None:
