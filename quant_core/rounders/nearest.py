@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from ..scales import QParams
 from ..task import Rounded, Task
+from ..tiles import encode_rows
 
 
 def round_codes(task: Task, qp: QParams) -> Rounded:
     """Each weight on its own."""
-    return Rounded(task.fmt.encode(task.work, qp), qp)
+    return Rounded(encode_rows(task.fmt, task.work, qp), qp)

@@ -9,6 +9,7 @@ import torch
 
 from ..scales import QParams
 from ..task import Rounded, Task
+from ..tiles import encode_rows
 
 _COLUMNS = 512
 
@@ -23,4 +24,4 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
         low, high = fmt.bracket_columns(columns, qp, start, (n, k))
         draw = torch.rand(columns.shape, generator=task.generator).to(columns.device)
         rounded[:, start:start + _COLUMNS] = torch.where(draw * (high - low) < columns - low, high, low)
-    return Rounded(fmt.encode(rounded, qp), qp)
+    return Rounded(encode_rows(fmt, rounded, qp), qp)
