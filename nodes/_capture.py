@@ -44,7 +44,7 @@ class Capture:
         self._collector = Collector(modules, self.plan, settings, _fingerprint(model, modules))
         self._accumulate = accumulate
         self._lock = threading.Lock()
-        self._context = CallContext()
+        self._context, self._counted = CallContext(), False
         self._collected: tuple[CalibrationHandle, list[LayerSummary]] | None = None
         self._label = type(model.model.model_config).__name__.lower()
 
@@ -69,7 +69,7 @@ class Capture:
         patched = len(guider.model_patcher.patches)
         loras = (f"{patched} patched weights",) if patched else ()
         try:
-            self._context, self._collected = CallContext(step=-1), None
+            self._context, self._counted, self._collected = CallContext(step=-1), False, None
             with self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
                 return executor(*args, **kwargs)
         finally:
@@ -82,6 +82,7 @@ class Capture:
 
     def predict_noise(self, executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of one look at the noise, of all conditions: (x, timestep, model_options, seed). Counts steps."""
+        self._counted = True
         self._context = CallContext(self._context.step + 1, timestep.flatten()[0].clone())      # its value would wait for the GPU
         return executor(x, timestep, *args, **kwargs)
 
@@ -89,6 +90,9 @@ class Capture:
         """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels."""
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
         labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
+        if not self._counted:       # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
+            sigma = float(t.flatten()[0])
+            self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
         self._context = replace(self._context, labels=labels)
         return executor(x, t, *args, **kwargs)
 

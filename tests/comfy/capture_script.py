@@ -140,6 +140,18 @@ def a_model_compiled_before_or_behind_the_capture_is_refused():
     assert hooks(model) == 0
 
 
+def steps_are_counted_whatever_the_guider():
+    import comfy.samplers
+    observed, capture = watched(comfy.sd.load_diffusion_model(file))
+    sample(observed, 3)
+    comfy.samplers.CFGGuider.outer_predict_noise = lambda self, *args, **kwargs: self.predict_noise(*args, **kwargs)
+    sample(observed, 3)
+    own, others = capture._collector.result().runs
+    assert list(own.steps) == list(others.steps) == [0, 1, 2] and own.steps == others.steps and set(own.labels) == set(others.labels), (own, others)
+    assert own.sigmas == others.sigmas, (own, others)
+    assert list(own.sigmas.values()) == sorted(own.sigmas.values(), reverse=True)
+
+
 def collecting_can_be_cancelled_and_loses_nothing():
     model = comfy.sd.load_diffusion_model(file)
     observed, capture = watched(model)
