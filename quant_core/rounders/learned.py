@@ -1,7 +1,7 @@
 """Learned rounding: gradient descent over which of its two grid neighbours each weight becomes.
 
 It lowers the error along the weight's leading singular directions, or the output error where inputs are known. It costs
-hundreds of passes; where there is data, gptq ends lower in a fraction of the time. Memory: about eight copies of the
+hundreds of passes; where there is data, gptq ends lower in a fraction of the time. Memory: about fourteen copies of the
 weight.
 """
 from __future__ import annotations
