@@ -66,7 +66,7 @@ Press **Run**: the demo model is quantized to 4 bits (NF4), saved in *diffusion_
       4: node('QuantPressTestConditioning', { model: ['11', 0], kind: 'demo shapes', seed: 8 }, [40, 630], [380, 110], 'Positive (use your text encoder)'),
       5: node('QuantPressTestConditioning', { model: ['11', 0], kind: 'zeros', seed: 0 }, [40, 800], [380, 110], 'Negative'),
       6: node('EmptySD3LatentImage', { width: 128, height: 128, batch_size: 1 }, [40, 970], [380, 110]),
-      20: node('QuantPressCapture', { model: ['11', 0], runs: 'accumulate', hessians: true, device_gb: 4, ram_gb: 16, rows_per_step: 128, layers: '', seed: 0 }, [460, 110], [330, 270]),
+      20: node('QuantPressCapture', { model: ['11', 0], runs: 'accumulate', hessians: true, device_gb: 0, ram_gb: 16, rows_per_step: 128, layers: '', seed: 0 }, [460, 110], [330, 270]),
       21: node('KSampler', sampler(['20', 0], 100), [460, 450], [330, 270], 'KSampler: this run is recorded'),
       22: node('QuantPressCollect', { latent: ['21', 0], capture: ['20', 1] }, [460, 790], [330, 340]),
       23: node('QuantPressSaveCalibration', { calibration: ['22', 0], name: 'quantpress_demo', overwrite: true }, [830, 970], [400, 160]),
