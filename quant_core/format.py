@@ -350,4 +350,10 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
         variant = fmt.accepts(config, shapes)
         if variant is not None:
             return variant
-    raise RequestError(f"{layer}: {on_disk} with tensor shapes {shapes} and {config} is no variant this pack reads.")
+    missing = min(([spec.suffix for spec in fmt.tensor_specs((4096, 4096)) if spec.suffix not in shapes] for fmt in candidates), key=len)
+    found = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())
+    if missing:
+        raise RequestError(f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. Take the file from its "
+                           "source again, or quantize the original anew.")
+    raise RequestError(f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "
+                       "Quantize the original anew, or give the right values with Edit Metadata.")

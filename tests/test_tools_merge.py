@@ -16,7 +16,7 @@ from tool_files import assert_untouched, canonical_file, config_of, decoded, wei
 
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.format import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.format import format_of_layer, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.tools.lora import RECORD_KEY, bake  # noqa: E402
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split  # noqa: E402
@@ -230,6 +230,18 @@ def test_shards_and_one_file(tmp_path):
         join(src).apply(tmp_path / "joined.safetensors")
     assert_untouched(source, tmp_path / "joined.safetensors", header=set())
     assert_untouched(tmp_path / "joined.safetensors", source, header=set())
+
+
+def test_one_shard_alone_is_no_model(tmp_path):
+    with open_source(canonical_file(tmp_path / "a.safetensors", "bnb_nf4")) as src:
+        shards = split(src, tmp_path / "a.safetensors.index.json", 45_000)
+    with open_source(shards[0]) as src, pytest.raises(RequestError, match=f"shard 1 of {len(shards)}, a part of the model. Give the"):
+        join(src)
+
+
+def test_a_layer_that_lost_its_scale_says_which_tensor_is_missing():
+    with pytest.raises(RequestError, match=r"blocks.0: stored as float8_e4m3fn, but weight_scale is missing; found weight \[64, 32\]"):
+        format_of_layer("blocks.0", {"format": "float8_e4m3fn"}, {"weight": (64, 32)})
 
 
 def test_the_progress_of_a_split_runs_once_over_all_shards(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from .configs import header_object
 from .rewrite import Draft, Rewrite
 
 MODEL_PREFIX = "model.diffusion_model."
+_SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<of>\d+)\.safetensors$")
 
 
 def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
@@ -68,7 +70,14 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
 
 
 def join(src: Source) -> Rewrite:
-    """All shards as one file: the same tensors, in order, with the headers' entries merged."""
+    """All shards as one file: the same tensors, in order, with the headers' entries merged.
+
+    Raises RequestError: one shard of several was given.
+    """
+    alone = _SHARD.search(src.path.name) if len(src.files) == 1 else None
+    if alone is not None and int(alone["of"]) > 1:
+        raise RequestError(f"{src.path}: this is shard {int(alone['number'])} of {int(alone['of'])}, a part of the model. Give the "
+                           f"*{INDEX_SUFFIX} beside it, or the folder.")
     return Draft(src).finish()
 
 
