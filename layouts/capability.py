@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from ..quant_core.format import Format
-from ..quant_core.triton_kernels import obstacle
+from ..quant_core.triton_kernels import capability_of, numbered, obstacle
 from .kernels.activation import LONGEST_GROUP
 from .kernels.weight import Geometry, geometry_of
 
@@ -41,18 +41,14 @@ class Ability:
 
 def ability(device: torch.device) -> Ability:
     """Cached per device; logs once per device, at level INFO, where it has no kernels."""
-    index = device.index
-    if device.type == "cuda" and index is None:
-        index = torch.cuda.current_device()
-    return _ability(device.type, index)
+    return _ability(numbered(device))
 
 
 @lru_cache(maxsize=64)
-def _ability(kind: str, index: int | None) -> Ability:
-    capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
-    answer = judge(capability, obstacle(torch.device(kind) if index is None else torch.device(kind, index)), sys.platform)
+def _ability(device: torch.device) -> Ability:
+    answer = judge(capability_of(device), obstacle(device), sys.platform)
     if answer.reason:
-        logger.info("QuantPress layers dequantize on %s: %s", kind, answer.reason)
+        logger.info("QuantPress layers dequantize on %s: %s", device.type, answer.reason)
     return answer
 
 

@@ -16,16 +16,22 @@ def runs_triton(device: torch.device) -> bool:
 
 def obstacle(device: torch.device) -> str:
     """Why no kernels run on the device, as a phrase; empty where they do. Cached per device."""
-    index = device.index
-    if device.type == "cuda" and index is None:
-        index = torch.cuda.current_device()
-    return _obstacle(device.type, index)
+    return _obstacle(numbered(device))
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number: "cuda" alone is the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) where there is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @lru_cache(maxsize=64)
-def _obstacle(kind: str, index: int | None) -> str:
-    capability = torch.cuda.get_device_capability(index) if kind == "cuda" else (0, 0)
-    return judge(kind, capability, is_rocm=torch.version.hip is not None, has_triton=find_spec("triton") is not None,
+def _obstacle(device: torch.device) -> str:
+    return judge(device.type, capability_of(device), is_rocm=torch.version.hip is not None, has_triton=find_spec("triton") is not None,
                  has_compiler=_has_c_compiler())
 
 

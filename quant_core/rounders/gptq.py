@@ -30,8 +30,7 @@ class GptqOptions:
 
     group_scales: "static" chooses all scales beforehand, "updated" while the columns advance (group_scales.py).
     sweeps: coordinate descents afterwards; a third and a fourth were measured to give at most 0.2 dB more. refits: how
-    many of them start with a re-fit of the scales, where the format has fine scales for rows;
-    elsewhere it was measured to give 0.00 to 0.03 dB for a third of the time.
+    many of them start with a re-fit of the scales, where the format has fine scales for rows (refit.py says why).
     """
 
     damping: float = field(default=0.01, metadata={"low": 1e-6, "high": 10.0})
