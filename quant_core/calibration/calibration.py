@@ -12,6 +12,7 @@ from .._version import __version__
 from ..cancel import poll
 from ..checkpoint.source import Source
 from ..errors import RequestError, some_of
+from .calls import CallSample
 from .statistics import LayerStatistics, StatisticsSettings
 
 FINGERPRINT_VALUES = 32
@@ -108,7 +109,10 @@ class LayerSummary:
 
 @dataclass(slots=True)
 class Calibration:
-    """statistics: by layer, only layers that saw an input. seed, settings, weighting: how rows were chosen."""
+    """statistics: by layer, only layers that saw an input. seed, settings, weighting: how rows were chosen.
+
+    calls: model calls kept whole, for replaying. Of a file that is open they are read when they are asked for.
+    """
 
     model: ModelIdentity
     statistics: dict[str, LayerStatistics]
@@ -117,6 +121,7 @@ class Calibration:
     settings: StatisticsSettings = StatisticsSettings()
     weighting: str = "uniform"
     pack_version: str = __version__
+    calls: CallSample = field(default_factory=CallSample, compare=False)
 
     def require_captured(self) -> None:
         """RequestError when nothing was captured."""
@@ -145,6 +150,7 @@ class Calibration:
             else:
                 self.statistics[layer] = statistics
         self.runs += other.runs
+        self.calls.merge(other.calls)
 
     def table(self, channels: int = 3) -> list[LayerSummary]:
         """One summary per layer. channels: how many outlier channels to name. Raises Cancelled."""

@@ -14,10 +14,11 @@ from .storage import CalibrationReader, LayerEntry, open_calibration, write_cali
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """How many of each the new file holds."""
+    """How many of each the new file holds. calls: model calls kept whole."""
 
     layers: int
     runs: int
+    calls: int = 0
 
 
 def merge_files(paths: Sequence[str | Path], target: str | Path, overwrite: bool = False,
@@ -35,10 +36,12 @@ def merge_files(paths: Sequence[str | Path], target: str | Path, overwrite: bool
             except RequestError as err:
                 raise RequestError(f"{path} cannot be added to {paths[0]}: {err}") from err
         header = replace(first, statistics={}, runs=tuple(run for reader in readers for run in reader.header.runs))
+        for reader in readers[1:]:
+            header.calls.merge(reader.header.calls)
         entries = {layer: _entry(readers, layer) for reader in readers for layer in reader.layers}
         write_calibration(header, entries, lambda layer: _statistics(readers, layer), target, overwrite, progress,
                           [Path(path) for path in paths])
-    return Merged(len(entries), len(header.runs))
+    return Merged(len(entries), len(header.runs), len(header.calls.kept))
 
 
 def _entry(readers: Sequence[CalibrationReader], layer: str) -> LayerEntry:

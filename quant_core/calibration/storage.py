@@ -4,11 +4,14 @@ Header metadata `quantpress_calibration` holds one JSON object:
     schema (1), pack_version, seed, weighting, settings {staged_rows, histogram_rows, reservoir_rows, sketch_size},
     model {fingerprint, layers {name: [out_features, in_features]}},
     runs [{note, completed, steps {step: rows}, sigmas {step: sigma}, labels {label: rows}, loras}],
-    layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}}.
+    layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}},
+    and only where model calls were kept: calls {limit, max_bytes, offered, refused, kept [{key, tree}]}, see calls.py.
 Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch rows, H histogram bins:
     absmax f32 [K], sum f64 [K], square_sum f64 [K], weight f64 [], count i64 [], nonfinite i64 [],
     histogram i64 [H], rows bf16 [R, K], row_keys f32 [R], and by kind of Hessian
     hessian f32 [K (K + 1) / 2], the upper triangle row by row, or hessian_sketch f32 [S, K], hessian_shrinkage f64 [].
+Tensors of the calls, `__calls__.<number in kept>.<path in its tree>`, of whatever dtype they had. A pack that knows nothing of
+calls reads such a file as one without, and leaves them out when it merges it.
 """
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ from pathlib import Path
 import torch
 
 from ..cancel import poll
-from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, load_json_object
-from ..checkpoint.sink import open_sink
+from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, load_json_object
+from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError
 from ..report import Progress
 from .calibration import Calibration, ModelIdentity, RunRecord
+from .calls import CallSample, KeptCall, RecordedCall
 from .hessian import HessianKind, Placement
 from .histogram import BINS
 from .statistics import LayerStatistics, StatisticsSettings
@@ -63,16 +67,22 @@ def write_calibration(header: Calibration, entries: Mapping[str, LayerEntry], st
                       sources: Sequence[Path] = ()) -> Path:
     """The same with statistics that are fetched one layer at a time, in the order of `entries`.
 
-    header: everything but its statistics is written. sources: files being read, which the target must not be.
+    header: everything but its statistics is written; its calls are fetched one at a time too. sources: files being read,
+    which the target must not be.
     Raises OutputError, Cancelled.
     """
     specs = {layer: _specs(entry.in_features, entry.kind, header.settings) for layer, entry in entries.items()}
     outputs = [OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape)
                for layer, fields in specs.items() for field, (dtype, shape) in fields.items()]
+    calls = header.calls.kept
+    outputs += [OutputTensor(_call_tensor(number, path), code, shape)
+                for number, kept in enumerate(calls) for path, (code, shape) in kept.tensors.items()]
     sizes = {layer: sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values()) for layer, fields in specs.items()}
     metadata = {METADATA_KEY: json.dumps(_manifest(header, entries), ensure_ascii=False, allow_nan=False)}
-    started, done = time.monotonic(), 0
+    started, done = time.monotonic(), header.calls.nbytes
+    total = done + sum(sizes.values())
     with open_sink(path, outputs, metadata, overwrite=overwrite, sources=sources) as sink:
+        _write_calls(sink, calls)
         for number, (layer, fields) in enumerate(specs.items(), 1):
             poll()
             tensors = statistics(layer).tensors()
@@ -80,7 +90,7 @@ def write_calibration(header: Calibration, entries: Mapping[str, LayerEntry], st
                 sink.write(f"{layer}.{field}", tensors[field].to("cpu", dtype))
             done += sizes[layer]
             if progress is not None:
-                elapsed, total = time.monotonic() - started, sum(sizes.values())
+                elapsed = time.monotonic() - started
                 progress(Progress(layer, number, len(specs), done, total, elapsed, elapsed * (total - done) / done))
         sink.commit()
     return Path(path)
@@ -116,6 +126,18 @@ class CalibrationReader:
             ModelIdentity(layers, str(model["fingerprint"])), {}, tuple(_run(run) for run in manifest["runs"]),
             int(manifest["seed"]), StatisticsSettings(**manifest["settings"]), str(manifest["weighting"]),
             str(manifest["pack_version"]))
+        if "calls" in manifest:
+            self.header.calls = CallSample.from_json(
+                manifest["calls"], self._call_info, lambda number, path: self._source.read(_call_tensor(number, path)))
+
+    @property
+    def call_count(self) -> int:
+        """How many model calls were kept; 0 also in a file from before there were any."""
+        return len(self.header.calls.kept)
+
+    def calls(self) -> Iterator[RecordedCall]:
+        """The kept model calls, read one at a time; the first n are an even sample of all, too. Raises InputFileError."""
+        return self.header.calls.calls()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -149,6 +171,15 @@ class CalibrationReader:
         result.seen, result.labels = entry.seen, dict(entry.labels)
         return result
 
+    def _call_info(self, number: int, path: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype code, shape) of a call's tensor. Raises InputFileError."""
+        name = _call_tensor(number, path)
+        info = self._source.tensors.get(name)
+        if info is None or info.dtype not in CODE_TO_TORCH:
+            what = "is missing" if info is None else f"is {info.dtype}, which this torch cannot hold"
+            raise InputFileError(f"{self._source.path}: {name} {what}; it is part of a recorded model call. Capture again.")
+        return info.dtype, info.shape
+
 
 @contextmanager
 def open_calibration(path: str | Path) -> Iterator[CalibrationReader]:
@@ -161,6 +192,7 @@ def load_calibration(path: str | Path, device: torch.device | str = "cpu") -> Ca
     """The whole file in memory; open_calibration reads layer by layer. Raises InputFileError."""
     with open_calibration(path) as reader:
         reader.header.statistics = {layer: reader.statistics(layer, device) for layer in reader.layers}
+        reader.header.calls = reader.header.calls.in_memory()
         return reader.header
 
 
@@ -177,7 +209,20 @@ def _specs(k: int, kind: HessianKind, settings: StatisticsSettings) -> dict[str,
     return specs
 
 
+def _call_tensor(number: int, path: str) -> str:
+    """Its name in the file: none of a layer's, for no module's name begins so."""
+    return f"__calls__.{number}.{path}"
+
+
+def _write_calls(sink: Sink, calls: Sequence[KeptCall]) -> None:
+    for number, kept in enumerate(calls):
+        poll()
+        for path in kept.tensors:
+            sink.write(_call_tensor(number, path), kept.fetch(path))
+
+
 def _manifest(calibration: Calibration, entries: Mapping[str, LayerEntry]) -> dict[str, object]:
+    calls = {"calls": calibration.calls.to_json()} if calibration.calls.limit else {}
     return {
         "schema": SCHEMA, "pack_version": calibration.pack_version, "seed": calibration.seed,
         "weighting": calibration.weighting, "settings": asdict(calibration.settings),
@@ -187,6 +232,7 @@ def _manifest(calibration: Calibration, entries: Mapping[str, LayerEntry]) -> di
                   "labels": dict(run.labels), "loras": list(run.loras)} for run in calibration.runs],
         "layers": {layer: {"seen": entry.seen, "labels": dict(entry.labels), "hessian": entry.kind.value}
                    for layer, entry in entries.items()},
+        **calls,
     }
 
 
