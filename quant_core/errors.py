@@ -5,7 +5,8 @@ registered twice, a closed file used again) stay ValueError and the like: no use
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class QuantPressError(Exception):
@@ -54,3 +55,14 @@ def some_of(names: Sequence[str], separator: str = ", ", shown: int = 8) -> str:
     """The first few of a list that may be thousands long, and how many more there are: for error messages."""
     more = [f"and {len(names) - shown} more"] if len(names) > shown else []
     return separator.join([*names[:shown], *more])
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """ "1 layer", "3 layers"; with a verb, counted(n, "layer is", "layers are")."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean x?" for a name that is nearly one of the known ones, else nothing; for the middle of a message."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

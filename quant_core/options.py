@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from .errors import RequestError
+from .errors import RequestError, did_you_mean
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ def check_known(options: dict[str, Any], kinds: tuple[type, ...]) -> None:
     known = {field.name for kind in kinds for field in fields(kind)}
     strangers = [name for name in options if name not in known]
     if strangers:
-        raise RequestError(f"there is no option {strangers[0]!r}. Known options: {', '.join(sorted(known))}.")
+        raise RequestError(f"there is no option {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
+                           f"{', '.join(sorted(known))}.")
     for kind in kinds:
         read_options(kind, options)
