@@ -28,6 +28,10 @@ def summary(path: Path) -> str:
             total = sum(labels.values())
             shares = ", ".join(f"{label or 'unlabelled'} {count / total:.0%}" for label, count in labels.items())
             lines.append(f"inputs from: {shares}")
+        calls = header.calls
+        if calls.offered:
+            refused = f"; {calls.refused} could not be kept" if calls.refused else ""
+            lines.append(f"model calls kept: {len(calls.kept)} of {calls.offered}, {calls.nbytes / 1e6:.1f} MB{refused}")
         loras = list(dict.fromkeys(name for run in header.runs for name in run.loras))
         return "\n".join(lines + ([f"captured with LoRAs or other patches: {', '.join(loras)}"] if loras else []))
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from comfy import model_management
+from comfy import cli_args, model_management
 from comfy.patcher_extension import WrappersMP
 
 from ..quant_core.calibration.budget import Budget, BudgetPlan, plan_budget
 from ..quant_core.calibration.calibration import LayerSummary, fingerprint
+from ..quant_core.calibration.calls import CallSample, call_key, is_recordable
 from ..quant_core.calibration.collector import CallContext, CaptureSettings, Collector
 from ..quant_core.calibration.linear_layers import linear_layers, refuse_compiled
 from ..quant_core.calibration.storage import save_calibration
@@ -28,21 +29,26 @@ from ._progress import NodeProgress
 from ._spool import spool_folder, sweep
 
 KEY = "quantpress_capture"
-_COMPILE_KEY = "torch.compile"      # ComfyUI's key of the wrapper that puts the compiled model in at each call
+COMPILE_KEY = "torch.compile"      # ComfyUI's key of the wrapper that puts the compiled model in at each call
 _LABELS = {0: "cond", 1: "uncond"}
 _PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
+_PARAMETERS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+_PATCHES = ("patches", "patches_replace")
+_NO_DATA = frozenset({*_PATCHES, "wrappers", "callbacks", "uuids"})     # the model brings its own; uuids name conditions of a run
 
 
 class Capture:
-    """Made by `watch`. accumulate: False forgets everything once it was collected."""
+    """Made by `watch`. calls: most model calls kept whole. accumulate: False forgets everything once it was collected."""
 
-    def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> None:
+    def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> None:
         self._root = model.get_model_object("diffusion_model")
         modules = linear_layers(self._root, _checked(pattern))
         self.plan: BudgetPlan = plan_budget({name: module.in_features for name, module in modules.items()}, budget,
                                             settings.statistics)
-        self._collector = Collector(modules, self.plan, settings, _fingerprint(model, modules))
-        self._accumulate = accumulate
+        self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
+        self._calls = CallSample(calls)
+        self._run, self._call, self._sampling = 0, 0, False
+        self._seed, self._accumulate = settings.seed, accumulate
         self._lock = threading.Lock()
         self._context, self._counted = CallContext(), False
         self._collected: tuple[CalibrationHandle, list[LayerSummary]] | None = None
@@ -56,7 +62,7 @@ class Capture:
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of a whole sampling: (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)."""
         guider = executor.class_obj
-        if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILE_KEY):
+        if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
             raise compiled()
         sampled = guider.model_patcher.get_model_object("diffusion_model")      # with what other nodes put in its place
         refuse_compiled(sampled)
@@ -70,9 +76,12 @@ class Capture:
         loras = (f"{patched} patched weights",) if patched else ()
         try:
             self._context, self._counted, self._collected = CallContext(step=-1), False, None
-            with self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
+            self._run, self._call, self._sampling = self._run + 1, 0, True
+            with model_compiler_off(), \
+                    self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
                 return executor(*args, **kwargs)
         finally:
+            self._sampling = False
             self._lock.release()
 
     def prepare_sampling(self, executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,13 +96,19 @@ class Capture:
         return executor(x, timestep, *args, **kwargs)
 
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels."""
+        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels.
+
+        Of the calls inside a captured sampling some are kept whole.
+        """
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
         labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
         if not self._counted:       # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
             sigma = float(t.flatten()[0])
             self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
         self._context = replace(self._context, labels=labels)
+        if self._sampling:
+            self._calls.offer(lambda: call_arguments(executor.class_obj, x, t, args, kwargs), call_key(self._seed, self._run, self._call))
+            self._call += 1
         return executor(x, t, *args, **kwargs)
 
     # ---- afterwards --------------------------------------------------------------------------------------------
@@ -114,6 +129,7 @@ class Capture:
         if self._collected is None or not self._collected[0].path.is_file():
             calibration = self._collector.result()
             calibration.require_captured()
+            calibration.calls = self._calls
             sweep()
             rows = calibration.table()
             path = spool_folder() / f"calibration-{self._label}-{secrets.token_hex(6)}.safetensors"
@@ -121,7 +137,42 @@ class Capture:
             self._collected = CalibrationHandle(path, self._label), rows
             if not self._accumulate:
                 self._collector.reset()
+                self._calls.reset()
+                self._run = 0
         return self._collected
+
+
+def call_arguments(base: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a call of a BaseModel's apply_model was given, by name; of transformer_options only what is data.
+
+    None when a replay on the model alone would differ: this call's conditioning, or the sampling, brought weights or patches.
+    """
+    arguments = {**dict(zip(_PARAMETERS, (x, t, *args))), **kwargs}
+    options, patcher = arguments.pop("transformer_options", None) or {}, base.current_patcher
+    if patcher is None or patcher.current_hooks is not None:
+        return None
+    own = patcher.model_options.get("transformer_options", {})
+    data = {name: value for name, value in options.items() if name not in _NO_DATA and is_recordable(value)}
+    if _patch_counts(options) != _patch_counts(own) or not options.keys() <= {*data, *own, *_NO_DATA}:
+        return None
+    return {**arguments, "transformer_options": data}
+
+
+def _patch_counts(options: dict[str, Any]) -> dict[tuple[str, Any], int]:
+    return {(kind, name): len(entries) for kind in _PATCHES for name, entries in options.get(kind, {}).items()}
+
+
+@contextmanager
+def model_compiler_off() -> Iterator[None]:
+    """Newer ComfyUI replays a model's allocations, and some of its kernels without running Python: hooks could not see them."""
+    if not hasattr(cli_args.args, "disable_comfy_compiler"):        # added after 0.29
+        yield
+        return
+    before, cli_args.args.disable_comfy_compiler = cli_args.args.disable_comfy_compiler, True
+    try:
+        yield
+    finally:
+        cli_args.args.disable_comfy_compiler = before
 
 
 @contextmanager
@@ -137,15 +188,19 @@ def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
             base.memory_required = own
 
 
-def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, accumulate: bool) -> tuple[Any, Capture]:
+def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> tuple[Any, Capture]:
     """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
-    if model.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILE_KEY):
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise compiled()
-    capture, watched = Capture(model, pattern, budget, settings, accumulate), model.clone()
+    capture, watched = Capture(model, pattern, budget, settings, calls, accumulate), model.clone()
     watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
     watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
     watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, capture.predict_noise)
+    # Before those of other nodes: what they do to a call, they do to a replay as well.
+    others = watched.wrappers.pop(WrappersMP.APPLY_MODEL, {})
     watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
+    for key, wrappers in others.items():
+        watched.wrappers[WrappersMP.APPLY_MODEL].setdefault(key, []).extend(wrappers)
     return watched, capture
 
 
@@ -161,6 +216,11 @@ def compiled() -> RequestError:
                         "node while calibrating; the calibration fits the compiled model as well.")
 
 
+def is_plain_float(weight: Any) -> bool:
+    """Of an unquantized layer."""
+    return str(getattr(weight, "dtype", "")) in _PLAIN_FLOATS and type(weight).__name__ != "QuantizedTensor"
+
+
 def _checked(pattern: str) -> str | None:
     try:
         re.compile(pattern)
@@ -169,13 +229,13 @@ def _checked(pattern: str) -> str | None:
     return pattern or None
 
 
-def _fingerprint(model: Any, modules: dict[str, Any]) -> str:
+def model_fingerprint(model: Any, modules: dict[str, Any]) -> str:
     """Of the weights as loaded, before any LoRA; "" for a quantized model, whose file has other values."""
     entries = []
     for name, module in modules.items():
         backup = model.backup.get(f"diffusion_model.{name}.weight")
         weight = module.weight if backup is None else backup.weight
-        if str(getattr(weight, "dtype", "")) not in _PLAIN_FLOATS or weight.is_meta or type(weight).__name__ == "QuantizedTensor":
+        if not is_plain_float(weight) or weight.is_meta:
             return ""
         entries.append((name, tuple(weight.shape), weight.detach().reshape(-1)[:32]))
     return fingerprint(entries)

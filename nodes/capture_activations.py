@@ -12,6 +12,7 @@ from ._handles import CATEGORY, CaptureType
 from ._schema import schema
 
 ACCUMULATE, START_OVER = "accumulate", "start over"
+CALLS = 64
 
 
 class CaptureActivations(io.ComfyNode):
@@ -43,16 +44,20 @@ class CaptureActivations(io.ComfyNode):
                     "Regular expression: only layers whose name matches are recorded. Empty: all. Fewer layers take less memory.")),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
                     "Which inputs are taken. The same seeds here and in the sampler give the same calibration.")),
+                # Optional, and last, so that workflows of before it run as they are.
+                io.Int.Input("calls", default=CALLS, min=0, max=4096, optional=True, tooltip=(
+                    "How many of the model's calls are kept whole, for quantizing in order. They are chosen evenly over all runs. "
+                    "More: a little better, but slower to quantize, and more RAM and disk (2 GB at most). 0: none.")),
             ],
             outputs=[io.Model.Output("model", tooltip="For the sampler. Only what this output samples is recorded."),
                      CaptureType.Output("capture", tooltip="For Collect Calibration.")])
 
     @classmethod
     def execute(cls, model: Any, runs: str, hessians: bool, device_gb: float, ram_gb: float, rows_per_step: int, layers: str,
-                seed: int) -> io.NodeOutput:
+                seed: int, calls: int = CALLS) -> io.NodeOutput:
         budget = Budget(int(device_gb * GIB) or device_bytes(), int(ram_gb * GIB), hessians=hessians)
         settings = CaptureSettings(seed, rows_per_step)
-        return io.NodeOutput(*watch(model, layers.strip(), budget, settings, runs == ACCUMULATE))
+        return io.NodeOutput(*watch(model, layers.strip(), budget, settings, calls, runs == ACCUMULATE))
 
     @classmethod
     def fingerprint_inputs(cls, runs: str, **_: Any) -> str:

@@ -68,6 +68,11 @@ def record(arguments: Mapping[str, Any]) -> RecordedCall | None:
     return None if found is None else found.in_memory().call()
 
 
+def is_recordable(value: Any) -> bool:
+    """Whether it can be an argument of a recorded call, or a part of one. Copies nothing."""
+    return _described({"": value}, 0) is not None
+
+
 def call_key(seed: int, run: int, call: int) -> int:
     """53 random bits that depend on these three alone, so that a sample is the same on any device. Smaller ones are kept."""
     return int.from_bytes(hashlib.sha256(f"{seed}, run {run}, call {call}".encode()).digest()[:8], "big") >> 11
@@ -77,7 +82,7 @@ class CallSample:
     """The calls with the smallest keys of all that were offered: at most `limit`, of at most `max_bytes` together.
 
     kept: in order of rising key, so the first n of them are an even sample too. offered: calls seen. refused: of those that
-    were due to be kept, how many cannot be: something in them is no tree, or they are larger than the whole budget.
+    were due to be kept, how many cannot be: a replay would differ, something in them is no tree, or one is larger than the budget.
     """
 
     def __init__(self, limit: int = 0, max_bytes: int = MAX_BYTES) -> None:
@@ -101,12 +106,16 @@ class CallSample:
         """One at a time, in order of rising key."""
         return (kept.call() for kept in self.kept)
 
-    def offer(self, arguments: Mapping[str, Any], key: int) -> bool:
-        """Whether the call was kept; only then is anything copied from its device. key: see call_key."""
+    def offer(self, arguments: Callable[[], Mapping[str, Any] | None], key: int) -> bool:
+        """Whether the call was kept; only then is anything copied from its device. key: see call_key.
+
+        arguments: by name, or None when a replay would differ from this call; asked only when the key is small enough.
+        """
         self.offered += 1
         if not self.limit or key >= self._bound:
             return False
-        found = _described(arguments, key)
+        given = arguments()
+        found = None if given is None else _described(given, key)
         if found is None or found.nbytes > self.max_bytes:
             self.refused += 1
             return False

@@ -27,10 +27,10 @@ def pack(name):
     return sys.modules[pack_dir.replace(".", "_x_") + "." + name]
 
 
-def watched(model, **settings):
+def watched(model, calls=64, **settings):
     """(the watched model, its capture), as the node makes them."""
     budget, capturing = pack("quant_core.calibration.budget").Budget, pack("quant_core.calibration.collector").CaptureSettings
-    return pack("nodes._capture").watch(model, "", budget(2**28, 2**28), capturing(**settings), True)
+    return pack("nodes._capture").watch(model, "", budget(2**28, 2**28), capturing(**settings), calls, True)
 
 
 def sample(model, steps=2):
