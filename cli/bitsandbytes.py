@@ -5,16 +5,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..quant_core.errors import counted
 from . import rewriting
 from .console import print_json, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
+from .wording import named_flag
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("bitsandbytes", help="write NF4 and FP4 layers as bitsandbytes does, or read them",
                                  description="export: NF4 and FP4 layers in bitsandbytes' structure, byte for byte as it writes "
-                                             "them. import: the way back; `quantpress migrate` does the same.")
+                                             "them. import: the way back.", epilog=rewriting.EXIT_CODES)
     parser.add_argument("direction", choices=("export", "import"))
     rewriting.add_arguments(parser)
     parser.add_argument("--nested", action="store_true", help="export: quantize the scales as well (compress_statistics)")
@@ -25,13 +27,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quant_core.checkpoint.source import open_source
     from ..quant_core.tools.bitsandbytes import export_bitsandbytes
+    from ..quant_core.tools.contents import require_bitsandbytes
     from ..quant_core.tools.migrate import migrate
 
     if args.nested and args.direction == "import":
         args.parser.error("--nested is for export; import reads it from the file")
     with open_source(args.input) as src:
+        if args.direction == "import":
+            require_bitsandbytes(src)
         rewrite = migrate(src) if args.direction == "import" else export_bitsandbytes(src, nested=args.nested)
-        return rewriting.finish(rewrite, args, f"{args.direction}ing")
+        return rewriting.finish(rewrite, args, f"{args.direction}ing",
+                                nothing="its layers are stored in bitsandbytes' way already; use it as it is.")
 
 
 def _add_requantize(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +62,10 @@ def _requantize(args: argparse.Namespace) -> int:
     from ..quant_core.recipe import Recipe
     from ..quant_core.tools.requantize import requantize
 
-    recipe = Recipe(get_format(args.format, args.group_size), args.scales, args.rounding)
+    with named_flag("--format"):
+        fmt = get_format(args.format)
+    fmt = fmt.with_options(args.group_size)
+    recipe = Recipe(fmt, args.scales, args.rounding)
     with stop_on_signal() as cancel, show_progress("requantizing") as progress:
         report = requantize(args.input, args.output, recipe, device=args.device, overwrite=args.overwrite, progress=progress,
                             cancel=cancel)
@@ -67,7 +76,7 @@ def _requantize(args: argparse.Namespace) -> int:
     before = ", ".join(f"{count} {name}" for name, count in report.formats_before.items())
     print(f"{run.target}: {before} -> {len(run.quantized)} {args.format}, {size_text(run.source_bytes)} -> "
           f"{size_text(run.output_bytes)}; written and verified")
-    print(f"  added error  {run.weight_error:.5f} relative to the decoded source; {report.lossless_layers} layers lossless")
+    print(f"  added error  {run.weight_error:.5f} relative to the decoded source; {counted(report.lossless_layers, 'layer')} lossless")
     print("\n".join(_worst(run.quantized, args.worst)))
     return 0
 

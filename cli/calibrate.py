@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..quant_core.errors import RequestError, counted
 from .console import print_json
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -45,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     with stop_on_signal() as cancel, cancel_scope(cancel), open_source(args.input) as source:
         scales, method = _scales(args, source)
+        if not scales:
+            from ..quant_core.tools.contents import describe
+            raise RequestError(f"{args.input}: no layer of it can have an input scale, which FP8 per tensor and NVFP4 use; "
+                               f"{describe(source)}. Nothing was written.")
         if args.dry_run:
             _, report = plan_patch(source, scales, method)
         else:
@@ -82,4 +87,4 @@ def _scales(args: argparse.Namespace, source: Source) -> tuple[dict[str, float],
     scales, informed = simulated_scales(source, settings, args.lora)
     if args.lora is None:
         return scales, f"{settings.samples} random inputs, percentile {settings.percentile:g}"
-    return scales, f"LoRA {args.lora.name} for {informed} layers, random inputs for {len(scales) - informed}"
+    return scales, f"LoRA {args.lora.name} for {counted(informed, 'layer')}, random inputs for {len(scales) - informed}"

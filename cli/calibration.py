@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..quant_core.errors import counted
 from .console import print_json, size_text, table_lines
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -46,11 +47,11 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print_json(content)
         return 0
-    print(f"{args.file}: {len(rows)} layers captured in {len(content['runs'])} runs, {size_text(content['bytes'])}")
+    print(f"{args.file}: {counted(len(rows), 'layer')} captured in {counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}")
     for number, run in enumerate(content["runs"], 1):
         state = "" if run["completed"] else ", stopped early"
         loras = f", LoRA: {', '.join(run['loras'])}" if run["loras"] else ""
-        print(f"  run {number}: {run['steps']} steps{state}{', ' + run['note'] if run['note'] else ''}{loras}")
+        print(f"  run {number}: {counted(run['steps'], 'step')}{state}{', ' + run['note'] if run['note'] else ''}{loras}")
     ordered = rows if args.all else sorted(rows, key=lambda row: -row.absmax / max(row.rms, 1e-30))[:_SHOWN]
     cells = [(row.layer, str(row.in_features), str(row.sampled), f"{row.absmax:.4g}", f"{row.p999:.4g}", f"{row.rms:.4g}",
               row.hessian, " ".join(str(channel) for channel, _, _ in row.channels)) for row in ordered]
@@ -77,5 +78,5 @@ def _merge(args: argparse.Namespace) -> int:
         args.parser.error("two calibrations or more are needed")
     with stop_on_signal() as cancel, cancel_scope(cancel), show_progress("merging") as progress:
         merged = merge_files(args.files, args.output, args.overwrite, progress)
-    print(f"{args.output}: {len(args.files)} calibrations merged, {merged.layers} layers, {merged.runs} runs")
+    print(f"{args.output}: {len(args.files)} calibrations merged, {counted(merged.layers, 'layer')}, {counted(merged.runs, 'run')}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..quant_core.errors import counted
 from .console import duration_text, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         report = dequantize(args.input, args.output, args.dtype, overwrite=args.overwrite, progress=progress,
                             cancel=cancel)
     formats = ", ".join(f"{count} {name}" for name, count in report.layers.items())
-    print(f"{report.target}: {sum(report.layers.values())} layers decoded to {report.dtype} ({formats})")
+    print(f"{report.target}: {counted(sum(report.layers.values()), 'layer')} decoded to {report.dtype} ({formats})")
     print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)}")
     print(f"  time    {duration_text(report.seconds)}; written and verified")
     return 0

@@ -9,7 +9,8 @@ from . import rewriting
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("edit", help="change the metadata of quantized layers",
                                  description="Add keys to, or remove keys from, what a file says of its quantized layers, in the "
-                                             "comfy_quant tensors and in the header alike. Weights stay byte for byte.")
+                                             "comfy_quant tensors and in the header alike. Weights stay byte for byte.",
+                                 epilog=rewriting.EXIT_CODES)
     rewriting.add_arguments(parser)
     parser.add_argument("--add", action="append", default=[], metavar="PAIRS",
                         help="a JSON object, or pairs like \"'full_precision_matrix_mult': true\"; may be repeated")
@@ -35,4 +36,5 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("nothing to do: give --add, --remove, or --header build or drop")
     change = Edit(add, remove, args.layers, HeaderMode[args.header.upper()], args.force)
     with open_source(args.input) as src:
-        return rewriting.finish(edit(src, change), args, "editing", force=args.force)
+        return rewriting.finish(edit(src, change), args, "editing", force=args.force,
+                                nothing="the chosen layers say so already, so there is nothing to change. Use it as it is.")

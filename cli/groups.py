@@ -1,7 +1,11 @@
-"""Layers that differ only in their numbers, as one line: `blocks.{0..11}.attn.qkv`."""
+"""Layers that differ only in their numbers, as one line: `blocks.{0..11}.attn.qkv`; and sentences about such layers."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# The name of a layer or tensor that has a number of its own between dots.
+_NUMBERED = re.compile(r"(?<![\w.])\w+(?:\.\w+)*\.\d+(?:\.\w+)*")
 
 # One dotted part of a name: text, or the numbers that stand in its place.
 _Part = str | tuple[int, ...]
@@ -18,6 +22,24 @@ def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
     for position in range(longest):
         patterns = _merge(patterns, position)
     return [(".".join(map(_part_text, parts)), count) for parts, count in patterns]
+
+
+def collapse_sentences(sentences: Iterable[str]) -> list[str]:
+    """Sentences that are equal but for a layer's numbers as one: "blocks.{0..2}.fc1 (3 layers): ...", in order.
+
+    The first numbered name in a sentence counts, with all its repetitions in it.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for sentence in sentences:
+        found = _NUMBERED.search(sentence)
+        name = found[0] if found else ""
+        alike.setdefault(tuple(sentence.split(name)) if name else (sentence,), []).append(name)
+    lines = []
+    for (first, *rest), names in alike.items():
+        for pattern, count in collapse(dict.fromkeys(names)):
+            many = f"{pattern} ({count} layers)" if count > 1 else pattern
+            lines.append(first + (many + pattern.join(rest) if rest else ""))
+    return lines
 
 
 def _is_number(part: str) -> bool:

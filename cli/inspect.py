@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..quant_core.errors import InputFileError
+from ..quant_core.errors import InputFileError, counted
 from .console import print_json, size_text, table_lines
 from .groups import collapse
 
@@ -98,8 +98,8 @@ def _recipe(src: Source) -> dict[str, Any] | None:
 
 def _lines(content: dict[str, Any]) -> list[str]:
     shards = f" in {len(content['files'])} files" if len(content["files"]) > 1 else ""
-    lines = [f"{content['path']}: {size_text(content['bytes'])}, {content['tensors']} tensors{shards}, "
-             f"{content['quantized_layers']} quantized layers", ""]
+    lines = [f"{content['path']}: {size_text(content['bytes'])}, {counted(content['tensors'], 'tensor')}{shards}, "
+             f"{counted(content['quantized_layers'], 'quantized layer')}", ""]
     rows = [(group["layers"], f"{group['count']}x", str(group["shape"]), group["format"], size_text(group["bytes"]))
             for group in content["groups"]]
     lines += table_lines(rows, ("linear layers", "count", "shape", "format", "size"), right=(1, 4))

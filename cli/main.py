@@ -17,6 +17,7 @@ from . import (
     template, verify,
 )
 from .interrupt import INTERRUPTED, signals_interrupt
+from .wording import message
 
 COMMANDS = (quantize, inspect, verify, dequantize, formats, template, migrate, repair, edit, merge, bitsandbytes, calibrate,
             calibration, compat, demo)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _stop(INTERRUPTED, "interrupted")
     except QuantPressError as err:
-        return _stop(1, f"error: {err}")
+        return _stop(1, f"error: {message(err, args)}")
     except BrokenPipeError:  # `quantpress formats | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

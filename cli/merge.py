@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..quant_core.errors import counted
 from . import rewriting
 from .interrupt import stop_on_signal
 from .progress import show_progress
@@ -54,10 +55,12 @@ def _lora(args: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from ..quant_core.checkpoint.source import open_source
+    from ..quant_core.tools.contents import require_model
     from ..quant_core.tools.lora import bake
 
     with ExitStack() as stack:
         src = stack.enter_context(open_source(args.input))
+        require_model(src)
         loras = [(stack.enter_context(open_source(path)), strength) for path, strength in map(parse_lora, args.lora)]
         return rewriting.finish(bake(src, loras, skip_unmatched=args.skip_unmatched), args, "baking")
 
@@ -101,5 +104,5 @@ def _split(args: argparse.Namespace) -> int:
 
     with open_source(args.input) as src, stop_on_signal() as cancel, show_progress("splitting") as progress:
         shards = split(src, args.output, int(args.max_gb * _GB), overwrite=args.overwrite, progress=progress, cancel=cancel)
-    print(f"{args.output}: {len(shards)} shards, written and verified")
+    print(f"{args.output}: {counted(len(shards), 'shard')}, written and verified")
     return 0

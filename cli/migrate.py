@@ -10,7 +10,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("migrate", help="turn older and foreign quantized files into ComfyUI's form",
                                  description="Legacy fp8_scaled and INT8, bitsandbytes, ModelOpt and transformers exports, older "
                                              "comfy forms and files without metadata -> comfy_quant. Nothing is requantized: "
-                                             "the weights decode to the same values.")
+                                             "the weights decode to the same values.", epilog=rewriting.EXIT_CODES)
     rewriting.add_arguments(parser)
     parser.add_argument("--to", choices=("comfy_quant", "legacy"), default="comfy_quant",
                         help="legacy: fp8_scaled, for loaders that know only that (default: %(default)s)")
@@ -27,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quant_core.checkpoint.source import open_source
     from ..quant_core.tools.canonicalize import InputScale
+    from ..quant_core.tools.contents import nothing_to_migrate
     from ..quant_core.tools.migrate import MigrateOptions, migrate
     from ..quant_core.tools.to_legacy import to_legacy
 
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> int:
         else:
             rewrite = migrate(src, MigrateOptions(args.hp_filter, args.full_precision_mm, InputScale(args.input_scale),
                                                   args.header))
-        return rewriting.finish(rewrite, args, "migrating")
+        return rewriting.finish(rewrite, args, "migrating", nothing=nothing_to_migrate(src))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..quant_core.errors import counted
 from ..quant_core.plan import LayerPlan, Plan
 from ..quant_core.recipe import Recipe
 from .console import size_text, table_lines
@@ -59,11 +60,11 @@ def plan_lines(plan: Plan, source: Path, target: Path, recipe: Recipe) -> list[s
     lines = [f"{source} -> {target} (dry run, nothing is written)", settings, ""]
     for title, chosen in (("quantized", [g for g in groups if g.format]), ("kept", [g for g in groups if not g.format])):
         if chosen:
-            lines += [f"{title}: {sum(g.count for g in chosen)} layers, {size_text(sum(g.bytes_in for g in chosen))} -> "
+            lines += [f"{title}: {counted(sum(g.count for g in chosen), 'layer')}, {size_text(sum(g.bytes_in for g in chosen))} -> "
                       f"{size_text(sum(g.bytes_out for g in chosen))}"]
             lines += table_lines([_cells(group) for group in chosen], right=(1, 4), indent="  ")
             lines.append("")
-    lines += [f"copied byte for byte: {len(plan.copied)} tensors, kept layers included",
+    lines += [f"copied byte for byte: {counted(len(plan.copied), 'tensor')}, kept layers included",
               f"total: {size_text(plan.source_bytes)} -> {size_text(plan.output_bytes)} "
               f"({plan.output_bytes / plan.source_bytes:.0%})",
               f"peak memory: about {size_text(plan.peak_bytes)}"]

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..quant_core.errors import counted
 from . import calibration_options, recipe_options
 from .console import duration_text, print_json, size_text
 from .interrupt import stop_on_signal
 from .progress import show_progress
+from .wording import named_flag
 
 if TYPE_CHECKING:
     from ..quant_core.plan import Plan
@@ -77,9 +79,12 @@ def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
     from ..quant_core.recipe import Recipe
 
     scales, rounding = calibration_options.methods(args)
-    recipe = Recipe(get_format(args.format, args.group_size, args.rotation), scales, rounding, args.seed,
-                    calibration_options.residual(args))
-    fallback = Recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
+    with named_flag("--format"):
+        fmt = get_format(args.format)
+    fmt = fmt.with_options(args.group_size, args.rotation)
+    recipe = Recipe(fmt, scales, rounding, args.seed, calibration_options.residual(args))
+    with named_flag("--fallback"):
+        fallback = Recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
     return recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
 
 
@@ -135,15 +140,19 @@ def _check_report(args: argparse.Namespace) -> None:
 
 
 def _print_report(report: RunReport) -> None:
+    from ..quant_core.report import against_nearest
+
     for warning in report.warnings:
         print(f"quantpress: warning: {warning}", file=sys.stderr)
     layers = report.quantized
     share = report.output_bytes / report.source_bytes
-    print(f"{report.target}: {len(layers)} layers quantized to {report.recipe['format']}, "
+    print(f"{report.target}: {counted(len(layers), 'layer')} quantized to {report.recipe['format']}, "
           f"{len(report.layers) - len(layers)} kept")
     print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
           f"{report.bits_per_weight:.2f} bits per quantized weight")
     print(f"  error   {report.weight_error:.4f} relative, over all quantized weights")
+    for line in against_nearest(layer.to_json() for layer in layers):
+        print(f"          {line}")
     if any(layer.rows for layer in layers):
         print(f"  data    {_used(layers)}")
     print(f"  time    {duration_text(report.seconds)} on {report.device}, "
@@ -157,7 +166,7 @@ def _used(layers: Sequence[LayerReport]) -> str:
     fell_back = sum(layer.judgement is not None and layer.judgement.fell_back for layer in layers)
     parts += [f"{fell_back} fell back to round-to-nearest"] if fell_back else []
     biases = [layer.bias_corrected for layer in layers if layer.bias_corrected is not None]
-    parts += [f"{sum(biases)} of {len(biases)} biases corrected"] if biases else []
+    parts += [f"{sum(biases)} of {counted(len(biases), 'bias', 'biases')} corrected"] if biases else []
     scales = sum(layer.input_scale is not None for layer in layers)
-    parts += [f"{scales} input scales"] if scales else []
+    parts += [counted(scales, "input scale")] if scales else []
     return ", ".join(parts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..quant_core.errors import RequestError
+from .wording import named_flag
 
 if TYPE_CHECKING:
     from ..quant_core.policy.general import Policy, Rule
@@ -76,7 +77,8 @@ def parse_rule(text: str, base: Recipe) -> Rule:
     if unknown or (size and not size.isdigit()):
         raise RequestError(f"--rule {text!r}: {unknown[0] if unknown else size!r} is not understood. Write FORMAT, FORMAT:GROUP, "
                            f"and {NEAREST} or {FULL_PRECISION} behind commas.")
-    recipe = replace(base, format=format_for(name, None, int(size) if size else None))
+    with named_flag(f"--rule {text!r}"):
+        recipe = replace(base, format=format_for(name, None, int(size) if size else None))
     if NEAREST in flags:
         recipe = replace(recipe, scales="absmax", rounding="nearest")
     return Rule(pattern, recipe, {"full_precision_matrix_mult": True} if FULL_PRECISION in flags else {})

@@ -18,17 +18,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..quant_core.checkpoint.source import open_source
-    from ..quant_core.errors import OutputError
+    from ..quant_core.errors import OutputError, RequestError, counted
     from ..quant_core.policy.layer_config import template
+    from ..quant_core.tools.contents import require_model
 
     with open_source(args.input) as src:
+        require_model(src)
         layers = {name.removesuffix(".weight"): info.shape for name, info in src.tensors.items()
                   if name.endswith(".weight") and len(info.shape) == 2}
+        if not layers:
+            raise RequestError(f"{args.input}: it has no linear weight, so there is nothing to fill in. Give a diffusion model or a "
+                               "text encoder.")
         text = template(layers)
     try:
         with open(args.output, "w" if args.overwrite else "x", encoding="utf-8") as file:
             file.write(text)
+    except FileExistsError as err:
+        raise OutputError(f"{args.output}: the target exists. Choose another name, or replace it with --overwrite.") from err
     except OSError as err:
-        raise OutputError(f"{args.output}: the file cannot be written: {err.strerror}. Choose another name, or --overwrite.") from err
-    print(f"{args.output}: {len(layers)} layers. Fill in every `format`, or set \"skip\": true.")
+        raise OutputError(f"{args.output}: the file cannot be written: {err.strerror}. Correct the path, or choose another folder.") from err
+    print(f"{args.output}: {counted(len(layers), 'layer')}. Fill in every `format`, or set \"skip\": true.")
     return 0

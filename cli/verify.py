@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..quant_core.errors import counted
 from .console import print_json, table_lines
+from .groups import collapse_sentences
 from .interrupt import stop_on_signal
 from .progress import show_progress
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..quant_core.verify import LayerCheck, VerifyReport
 
 _WORST_SHOWN = 5
+_FINDINGS_SHOWN = 30
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -29,8 +32,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..quant_core.cancel import cancel_scope
+    from ..quant_core.checkpoint.source import open_source
+    from ..quant_core.tools.contents import require_model
     from ..quant_core.verify import verify_file
 
+    if args.against is not None:
+        with open_source(args.against) as source:
+            require_model(source)
     with stop_on_signal() as cancel, cancel_scope(cancel), show_progress("verifying") as progress:
         report = verify_file(args.file, args.against, progress=progress)
     if args.json:
@@ -38,17 +46,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_report(report)
     if report.errors:
-        print(f"quantpress: error: {args.file}: {len(report.errors)} errors found", file=sys.stderr)
+        print(f"quantpress: error: {args.file}: {counted(len(report.errors), 'error')} found", file=sys.stderr)
         return 1
     return 0
 
 
 def _print_report(report: VerifyReport) -> None:
-    for finding in report.findings:
-        print(f"{finding.severity}: {finding.message} [{finding.code}]")
+    texts = collapse_sentences(f"{finding.severity}: {finding.message} [{finding.code}]" for finding in report.findings)
+    for text in texts[:_FINDINGS_SHOWN]:
+        print(text)
+    if len(texts) > _FINDINGS_SHOWN:
+        print(f"and {len(texts) - _FINDINGS_SHOWN} more lines like these (--json lists every finding)")
     verdict = "not ok" if report.errors else "ok"
-    print(f"{report.path}: {verdict}, {len(report.layers)} quantized layers, {len(report.errors)} errors, "
-          f"{len(report.findings) - len(report.errors)} warnings")
+    print(f"{report.path}: {verdict}, {counted(len(report.layers), 'quantized layer')}, {counted(len(report.errors), 'error')}, "
+          f"{counted(len(report.findings) - len(report.errors), 'warning')}")
+    if not report.layers:
+        print("  nothing in it is described as quantized, so there was nothing to check but that the file can be read")
     formats = list(dict.fromkeys(layer.format for layer in report.layers))
     rows = [_format_cells(name, [layer for layer in report.layers if layer.format == name]) for name in formats]
     if rows:

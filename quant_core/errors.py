@@ -64,5 +64,5 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " Did you mean x?" for a name that is nearly one of the known ones, else nothing; for the middle of a message."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return f" Did you mean {near[0]}?" if near else ""

@@ -16,7 +16,7 @@ from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, Tenso
 from .checkpoint.layers import StoredLayer, config_tensor_name, stored_layers
 from .checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from .checkpoint.source import Source
-from .errors import InputFileError, PlanError, some_of
+from .errors import InputFileError, PlanError, counted, some_of
 from .format import Format
 from .policy.general import Policy
 from .recipe import Recipe
@@ -190,12 +190,13 @@ def _misfit(fmt: Format, shape: tuple[int, int], fixed_shape: bool) -> str | Non
 
 def _nothing_to_do(src: Source, layers: tuple[LayerPlan, ...], recipe: Recipe) -> str:
     if not layers:
-        return f"{src.path}: there is no linear weight (2-D float `.weight`) to quantize. Check that this is the model's file."
+        return (f"{src.path}: there is no linear weight (2-D float `.weight`) among its {counted(len(src.tensors), 'tensor')}, which are called "
+                f"like {next(iter(src.tensors), '')!r}. Give a diffusion model or a text encoder; a VAE has only convolutions.")
     reasons: dict[str, int] = {}
     for layer in layers:
         reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     why = "; ".join(f"{count}x {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:4])
-    return (f"{src.path}: none of the {len(layers)} linear layers would be quantized to {recipe.format.name}: {why}. "
+    return (f"{src.path}: none of the {counted(len(layers), 'linear layer')} would be quantized to {recipe.format.name}: {why}. "
             "Choose another format or group size, or name the layers in only.")
 
 
@@ -226,12 +227,12 @@ def _warnings(layers: tuple[LayerPlan, ...], calibration: OpenCalibration | None
     if calibration is not None:
         unseen = [layer.layer for layer in layers if layer.recipe is not None and not calibration.has(layer.layer)]
         if unseen:
-            warnings.append(f"{len(unseen)} layers have no data in the calibration and are quantized without: "
+            warnings.append(f"{counted(len(unseen), 'layer has', 'layers have')} no data in the calibration, and go without: "
                             f"{some_of(unseen, shown=3)}.")
     again = [layer for layer in layers if layer.recipe is not None and layer.stored is not None]
     if again:
         kinds = ", ".join(sorted({layer.source for layer in again}))
-        warnings.append(f"{len(again)} layers are quantized already ({kinds}): each is decoded with its own scales first. "
+        warnings.append(f"{counted(len(again), 'layer is', 'layers are')} quantized already ({kinds}): each is decoded with its own scales first. "
                         "Quantizing from the 16-bit model loses less.")
         if any("input_scale" in layer.stored.names for layer in again if layer.stored):
             warnings.append("Their input_scale belonged to the old format and is dropped; calibrate again.")

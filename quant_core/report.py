@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from .layer import Judgement
@@ -48,6 +49,30 @@ class LayerReport:
         extras = {"bias_corrected": self.bias_corrected, "input_scale": self.input_scale, "residual_error": self.residual_error}
         row |= {key: value for key, value in extras.items() if value is not None}
         return row | ({"notes": list(self.notes)} if self.notes else {})
+
+
+# What Judgement.objective measures, for people. "projected" is the learned rounding's own: the weight's error along the
+# directions in which the weight itself is largest, for want of inputs.
+_MEASURED = {"output": "output error", "weighted": "output error by the inputs' mean squares", "weight": "weight error",
+             "projected": "weight error along the weight's main directions"}
+
+
+def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """How the layers' errors compare with rounding to nearest, a sentence per kind of error; () where none was compared.
+
+    rows: of LayerReport.to_json().
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for row in rows:
+        error, nearest = row.get("error"), row.get("nearest_error")
+        if error is not None and nearest:
+            shares.setdefault(row["objective"], {})[row["layer"]] = error / nearest
+    lines = []
+    for objective, found in shares.items():
+        worst = max(found, key=found.__getitem__)
+        lines.append(f"{_MEASURED.get(objective, objective)} against rounding to nearest: median {median(found.values()):.2f}x, worst "
+                     f"{found[worst]:.2f}x ({worst})")
+    return tuple(lines)
 
 
 @dataclass(frozen=True, slots=True)

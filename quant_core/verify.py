@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from .cancel import poll
-from .checkpoint.header import CODE_TO_TORCH
+from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
 from .checkpoint.layers import LEGACY_MARKER, LEGACY_NAMES, QUANT_SUFFIXES, stored_layers
 from .checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config, layer_configs
 from .checkpoint.source import Source, open_source
-from .errors import InputFileError, RequestError, VerificationError
+from .errors import InputFileError, RequestError, VerificationError, counted
 from .format import format_of_layer
 from .metrics import relative_error, snr_db
 from .plan import RECIPE_KEY
@@ -66,7 +66,7 @@ class VerifyReport:
         """VerificationError that lists every error."""
         if self.errors:
             listed = "\n".join(f"  - {f.message}" for f in self.errors[:20])
-            raise VerificationError(f"{self.path}: {len(self.errors)} errors:\n{listed}")
+            raise VerificationError(f"{self.path}: {counted(len(self.errors), 'error')}:\n{listed}")
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "ok": not self.errors, "findings": [f.to_json() for f in self.findings],
@@ -168,7 +168,7 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
             problem("tensor-missing", f"{layer}.{spec.suffix} is missing; {fmt.on_disk} needs it.")
         elif CODE_TO_TORCH.get(info.dtype) != spec.dtype or info.shape != spec.shape:
             problem("tensor-shape", f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
-                    f"{list(shape)} weight needs {spec.dtype} {list(spec.shape)}.")
+                    f"{list(shape)} weight needs {TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}.")
     _check_scales(src, layer, names, fmt.signed_scales, findings)
     bias = src.tensors.get(f"{layer}.bias")
     if bias is not None and bias.shape != (shape[0],):

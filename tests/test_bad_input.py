@@ -167,7 +167,7 @@ REQUESTS = {
     "keep that matches nothing": (["--format", "int8_rowwise", "--keep", "atn"], ["atn", "none of the 4", "blocks."]),
     "only that matches nothing": (["--format", "int8_rowwise", "--only", "atn"], ["atn", "none of the 4"]),
     "two regexes wrong": (["--format", "int8_rowwise", "--keep", "(", "--only", "zz"], ["2 problems", "zz"]),
-    "everything kept": (["--format", "int8_rowwise", "--keep", "."], ["none of the 4", "in only"]),
+    "everything kept": (["--format", "int8_rowwise", "--keep", "."], ["none of the 4", "--only"]),
 }
 
 

@@ -62,7 +62,7 @@ def test_from_a_calibration_the_true_absmax(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source, said", [
-    (["--simulate"], "64 random inputs, percentile 99.9"), (["--lora", "lora.safetensors"], "lora.safetensors for 1 layers, random inputs for 1"),
+    (["--simulate"], "64 random inputs, percentile 99.9"), (["--lora", "lora.safetensors"], "lora.safetensors for 1 layer, random inputs for 1"),
     (["--input-scales", "scales.json"], "file scales.json"), (["--weight-scales"], "the weight scales")])
 def test_the_other_sources_cover_both_layers(files, tmp_path, capsys, source, said):
     out = tmp_path / "out.safetensors"
@@ -86,7 +86,7 @@ def test_the_other_sources_cover_both_layers(files, tmp_path, capsys, source, sa
 def test_a_model_without_a_use_for_it_and_another_models_calibration_are_refused(files, tmp_path, capsys):
     convert(files / "model.safetensors", tmp_path / "int8.safetensors", Recipe(get_format("int8_rowwise")), device="cpu")
     assert main(["calibrate", str(tmp_path / "int8.safetensors"), str(tmp_path / "o.safetensors"), "--simulate"]) == 1
-    assert "nothing to patch" in capsys.readouterr().err
+    assert "no layer of it can have an input scale" in capsys.readouterr().err
     wide = capture(tmp_path / "wide.safetensors", 1, width=96)
     assert main(["calibrate", str(files / "fp8.safetensors"), str(tmp_path / "o.safetensors"), "--from", str(wide)]) == 1
     assert "belongs to another model" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_inspect_and_merge(files, tmp_path, capsys):
     assert shown["layers"][0]["absmax"] == max(float(s.absmax.max()) for s in singles)
     assert main(["calibration", "inspect", str(both)]) == 0
     text = capsys.readouterr().out
-    assert "run 2: 1 steps, seed 2" in text and "blocks.0.fc2" in text
+    assert "run 2: 1 step, seed 2" in text and "blocks.0.fc2" in text
     assert main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")]) == 1
     with pytest.raises(SystemExit):
         main(["calibration", "merge", str(tmp_path / "x.safetensors"), str(both)])

@@ -42,7 +42,7 @@ def test_every_format_comes_back_as_it_decodes(fmt, model, tmp_path, capsys):
         assert torch.equal(written.pop(f"{LAYER}.weight"), expected.to(dtype))
         assert written.keys() == source.keys() - {f"{LAYER}.weight"}
         assert all(torch.equal(written[key], source[key]) for key in written)
-    assert f"1 layers decoded to fp32 (1 {fmt})" in capsys.readouterr().out
+    assert f"1 layer decoded to fp32 (1 {fmt})" in capsys.readouterr().out
 
 
 def test_the_header_says_what_was_decoded_and_no_longer_that_it_is_quantized(model, tmp_path):

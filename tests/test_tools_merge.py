@@ -116,7 +116,7 @@ def test_convolutions_are_baked(tmp_path):
 
 
 @pytest.mark.parametrize(("extra", "message"), [
-    ({"lora_unet_nowhere.lora_down.weight": (RANK, 8), "lora_unet_nowhere.lora_up.weight": (8, RANK)}, "1 layers are not in"),
+    ({"lora_unet_nowhere.lora_down.weight": (RANK, 8), "lora_unet_nowhere.lora_up.weight": (8, RANK)}, "1 layer is not in"),
     ({f"diffusion_model.{PROJ}.dora_scale": (HIDDEN, 1)}, "more than a LoRA"),
     ({"lora_unet_conv.hada_w1_a": (4, 4)}, "LoHa"), ({"lora_unet_conv.lokr_w1": (4, 4)}, "LoKr"),
     ({"lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3)}, "no up factor"),

@@ -1,9 +1,15 @@
-"""Files of other quantizers, told apart by their tensors' names: what they are, and why they are not converted."""
+"""Files that are no model this pack can work with: what they are, and what to do. Told apart by names, nothing is read."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from .source import Source
+from .source import INDEX_SUFFIX, Source
+
+CALIBRATION_KEY = "quantpress_calibration"
+_ADAPTER = re.compile(r"\.(lora[._]|hada_|lokr_|oft_|alpha$|dora_scale$|diff$|diff_b$)")
+_FACTORS = re.compile(r"\.(lora[._]|hada_|lokr_|oft_)")
+_SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<of>\d+)\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,17 @@ FAMILIES = (
 )
 
 
+def is_lora(src: Source) -> bool:
+    """Whether all its tensors are factors of a LoRA or of its kin."""
+    return any(map(_FACTORS.search, src.tensors)) and all(map(_ADAPTER.search, src.tensors))
+
+
+def part_of(src: Source) -> tuple[int, int] | None:
+    """(number, of how many) for one shard of several that was given alone."""
+    alone = _SHARD.search(src.path.name) if len(src.files) == 1 else None
+    return None if alone is None or int(alone["of"]) < 2 else (int(alone["number"]), int(alone["of"]))
+
+
 def recognise(src: Source) -> Family | None:
     """The foreign family the file belongs to; None for plain files, and for all that this pack reads."""
     for family in FAMILIES:
@@ -52,6 +69,15 @@ def recognise(src: Source) -> Family | None:
 
 
 def refusal(src: Source) -> str | None:
-    """A sentence that names the family and says what to do; None when this pack can work with the file."""
+    """Sentences that say what the file is and what to do; None when this pack can work with it."""
+    if CALIBRATION_KEY in src.metadata:
+        return (f"{src.path}: this file is a calibration: it holds what flows into a model's layers, and no weights. Give the model "
+                "here, and this file as its calibration.")
+    if is_lora(src):
+        return (f"{src.path}: this file is a LoRA: it changes a model's weights and holds none of its own. Give the model here; "
+                "`quantpress merge lora`, or the node Bake LoRA, puts the LoRA into it.")
+    if (part := part_of(src)) is not None:
+        return (f"{src.path}: this is shard {part[0]} of {part[1]}, a part of the model. Give the *{INDEX_SUFFIX} beside it, or the "
+                "folder.")
     family = recognise(src)
     return None if family is None or family.plain else f"{src.path}: this file is {family.name}: {family.sentence}"

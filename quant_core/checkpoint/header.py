@@ -109,10 +109,10 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return total_bits // 8
 
 
-def load_json_object(data: bytes, what: str) -> dict[str, object]:
+def load_json_object(data: bytes, what: str, remedy: str = "The file is damaged: download it again.") -> dict[str, object]:
     """Strict JSON: UTF-8, one object, no key twice at any depth, no NaN or Infinity, no lone surrogates.
 
-    what: names the text in errors ("model.safetensors: the header"). Raises InputFileError.
+    what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is no JSON. Raises InputFileError.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -135,9 +135,9 @@ def load_json_object(data: bytes, what: str) -> dict[str, object]:
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError as err:
-        raise InputFileError(f"{what} is not UTF-8 text ({err}). The file is damaged: download it again.") from err
+        raise InputFileError(f"{what} is not UTF-8 text ({err}). {remedy}") from err
     except (ValueError, RecursionError) as err:  # RecursionError: "[[[[...", a million deep
-        raise InputFileError(f"{what} is not JSON ({err}). The file is damaged: download it again.") from err
+        raise InputFileError(f"{what} is not JSON ({err}). {remedy}") from err
     if not isinstance(value, dict):
         raise InputFileError(f"{what} is a JSON {type(value).__name__}; an object is needed. Give another file.")
     return value

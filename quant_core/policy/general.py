@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import PlanError
+from ..errors import PlanError, counted
 from ..recipe import Recipe
 
 # Longest first: `model.diffusion_model.` must go before `model.`.
@@ -80,7 +80,7 @@ class Policy:
                     continue
                 if not matches:
                     example = f" Layers are called like {layers[len(layers) // 2]!r}." if layers else ""
-                    problems.append(f"{option} {pattern!r} matches none of the {len(layers)} linear layers.{example}")
+                    problems.append(f"{option} {pattern!r} matches none of the {counted(len(layers), 'linear layer')}.{example}")
         if problems:
             raise PlanError(problems)
 

@@ -70,7 +70,7 @@ def parse_layer_config(raw: bytes, where: str, base: Recipe) -> LayerConfig:
 
     Raises InputFileError (no JSON), PlanError (every bad entry, by its pattern).
     """
-    content = load_json_object(raw, where)
+    content = load_json_object(raw, where, "Correct it there; `quantpress template` writes a file to begin with.")
     problems: list[str] = []
     found: dict[str, Rule] = {}
     for pattern, settings in content.items():

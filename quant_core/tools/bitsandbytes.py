@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.bnb_state import STATE_PREFIX
 from ..checkpoint.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source
-from ..errors import PlanError, RequestError, some_of
+from ..errors import PlanError, RequestError, counted, some_of
 from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
@@ -36,7 +36,7 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     other = [f"{layer} ({entry.format.name})" for layer, entry in stored.items()
              if not getattr(entry.format, "quant_type", "")]
     if other:
-        raise PlanError([f"{len(other)} layers are in formats that bitsandbytes has not: {some_of(other)}. Requantize them to "
+        raise PlanError([f"{counted(len(other), 'layer is in a format', 'layers are in formats')} that bitsandbytes has not: {some_of(other)}. Requantize them to "
                          "bnb_nf4 or bnb_fp4 first."])
     draft = Draft(src)
     outside = {layer: entry for layer, entry in stored.items() if entry.kind != "bitsandbytes"}
@@ -46,7 +46,7 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     write_configs(draft, dict.fromkeys(outside), HeaderMode.DROP)
     foreign = [layer for layer, entry in stored.items() if entry.format.quant_type not in _LIBRARY_TYPES]
     if foreign:
-        draft.notes.append(f"{len(foreign)} layers are AF4: this pack reads them, bitsandbytes itself has no such codebook.")
+        draft.notes.append(f"{counted(len(foreign), 'layer is', 'layers are')} AF4: this pack reads them, bitsandbytes itself has no such codebook.")
     return draft.finish()
 
 

@@ -14,7 +14,7 @@ from ..checkpoint.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, lay
 from ..checkpoint.legacy import CODED, is_modelopt
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config
 from ..checkpoint.source import Source
-from ..errors import InputFileError, RequestError
+from ..errors import InputFileError, RequestError, counted
 from ..format import get_format
 from ..verify import Finding, check_file
 from .configs import header_object
@@ -52,7 +52,7 @@ def diagnose(src: Source, assume: str | None = None) -> Diagnosis:
     moved = moved_layers(src)
     if moved:
         old, new = next(iter(moved.items()))
-        found.note("tensor-prefix", "", f"the scales or descriptions of {len(moved)} layers are called {old!r} and so on, their "
+        found.note("tensor-prefix", "", f"the scales or descriptions of {counted(len(moved), 'layer')} are called {old!r} and so on, their "
                    f"weights {new!r}. The former are renamed.")
     tensors = _tensor_configs(src, moved, found)
     coded = _undescribed(src, {**header, **tensors})
@@ -86,8 +86,8 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
         return {}
     configs = {layer: config for layer, config in layers.items() if isinstance(config, dict)}
     if len(configs) < len(layers):
-        found.note("header-json", "", f"{len(layers) - len(configs)} of {len(layers)} entries of {HEADER_KEY} are no objects "
-                   "and are left out.")
+        found.note("header-json", "", f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are no objects and are left "
+                   "out.")
     missing = [layer for layer in configs if f"{layer}.weight" not in src.tensors]
     if not missing:
         return configs
@@ -263,7 +263,7 @@ def _header_state(src: Source, header: Mapping[str, Config], found: Diagnosis) -
     if absent and HEADER_KEY not in src.metadata:
         found.note("header-missing", "", f"the header has no {HEADER_KEY}; it is written.", "warning")
     elif absent:
-        found.note("header-incomplete", "", f"{HEADER_KEY} lacks {len(absent)} layers, such as {absent[0]}; they are added.")
+        found.note("header-incomplete", "", f"{HEADER_KEY} lacks {counted(len(absent), 'layer')}, such as {absent[0]}; what is missing is added.")
     for layer in found.layers:
         if layer in header and layer + CONFIG_SUFFIX not in src.tensors:
             found.note("config-tensor-missing", layer, f"{layer} is described in the header only; its tensor is written.",
@@ -295,5 +295,5 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
         found.note("diffusers-names", "", problem, "warning", fixed=False)
     legacy = [name for name in src.tensors if name.endswith(".scale_weight")]
     if legacy:
-        found.note("legacy", "", f"{len(legacy)} layers are of the legacy form. `quantpress migrate` converts them.", "warning",
+        found.note("legacy", "", f"{counted(len(legacy), 'layer is', 'layers are')} of the legacy form. `quantpress migrate` converts them.", "warning",
                    fixed=False)

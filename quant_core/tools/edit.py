@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint.header import load_json_object
 from ..checkpoint.metadata import Config, encode_config, layer_configs
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, RequestError
+from ..errors import InputFileError, PlanError, RequestError, counted
 from ..verify import Finding, check_layer
 from .configs import HeaderMode, write_configs
 from .migrate import compile_pattern
@@ -48,7 +48,7 @@ def edit(src: Source, change: Edit) -> Rewrite:
         matches = compile_pattern("--layers", change.layers)
         chosen = [layer for layer in configs if matches.search(layer)]
         if not chosen:
-            raise RequestError(f"--layers {change.layers!r} finds none of the {len(configs)} quantized layers, such as "
+            raise RequestError(f"--layers {change.layers!r} finds none of the {counted(len(configs), 'quantized layer')}, such as "
                                f"{next(iter(configs))!r}. Correct the pattern.")
     edited = {layer: _edited(configs[layer], change) for layer in chosen}
     if not change.force:

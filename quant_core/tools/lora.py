@@ -16,7 +16,7 @@ from ..calibration.lora_keys import Factor, LoraKey, parse_lora_key
 from ..checkpoint.header import CODE_TO_TORCH
 from ..checkpoint.layers import stored_layers
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, some_of
+from ..errors import InputFileError, PlanError, counted, some_of
 from .rewrite import Draft, Rewrite
 
 RECORD_KEY = "quantpress_loras"
@@ -75,7 +75,7 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
         info = src.tensors[name]
         draft.make(name, info.dtype, info.shape, lambda name=name, changes=changes: _merged(src, name, changes), of=(name,))
     draft.metadata[RECORD_KEY] = _record(src, loras)
-    draft.notes.append(f"{len(deltas)} weights changed")
+    draft.notes.append(f"{counted(len(deltas), 'weight')} changed")
     return draft.finish()
 
 
@@ -96,7 +96,10 @@ def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip:
     """(layer, change) of one LoRA; problems and notes are added to."""
     factors, other = _factors(lora)
     where = lora.path.name
-    if other:
+    if not factors:
+        problems.append(f"{where}: this is no LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
+                        f"called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA.")
+    elif other:
         problems.append(f"{where}: {some_of(sorted(other))}: only plain LoRAs can be baked. Bake it with the tool it was made for.")
     found, unknown, text = [], [], 0
     for base, parts in factors.items():
@@ -118,10 +121,10 @@ def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip:
         else:
             found.append((layer, Delta(lora, base, delta.down, delta.up, delta.alpha, rows, strength)))
     if text:
-        notes.append(f"{where}: {text} layers of a text encoder are left out.")
+        notes.append(f"{where}: {counted(text, 'layer of a text encoder is', 'layers of a text encoder are')} left out.")
     if unknown:
-        sentence = f"{where}: {len(unknown)} layers are not in {src.path.name}: {some_of(unknown, shown=4)}."
-        (notes if skip else problems).append(sentence + (" They are left out." if skip else
+        sentence = f"{where}: {counted(len(unknown), 'layer is', 'layers are')} not in {src.path.name}: {some_of(unknown, shown=4)}."
+        (notes if skip else problems).append(sentence + (" Left out." if skip else
                                                          " Give a LoRA of this model, or allow that unmatched layers are skipped."))
     return found
 

@@ -3,23 +3,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..checkpoint.families import part_of, refusal
 from ..checkpoint.layers import QUANT_SUFFIXES
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
-from ..errors import OutputError, PlanError, RequestError, some_of
+from ..errors import OutputError, PlanError, RequestError, counted, some_of
 from ..report import Progress
 from .configs import header_object
 from .rewrite import Draft, Rewrite
 
 MODEL_PREFIX = "model.diffusion_model."
-_SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<of>\d+)\.safetensors$")
 
 
 def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
@@ -50,7 +49,8 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
                            "Give the prefix of its diffusion model.")
     strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
     there = {name.removeprefix(strip) for name in model.tensors}
-    problems = [f"{len(names)} tensors are only in {where.path.name}: {some_of(sorted(names))}. Are these the same model?"
+    problems = [f"{counted(len(names), 'tensor is', 'tensors are')} only in {where.path.name}: {some_of(sorted(names))}. Are "
+                "these the same model? Force it, if they are meant to differ."
                 for names, where in ((_weights(here) - _weights(there), checkpoint), (_weights(there) - _weights(here), model))
                 if names]
     if problems and not force:
@@ -72,12 +72,12 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
 def join(src: Source) -> Rewrite:
     """All shards as one file: the same tensors, in order, with the headers' entries merged.
 
-    Raises RequestError: one shard of several was given.
+    Raises RequestError: one file was given, a shard of several or a whole model.
     """
-    alone = _SHARD.search(src.path.name) if len(src.files) == 1 else None
-    if alone is not None and int(alone["of"]) > 1:
-        raise RequestError(f"{src.path}: this is shard {int(alone['number'])} of {int(alone['of'])}, a part of the model. Give the "
-                           f"*{INDEX_SUFFIX} beside it, or the folder.")
+    if part_of(src) is not None:
+        raise RequestError(str(refusal(src)))
+    if src.path.suffix != ".json":
+        raise RequestError(f"{src.path}: this is one file already; there is nothing to join. Use it as it is.")
     return Draft(src).finish()
 
 
@@ -146,7 +146,7 @@ def _groups(src: Source, max_bytes: int) -> list[list[str]]:
     for layer, names in layers.items():
         size = sum(src.tensors[name].nbytes for name in names)
         if size > max_bytes:
-            raise RequestError(f"{layer} alone takes {size} bytes, more than {max_bytes} for a shard. Allow larger shards.")
+            raise RequestError(f"{layer} alone takes {size} bytes, more than the {max_bytes} allowed for a shard. Allow larger shards.")
         if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0

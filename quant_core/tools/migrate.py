@@ -13,7 +13,7 @@ from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
 from ..checkpoint.legacy import CODED, is_marker
 from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, RequestError, some_of
+from ..errors import InputFileError, PlanError, RequestError, counted, some_of
 from .canonicalize import InputScale, canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
@@ -54,7 +54,7 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     write_configs(draft, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
     drop_dummies(draft, stored)
     kinds = Counter(f"{entry.kind} {entry.format.name}" for entry in stored.values() if entry.kind != "comfy_quant")
-    draft.notes += [f"{count} layers: {kind} -> comfy_quant" for kind, count in kinds.items()]
+    draft.notes += [f"{counted(count, 'layer')}: {kind} -> comfy_quant" for kind, count in kinds.items()]
     foreign_names = diffusers_warning(src.tensors) if stored else None
     draft.notes += [foreign_names] if foreign_names else []
     return draft.finish()
@@ -103,5 +103,5 @@ def drop_dummies(draft: Draft, stored: Mapping[str, StoredLayer]) -> None:
                 odd.append(name)
             draft.drop(name)
     if odd:
-        draft.notes.append(f"{len(odd)} scales beside weights in high precision are not 1 and were left out, as such weights "
+        draft.notes.append(f"{counted(len(odd), 'scale')} beside weights in high precision: not 1, and left out, as such weights "
                            f"are whole: {some_of(odd)}.")

@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.families import refusal
 from ..checkpoint.layers import StoredLayer
 from ..checkpoint.metadata import HEADER_KEY, Config
 from ..checkpoint.source import Source
-from ..errors import RequestError, some_of
+from ..errors import RequestError, counted, some_of
+from ..format import get_format
 from ..packing import swizzle_scales
 from ..verify import Finding
 from .canonicalize import canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
-from .diagnose import diagnose
+from .diagnose import MODELOPT, diagnose
 from .rewrite import Draft, Rewrite
 
 
@@ -39,7 +41,11 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
     scales of NVFP4 and MXFP8 are in row order, even where their shape does not show it.
     Raises RequestError (no such format; unswizzled without such layers), InputFileError.
     """
+    if assume is not None and assume != MODELOPT:
+        get_format(assume)                   # a name that no layer needs is wrong all the same
     found = diagnose(src, assume)
+    if not found.layers and (foreign := refusal(src)):
+        found.note("foreign", "", foreign, fixed=False)
     draft = Draft(src)
     configs: dict[str, Config] = {}
     for layer, stored in found.layers.items():
@@ -63,7 +69,7 @@ def _as_described(stored: StoredLayer) -> StoredLayer:
 
 def _note_unsettled(draft: Draft, unsettled: Mapping[str, Config]) -> None:
     if unsettled:
-        draft.notes.append(f"{len(unsettled)} layers are left as they are: {some_of(list(unsettled))}.")
+        draft.notes.append(f"{counted(len(unsettled), 'layer is left as it is', 'layers are left as they are')}: {some_of(list(unsettled))}.")
 
 
 def _swizzle(draft: Draft, layers: list[StoredLayer], findings: list[Finding]) -> None:

@@ -20,7 +20,7 @@ from ..cancel import cancel_scope, poll
 from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, tensor_bytes
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
-from ..errors import RequestError, VerificationError, some_of
+from ..errors import RequestError, VerificationError, counted, some_of
 from ..report import Progress
 from ..verify import check_file
 
@@ -239,7 +239,7 @@ class Rewrite:
         new = _errors(part) - known
         if new:
             messages = [f.message for f in check_file(part).errors if f.code in new]
-            raise VerificationError(f"the result would have {sum(new.values())} errors that the source has not: "
+            raise VerificationError(f"the result would have {counted(sum(new.values()), 'error')} that the source has not: "
                                     f"{some_of(messages, ' ', 4)} Nothing was written; force writes it all the same.")
 
 

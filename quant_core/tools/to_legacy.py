@@ -5,7 +5,7 @@ import torch
 
 from ..checkpoint.layers import LEGACY_MARKER, StoredLayer, stored_layers
 from ..checkpoint.source import Source
-from ..errors import PlanError, RequestError, some_of
+from ..errors import PlanError, RequestError, counted, some_of
 from ..policy.general import strip_prefix
 from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
@@ -42,11 +42,11 @@ def _check(stored: dict[str, StoredLayer]) -> bool:
     problems = []
     other = [f"{layer} ({entry.format.name})" for layer, entry in stored.items() if entry.format.name != "float8_e4m3fn"]
     if other:
-        problems.append(f"{len(other)} layers have no legacy form, which is FP8 E4M3 with one scale per weight: {some_of(other)}. "
+        problems.append(f"{counted(len(other), 'layer has', 'layers have')} no legacy form, which is FP8 E4M3 with one scale per weight: {some_of(other)}. "
                         "Requantize them to float8_e4m3fn first.")
     flags = [bool(entry.config.get("full_precision_matrix_mult")) for entry in stored.values()]
     if len(set(flags)) > 1:
-        problems.append(f"{sum(flags)} of {len(flags)} layers have full_precision_matrix_mult; the legacy form knows only all "
+        problems.append(f"{sum(flags)} of {counted(len(flags), 'layer')} have full_precision_matrix_mult; the legacy form knows only all "
                         "or none. Set it everywhere or remove it first: `quantpress edit`.")
     if problems:
         raise PlanError(problems)
