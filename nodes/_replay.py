@@ -68,18 +68,28 @@ def loaded(model: Any, extra_bytes: int) -> Iterator[tuple[nn.Module, torch.devi
             model.model.current_patcher = None
             yield model.model.diffusion_model, device
         finally:
+            _forget_calls(model)
             model.cleanup()
 
 
 def replay(model: Any, call: RecordedCall, device: torch.device) -> None:
     """Run the call inside `loaded`, under torch.inference_mode, which each thread has for itself. The result is thrown away.
 
-    Layers see, bit for bit, the inputs of the recorded call, if model, device and ComfyUI are the same.
+    Layers see, bit for bit, the inputs of the recorded call, if model, device and ComfyUI are the same. Of a model that reuses
+    what an earlier call worked out (HiDream-O1) they see the whole input again.
     """
     arguments = _moved(call.arguments, device)
     options = {**_own_options(model), **arguments.pop("transformer_options", {})}
+    _forget_calls(model)
     with model_management.cuda_device_context(device):      # a new thread begins on the first device
         model.model.apply_model(**arguments, transformer_options=options)
+
+
+def _forget_calls(model: Any) -> None:
+    """HiDream-O1 keeps a prompt's keys and values for later calls; those of layers under quantization must not get there."""
+    forget = getattr(model.model.diffusion_model, "clear_kv_cache", None)
+    if forget is not None:
+        forget()
 
 
 def _own_options(model: Any) -> dict[str, Any]:

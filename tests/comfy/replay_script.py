@@ -304,6 +304,18 @@ def check_loading_leaves_the_room_that_is_asked_for_and_ends_like_a_sampling():
     sample(model)       # the model can be sampled as before
 
 
+def check_what_a_model_keeps_from_call_to_call_is_forgotten():
+    model, cleared = load(), []
+    observed, capture = watched(model)
+    sample(observed, steps=1)
+    model.model.diffusion_model.clear_kv_cache = lambda: cleared.append(1)
+    with pack("nodes._replay").loaded(model, 0) as (_, device):
+        for _ in range(2):
+            pack("nodes._replay").replay(model, next(capture._calls.calls()), device)
+        assert len(cleared) == 2
+    assert len(cleared) == 3
+
+
 def check_the_compiler_of_newer_versions_is_off_while_hooks_must_see_every_call():
     args, seen = comfy.cli_args.args, []
     assert not hasattr(args, "disable_comfy_compiler")
