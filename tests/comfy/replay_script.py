@@ -121,7 +121,7 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
         assert f"model calls kept: {len(by_call)} of {len(by_call)}, " in text and "could not" not in text, text
         place = {key(run, call): at for at, (run, call) in enumerate([(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])}
         assert len(by_call) == 5 and calls.keys() == place.keys()
-        replay = pack("nodes._replay")
+        replay, context = pack("nodes._replay"), capture._context
         for given in (model, observed):     # the capture's own output does as well: it adds nothing to the record
             replay.replayable(given)
             with replay.loaded(given, 10**6) as (root, device):
@@ -129,7 +129,7 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
                 for number, call in calls.items():
                     assert_same(by_call[place[number]], replayed_inputs(given, call, device))
             assert model.model.current_patcher is None
-        assert capture._calls.offered == 5 and calls[key(1, 0)].arguments["transformer_options"]["cond_or_uncond"] == [1, 0]
+        assert capture._context is context and capture._calls.offered == 5 and calls[key(1, 0)].arguments["transformer_options"]["cond_or_uncond"] == [1, 0]
 
 
 def check_a_replay_takes_part_in_what_other_nodes_do_with_calls_once():
