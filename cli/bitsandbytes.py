@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..quant_core.errors import counted
+from ..quant_core.errors import RequestError, counted
 from . import rewriting
 from .console import print_json, size_text
 from .interrupt import stop_on_signal
@@ -27,14 +27,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..quant_core.checkpoint.source import open_source
     from ..quant_core.tools.bitsandbytes import export_bitsandbytes
-    from ..quant_core.tools.contents import require_bitsandbytes
+    from ..quant_core.tools.contents import holds_bitsandbytes, nothing_to_import
     from ..quant_core.tools.migrate import migrate
 
     if args.nested and args.direction == "import":
         args.parser.error("--nested is for export; import reads it from the file")
     with open_source(args.input) as src:
-        if args.direction == "import":
-            require_bitsandbytes(src)
+        if args.direction == "import" and not holds_bitsandbytes(src):
+            raise RequestError(f"{args.input}: {nothing_to_import(src)} Nothing was written.")
         rewrite = migrate(src) if args.direction == "import" else export_bitsandbytes(src, nested=args.nested)
         return rewriting.finish(rewrite, args, f"{args.direction}ing",
                                 nothing="its layers are stored in bitsandbytes' way already; use it as it is.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..quant_core.calibration.budget import BudgetPlan
 from ..quant_core.calibration.calibration import LayerSummary
 from ..quant_core.calibration.storage import open_calibration
+from ..quant_core.errors import counted
 
 _WORST = 8
 
@@ -20,7 +21,7 @@ def summary(path: Path) -> str:
         labels: Counter[str] = Counter()
         for run in header.runs:
             labels.update(run.labels)
-        lines = [f"{len(reader.layers)} of {len(header.model.layers)} layers seen, runs: {len(header.runs)}, "
+        lines = [f"{len(reader.layers)} of {counted(len(header.model.layers), 'layer')} seen, runs: {len(header.runs)}, "
                  f"steps: {sum(len(run.steps) for run in header.runs)}" + (f" (stopped early: {early})" if early else ""),
                  "Hessians: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
                  + f"; {path.stat().st_size / 1e6:.1f} MB"]
@@ -44,5 +45,5 @@ def table(path: Path, rows: Sequence[LayerSummary], plan: BudgetPlan) -> str:
         channels = ", ".join(str(channel) for channel, _, _ in row.channels)
         lines.append(f"  {row.layer}: {row.absmax / max(row.rms, 1e-30):.1f} ({row.absmax:.3g} / {row.rms:.3g}); {channels}")
     broken = [row for row in rows if row.nonfinite]
-    lines += [f"warning: {row.layer}: {row.nonfinite} inputs held NaN or Inf and were left out" for row in broken[:5]]
+    lines += [f"warning: {row.layer}: {counted(row.nonfinite, 'input')} held NaN or Inf and were left out" for row in broken[:5]]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from ..quant_core.calibration.scale_sources import captured_saturation, captured
 from ..quant_core.calibration.synthesise import SimulationSettings
 from ..quant_core.checkpoint.layers import stored_layers
 from ..quant_core.checkpoint.source import Source
-from ..quant_core.errors import RequestError, some_of
+from ..quant_core.errors import RequestError, counted, some_of
 from ._folders import CALIBRATIONS, LORAS, SOURCE_FOLDERS, list_models, resolve_model, stamp
 from ._handles import CalibrationHandle, spool_of
 from ._progress import NodeProgress
@@ -110,7 +110,7 @@ def _scales(src: Source, settings: ScaleSettings, progress: NodeProgress) -> tup
     random = f"{settings.simulation.samples} random inputs, percentile {settings.simulation.percentile:g}"
     if settings.method == SIMULATED:
         return scales, random
-    return scales, f"LoRA {settings.lora.name} for {informed} layers, {random} for {len(scales) - informed}"
+    return scales, f"LoRA {settings.lora.name} for {counted(informed, 'layer')}, {random} for {len(scales) - informed}"
 
 
 def _table(method: str, scales: Mapping[str, float], before: Mapping[str, float], report: PatchReport,
@@ -120,7 +120,7 @@ def _table(method: str, scales: Mapping[str, float], before: Mapping[str, float]
         why = [f"{name} ({reason})" for name, reason in report.skipped.items()]
         lines.append(f"skipped {len(why)}: {some_of(why, shown=3)}")
     lines += [f"warning: {text}" for text in saturated[:_WARNED]]
-    lines += [f"warning: {len(saturated) - _WARNED} more layers saturate"] if len(saturated) > _WARNED else []
+    lines += [f"warning: {counted(len(saturated) - _WARNED, 'more layer saturates', 'more layers saturate')}"] if len(saturated) > _WARNED else []
     lines += [f"note: {note}" for note in report.notes[:3]]
     rows = sorted(scales.items(), key=lambda item: -item[1])
     lines += [f"  {layer}: {f'{before[layer]:.4g} -> ' if layer in before else ''}{value:.4g}" for layer, value in rows[:_SHOWN]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from comfy import model_management
 
 from ..quant_core.checkpoint.source import INDEX_SUFFIX, open_source
-from ..quant_core.errors import Cancelled, OutputError, RequestError
+from ..quant_core.errors import Cancelled, OutputError, RequestError, counted
 from ..quant_core.tools.merge import extract, insert, join, split
 from ._detection import detect
 from ._exchange import combined, prefix_of
@@ -27,7 +27,7 @@ def extract_model(source: SourceHandle, prefix: str, progress: NodeProgress) -> 
     spool, report = combined(source.label, EXTRACT, {"prefix": found}, [path], progress, lambda files: extract(files[0], found))
     with open_source(path) as src:
         rest = len(src.tensors) - report["tensors"]
-    text = (f"{detect(spool).model or 'unknown model'}: {report['tensors']} tensors under {found!r}, {report['bytes'] / 1e9:.3f} GB; "
+    text = (f"{detect(spool).model or 'unknown model'}: {counted(report['tensors'], 'tensor')} under {found!r}, {report['bytes'] / 1e9:.3f} GB; "
             f"{rest} others left out")
     return SourceHandle(spool, source.label, EXTRACT), text
 
@@ -70,7 +70,7 @@ def write_shards(model: QuantizedHandle | SourceHandle, target: Path, max_gb: fl
     except RequestError as err:
         raise RequestError(f"{err} (max_gb)") from err
     sizes = [path.stat().st_size for path in shards]
-    return index, f"{len(shards)} shards of at most {max(sizes) / 1e9:.3f} GB, {sum(sizes) / 1e9:.3f} GB together"
+    return index, f"{counted(len(shards), 'shard')} of at most {max(sizes) / 1e9:.3f} GB, {sum(sizes) / 1e9:.3f} GB together"
 
 
 def _is_shard(name: str, stem: str) -> bool:

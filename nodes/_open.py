@@ -7,7 +7,7 @@ from pathlib import Path
 from ..quant_core.checkpoint.families import refusal
 from ..quant_core.checkpoint.layers import stored_layers
 from ..quant_core.checkpoint.source import INDEX_SUFFIX, open_source
-from ..quant_core.errors import InputFileError
+from ..quant_core.errors import InputFileError, counted
 from ..quant_core.tools.rewrite import Draft
 from ..quant_core.verify import check_file
 from ._detection import detect
@@ -45,7 +45,7 @@ def describe(path: Path, name: str) -> str:
         except InputFileError as err:
             kinds, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
         foreign = refusal(source)
-        lines = [f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {len(source.tensors)} tensors"]
+        lines = [f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}"]
     lines += [f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form") for (kind, fmt), count in kinds.most_common()]
     older = sum(count for (kind, _), count in kinds.items() if kind != "comfy_quant")
     if foreign:
@@ -53,7 +53,7 @@ def describe(path: Path, name: str) -> str:
     elif older:
         lines.append("Migrate Legacy File turns older and foreign forms into ComfyUI's own.")
     elif problems:
-        lines.append(f"{len(problems)} kinds of problems. Repair lists all, and puts right what has an exact answer:")
+        lines.append(f"{counted(len(problems), 'kind')} of problems. Repair lists all, and puts right what has an exact answer:")
         lines += [f"  {message}" for message in list(problems.values())[:_SHOWN]]
     elif not kinds:
         lines.append("Nothing in it is quantized. Load Model to Quantize takes such files.")

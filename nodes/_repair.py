@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quant_core.checkpoint.source import Source, open_source
-from ..quant_core.errors import RequestError
+from ..quant_core.errors import RequestError, counted
 from ..quant_core.tools.against import find_layout
 from ..quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 from ..quant_core.tools.repair import repair
@@ -73,7 +73,12 @@ def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -
         groups.setdefault((finding.severity, finding.code, finding not in unfixed), []).append(finding)
     if not groups:
         return ["no problems found"]
-    stay = f", {len(unfixed)} without an exact answer" if unfixed else ""
-    return [f"{len(findings)} problems: {len(findings) - len(unfixed)} {word}{stay}",
-            *(f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
-              for (severity, code, fixed), group in groups.items())]
+    lines = [f"{counted(len(findings), 'problem')}: {len(findings) - len(unfixed)} {word}"
+             + (f", {len(unfixed)} without an exact answer, which stay as they are" if unfixed else "")]
+    lines += [f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
+              for (severity, code, fixed), group in groups.items()]
+    errors = sum(finding.severity == "error" for finding in unfixed)
+    if errors:
+        lines.append(f"warning: {counted(errors, 'error remains', 'errors remain')}, so the model may not load, or make noise; each line "
+                     "marked NOT repaired says what to do")
+    return lines

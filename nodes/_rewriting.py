@@ -15,6 +15,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..quant_core.cancel import cancel_scope
 from ..quant_core.checkpoint.source import Source, open_source
+from ..quant_core.errors import counted
 from ..quant_core.report import Progress
 from ..quant_core.tools.rewrite import Change, Rewrite
 from ._folders import stamp
@@ -108,9 +109,9 @@ def change_lines(rewrite: Rewrite, changes: Sequence[Change], written: bool) -> 
     head = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     size = f"written and checked, {rewrite.nbytes / 1e9:.3f} GB" if written else "would change"
     rows = Counter((change.kind, _label(change)) for change in changes)
-    lines = [f"{size}: {head}; {stay} tensors stay byte for byte"]
+    lines = [f"{size}: {head}; {counted(stay, 'tensor stays', 'tensors stay')} byte for byte"]
     lines += [f"  {kind} {count} x {label}" for (kind, label), count in list(rows.items())[:_SHOWN]]
-    lines += [f"  and {len(rows) - _SHOWN} more rows"] if len(rows) > _SHOWN else []
+    lines += [f"  and {counted(len(rows) - _SHOWN, 'more row')}"] if len(rows) > _SHOWN else []
     return lines + _notes(rewrite)
 
 

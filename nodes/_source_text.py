@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..quant_core.checkpoint.layers import stored_layers
 from ..quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ..quant_core.errors import counted
 from ._detection import Detection
 
 
@@ -23,7 +24,7 @@ def describe_source(path: Path, detection: Detection) -> str:
         quantized = Counter(layer.format.name for layer in stored_layers(source).values())
         shards = f" in {len(source.files)} shards" if len(source.files) > 1 else ""
         lines = [f"{path.name}{shards}", f"architecture: {detection.model or 'not known to this ComfyUI'}",
-                 f"size: {source.nbytes / 1e9:.3f} GB, {len(source.tensors)} tensors, {matrices} matrices",
+                 f"size: {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}, {counted(matrices, 'matrix', 'matrices')}",
                  "dtypes: " + ", ".join(f"{name} {size / max(1, source.nbytes):.0%}" for name, size in dtypes.most_common(4))]
     if quantized:
         lines.append("already quantized: " + ", ".join(f"{count} x {name}" for name, count in quantized.items())

@@ -6,7 +6,7 @@ from collections import Counter
 from ..checkpoint.families import refusal
 from ..checkpoint.layers import stored_layers
 from ..checkpoint.source import Source
-from ..errors import InputFileError, RequestError, counted
+from ..errors import InputFileError, counted
 from ..plan import linear_layers
 
 OWN_FORM = "comfy_quant"
@@ -42,15 +42,17 @@ def nothing_to_migrate(src: Source) -> str:
     return f"{what}. There is nothing to migrate: use it as it is."
 
 
-def require_bitsandbytes(src: Source) -> None:
-    """RequestError when no layer is stored in bitsandbytes' way, so that there is nothing to import."""
+def holds_bitsandbytes(src: Source) -> bool:
+    """Whether a layer is stored in bitsandbytes' way. InputFileError for what is no model at all."""
     kinds = {entry.kind for entry in stored_layers(src).values()}
-    if "bitsandbytes" in kinds:
-        return
     if not kinds:
         require_model(src)
-    foreign = kinds - {OWN_FORM}
-    instead = ("`quantpress migrate`, or the node Migrate Legacy File, converts such a file." if foreign else
+    return "bitsandbytes" in kinds
+
+
+def nothing_to_import(src: Source) -> str:
+    """What a file is that has no layer in bitsandbytes' structure, and what to do instead: sentences without the path."""
+    kinds = {entry.kind for entry in stored_layers(src).values()}
+    instead = ("`quantpress migrate`, or the node Migrate Legacy File, converts such a file." if kinds - {OWN_FORM} else
                "Use it as it is." if kinds else "Quantize it, or use it as it is.")
-    raise RequestError(f"{src.path}: no layer of it is stored in bitsandbytes' way, so there is nothing to import: {describe(src)}. "
-                       f"{instead}")
+    return f"no layer of it is stored in bitsandbytes' way, so there is nothing to import: {describe(src)}. {instead}"

@@ -187,6 +187,9 @@ def test_a_plain_file_and_a_legacy_one_say_which_node_takes_them(server, files):
     outputs = server.run(graph)
     assert "Load Model to Quantize takes such files" in outputs[plain]["text"][0]
     assert "trained_sd3.safetensors: SD3" in outputs[inspected]["text"][0]
+    rows = [line for line in outputs[inspected]["text"][0].splitlines() if line.startswith(" ")]
+    assert any("joint_blo~.N.context_b~.adaLN_modu~.N" in row for row in rows)
+    assert max(map(len, rows)) <= 60 and "biases, norms and numbers" in rows[-1]      # as wide as the node
     assert "warning legacy, NOT repaired: 16 layers" in outputs[legacy]["text"][0]
 
 
@@ -197,6 +200,7 @@ def test_a_sound_file_goes_through_the_tools_unchanged_and_nothing_is_written(se
     graph.save(migrated, "tools/sound-copy")
     outputs = server.run(graph)
     assert "no problems found" in outputs[repaired]["text"][0] and "nothing to change" in outputs[migrated]["text"][0]
+    assert "16 quantized layers are in ComfyUI's own form (float8_e4m3fn). There is nothing to migrate" in outputs[migrated]["text"][0]
     assert set(spools(server)) <= set(before)
     copy = path_of(server, "tools/sound-copy")
     assert digest(copy) == digest(path_of(server, "sound")) and copy.stat().st_nlink == 1      # no second name of the user's file
@@ -309,7 +313,7 @@ def test_input_scales_from_every_source_leave_the_weights_alone(server, files):
     assert list(written["file"].values()) == pytest.approx([0.001] * 16)
     assert written["weight scales"] == {layer: sound[f"{layer}.weight_scale"].item() for layer in files}
     differ = {layer for layer in files if written["LoRA"][layer] != written["simulated"][layer]}
-    assert differ == {"joint_blocks.0.x_block.attn.qkv"} and "LoRA directions.safetensors for 1 layers" in outputs[shown["LoRA"]]["text"][0]
+    assert differ == {"joint_blocks.0.x_block.attn.qkv"} and "LoRA directions.safetensors for 1 layer, " in outputs[shown["LoRA"]]["text"][0]
     graph = Tools()      # another quantized model as the file
     graph.save(graph.scales(graph.open("sound"), "file", file="diffusion_models/tools/scales-simulated.safetensors"), "tools/scales-copied")
     server.run(graph)

@@ -5,7 +5,6 @@ import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const PREFIX = "QuantPress";
-const TABLE = "QuantPressInspect";
 const WIDGET = "report";
 const PROGRESS = "$$node-text-preview"; // where the frontend shows progress text
 
@@ -28,11 +27,10 @@ function show(node, text) {
   if (progress) node.removeWidget(progress); // the report replaces it; the next run brings it back
   const widget = reportWidget(node);
   widget.value = text;
-  // The width stays the user's: prose wraps, and the table of Inspect scrolls.
+  // The width stays the user's: what is longer wraps.
   const room = Math.max(20, (node.size[0] - 30) / 6);
-  const wraps = node.comfyClass !== TABLE;
-  if (widget.inputEl) widget.inputEl.style.whiteSpace = wraps ? "pre-wrap" : "pre";
-  const lines = text.split("\n").reduce((sum, line) => sum + (wraps ? Math.ceil((line.length + 1) / room) : 1), 0);
+  if (widget.inputEl) widget.inputEl.style.whiteSpace = "pre-wrap";
+  const lines = text.split("\n").reduce((sum, line) => sum + Math.ceil((line.length + 1) / room), 0);
   const height = node.computeSize()[1] + Math.min(240, 14 * lines);
   if (height > node.size[1]) node.setSize([node.size[0], height]);
   app.graph.setDirtyCanvas(true, true);
