@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from ..quant_core.errors import counted
+from ..quant_core.report import against_nearest
 from ._progress import duration
 
 _WORST = 3
@@ -18,12 +20,10 @@ def _calibrated(rows: list[Mapping[str, Any]]) -> list[str]:
         return []
     methods = Counter(f"{row['scales']} + {row['rounding']}" for row in known)
     parts = [f"{count} x {method}" for method, count in methods.most_common()]
-    judged = [(row["error"] / row["nearest_error"]) for row in known if row.get("error") is not None and row.get("nearest_error")]
-    if judged:
-        parts.append(f"output error on the captured inputs {median(judged):.2f} of round-to-nearest's (median)")
     fell_back = sum(row.get("fell_back", False) for row in known)
     parts += [f"{fell_back} fell back to round-to-nearest"] if fell_back else []
-    parts += [f"{sum(row['bias_corrected'] for row in known if 'bias_corrected' in row)} biases corrected"]
+    biases = sum(row["bias_corrected"] for row in known if "bias_corrected" in row)
+    parts += [counted(biases, "bias corrected", "biases corrected")]
     return ["with the calibration: " + ", ".join(parts)]
 
 
@@ -33,7 +33,7 @@ def _residual(rows: list[Mapping[str, Any]]) -> list[str]:
     shares = [left / error for left, error in errors if left is not None and error]
     if not shares:
         return []
-    return [f"residual LoRA: {len(shares)} layers, with it {median(shares):.2f} of their error is left (median); "
+    return [f"residual LoRA: {counted(len(shares), 'layer')}, with it {median(shares):.2f} of their error is left (median); "
             "Save Quantized Model writes it into models/loras"]
 
 
@@ -41,7 +41,7 @@ def requantized(report: Mapping[str, Any]) -> str:
     """What requantizing did; its errors are against the decoded source."""
     before = ", ".join(f"{count} x {name}" for name, count in report["formats_before"].items())
     exact = sum(row.get("weight_error") == 0 for row in report["layers"] if row["format"])
-    lossless = [f"{exact} layers lost nothing"] if exact else []
+    lossless = [f"{counted(exact, 'layer')} lost nothing"] if exact else []
     return "\n".join([f"was: {before}", *lossless, summary(report).replace("weight error: ", "added error against the decoded source: ", 1)])
 
 
@@ -61,6 +61,6 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"weight error: {report['weight_error']:.2%} overall; worst layers:")
         worst = sorted(rows, key=lambda row: -(row.get("weight_error") or 0))[:_WORST]
         lines += [f"  {row['layer']}: {row.get('weight_error') or 0:.2%}" for row in worst]
-    lines += _calibrated(rows) + _residual(rows)
+    lines += list(against_nearest(rows)) + _calibrated(rows) + _residual(rows)
     lines += [f"note: {note}" for note in dict.fromkeys(note for row in rows for note in row.get("notes", ()))][:5]
     return "\n".join(lines + [f"warning: {text}" for text in report["warnings"]])
