@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cancel import poll
-from .errors import RequestError
+from .errors import RequestError, did_you_mean
 from .format_parts import ColumnGrid, Element, Runtime, TensorSpec
 from .metrics import relative_error
 from .scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
@@ -335,7 +335,7 @@ def get_format(name: str, group_size: int | None = None, rotation: int | None = 
     """RequestError that lists the names when there is none such."""
     known = {fmt.name: fmt for fmt in all_formats()}
     if name not in known:
-        raise RequestError(f"there is no format {name!r}. Known formats: {', '.join(known)}.")
+        raise RequestError(f"there is no format {name!r}.{did_you_mean(name, known)} Known formats: {', '.join(known)}.")
     return known[name].with_options(group_size, rotation)
 
 
