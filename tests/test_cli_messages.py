@@ -182,6 +182,17 @@ def test_repair_says_what_was_put_right_and_what_remains(damaged, tmp_path, caps
     assert f"{target} was written, and 2 errors remain" in err
 
 
+def test_a_fault_behind_a_description_that_nobody_could_read_is_told(damaged, tmp_path, capsys):
+    tensors = load_file(damaged)
+    tensors["blocks.0.attn.qkv.weight_scale"][1] = -1.0
+    save_file(tensors, damaged)
+    target = tmp_path / "repaired.safetensors"
+    assert main(["repair", str(damaged), str(target)]) == 1
+    out, err = capsys.readouterr()
+    assert "blocks.0.attn.qkv.weight_scale: 0 of 512 values are NaN or Inf and 1 are negative" in out.split("remaining: 3 problems")[1]
+    assert f"{target} was written, and 3 errors remain" in err
+
+
 def test_a_preview_of_a_repair_promises_and_writes_nothing(damaged, tmp_path, capsys):
     assert main(["repair", str(damaged)]) == 1
     out, err = capsys.readouterr()

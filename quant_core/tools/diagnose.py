@@ -21,6 +21,7 @@ from .configs import header_object
 from .prefixes import moved_layers, prefix_changes
 
 MODELOPT = "modelopt"
+BEYOND_REPAIR = ("scale-value", "bias-shape")
 
 
 @dataclass(slots=True)
@@ -289,7 +290,7 @@ def _orphans(src: Source, settled: set[str], found: Diagnosis) -> None:
 def _the_rest(src: Source, found: Diagnosis) -> None:
     """What the loader's rules find besides, and nobody can repair; legacy forms, which migrate converts."""
     for finding in check_file(src.path).findings:
-        if finding.code in ("scale-value", "bias-shape"):
+        if finding.code in BEYOND_REPAIR:
             found.note(finding.code, finding.layer, finding.message, finding.severity, fixed=False)
     if found.layers and (problem := diffusers_warning(src.tensors)):
         found.note("diffusers-names", "", problem, "warning", fixed=False)

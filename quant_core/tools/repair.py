@@ -14,10 +14,10 @@ from ..checkpoint.source import Source
 from ..errors import RequestError, counted, some_of
 from ..format import get_format
 from ..packing import swizzle_scales
-from ..verify import Finding
+from ..verify import Finding, check_layer
 from .canonicalize import canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
-from .diagnose import MODELOPT, diagnose
+from .diagnose import BEYOND_REPAIR, MODELOPT, Diagnosis, diagnose
 from .rewrite import Draft, Rewrite
 
 
@@ -59,7 +59,20 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
         draft.metadata.pop(HEADER_KEY)
     write_configs(draft, configs, HeaderMode.BUILD if configs else HeaderMode.KEEP, found.unsettled)
     _note_unsettled(draft, found.unsettled)
-    return Repair(tuple(found.findings), tuple(found.unfixed), draft.finish())
+    told = _hidden(src, found, configs)
+    return Repair(tuple(found.findings), tuple(found.unfixed), replace(draft.finish(), told=told))
+
+
+def _hidden(src: Source, found: Diagnosis, configs: Mapping[str, Config]) -> tuple[str, ...]:
+    """Note what nobody can repair in layers whose own description could not be read: a check of the file does not look there."""
+    known = {(finding.code, finding.layer) for finding in found.findings}
+    seen: list[Finding] = []
+    for layer, config in configs.items():
+        check_layer(src, layer, config, seen)
+    hidden = [finding for finding in seen if finding.code in BEYOND_REPAIR and (finding.code, finding.layer) not in known]
+    for finding in hidden:
+        found.note(finding.code, finding.layer, finding.message, finding.severity, fixed=False)
+    return tuple(finding.code for finding in hidden)
 
 
 def _as_described(stored: StoredLayer) -> StoredLayer:

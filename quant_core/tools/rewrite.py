@@ -155,6 +155,7 @@ class Draft:
 @dataclass(frozen=True, slots=True)
 class Rewrite:
     """outputs: every tensor of the new file, in order. metadata: its header entries. notes: sentences for the user.
+    told: codes of errors that the new file has and the user was told of, though a check of the sources does not see them.
 
     The sources must stay open until it was applied.
     """
@@ -163,6 +164,7 @@ class Rewrite:
     outputs: Mapping[str, Copy | Made]
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
     def entries(self) -> list[OutputTensor]:
         return [OutputTensor(name, content.dtype, content.shape) for name, content in self.outputs.items()]
@@ -208,7 +210,7 @@ class Rewrite:
         Verified: every copied tensor byte for byte, and that no error of `check_file` is new; force leaves out the
         latter. Raises QuantPressError.
         """
-        known = Counter() if force else sum((_errors(src.path) for src in self.sources), Counter())
+        known = Counter() if force else sum((_errors(src.path) for src in self.sources), Counter(self.told))
         files = [file for src in self.sources for file in src.files]
         with cancel_scope(cancel), open_sink(target, self.entries(), self.metadata, overwrite=overwrite,
                                              sources=files) as sink:
