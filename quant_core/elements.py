@@ -48,24 +48,30 @@ class FloatElement:
     def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The grid neighbours lo <= clamp(x) <= hi, float32; equal where x lies on the grid."""
         x = x.clamp(-self.max, self.max)
-        near = self.decode(x.to(self.dtype))
-        below = torch.where(near > x, _float_step(near, self.dtype, -1), near)
-        above = torch.where(near < x, _float_step(near, self.dtype, +1), near)
-        return below, above
-
-
-def _float_step(value: Tensor, dtype: torch.dtype, direction: int) -> Tensor:
-    """The next grid value below or above an on-grid value, by stepping the sign-magnitude code."""
-    raw = value.to(dtype).view(torch.uint8).to(torch.int16)
-    signed = torch.where(raw >= 128, -(raw - 128), raw) + direction
-    code = torch.where(signed < 0, -signed + 128, signed).to(torch.uint8)
-    return code.view(dtype).to(torch.float32)
+        codes = x.to(self.dtype).view(torch.uint8)
+        near, code = look_up(_float_codes(self.dtype, str(x.device)), codes), codes.to(torch.int32)
+        below, above = _float_neighbours(self.dtype, str(x.device))
+        return look_up(below, code.add(near > x, alpha=256)), look_up(above, code.add(near < x, alpha=256))
 
 
 @lru_cache(maxsize=8)
-def _float_codes(dtype: torch.dtype) -> Tensor:
+def _float_neighbours(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Two tables float32 [512]: what a code means, and, from 256 on, the next value below it (first table) or above it."""
+    values = _float_codes(dtype)
+    raw = torch.arange(256, dtype=torch.int16)
+    signed = torch.where(raw >= 128, -(raw - 128), raw)
+
+    def step(direction: int) -> Tensor:
+        moved = signed + direction
+        codes = torch.where(moved < 0, -moved + 128, moved).clamp(0, 255)
+        return torch.cat([values, values[codes.int()]]).to(device)
+    return step(-1), step(+1)
+
+
+@lru_cache(maxsize=8)
+def _float_codes(dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """float32 [256]: what each code means, NaN and Inf included."""
-    return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype).to(torch.float32)
+    return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(dtype).to(torch.float32).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -131,12 +137,11 @@ class CodebookElement:
         return self.decode(self.encode(x))
 
     def bracket(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        grid = self.values(x.device)
-        x = x.clamp(float(grid[0]), float(grid[-1]))
-        above = torch.searchsorted(grid, x.contiguous()).clamp_(max=grid.numel() - 1)
-        hi = grid[above]
-        lo = torch.where(hi == x, hi, grid[(above - 1).clamp_(min=0)])
-        return lo, hi
+        levels = tuple(self.values("cpu").tolist())
+        x = x.clamp(levels[0], levels[-1])
+        grid, above = self.values(x.device), rank_table(levels, str(x.device)).rank(x)
+        hi = look_up(grid, above)
+        return look_up(grid, above - (hi != x).view(torch.uint8)), hi
 
 
 @dataclass(frozen=True, slots=True)

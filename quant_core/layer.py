@@ -12,7 +12,7 @@ from .bias import can_correct, correct_bias
 from .cancel import cancel_scope
 from .choosers import CHOOSERS
 from .footprint import choose_device, free_bytes, needed_bytes
-from .objective import Objective, make_objective, ratio, total_loss
+from .objective import Objective, make_objective, ratio
 from .options import read_options
 from .precision import tensor_core_products
 from .recipe import Evidence, Recipe, layer_generator
@@ -131,9 +131,9 @@ def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, 
     fmt, work, aim = task.fmt, task.work, task.judge
     qp = fmt.absmax(work)
     with tensor_core_products(work.device):
-        reference = total_loss(aim, work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
-        error = ratio(total_loss(aim, errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
-        nearest = ratio(total_loss(aim, errors_by_rows(fmt, work, None, qp)), reference)
+        reference = aim.total_loss(work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
+        error = ratio(aim.total_loss(errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
+        nearest = ratio(aim.total_loss(errors_by_rows(fmt, work, None, qp)), reference)
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement

@@ -16,24 +16,25 @@ _SLICE = 1 << 24     # weights whose product with the Hessian is held at once
 
 
 class Aim(Protocol):
-    """What a result is judged by: Objective here, or a rounder's own in fit/objectives.py."""
+    """What a result is judged by: Objective here, or a rounder's own in fit/objectives.py.
+
+    total_loss: of an error that comes in slices of rows, from the first row to the last.
+    """
 
     name: str
-    by_rows: bool
 
-    def loss(self, error: Tensor) -> float: ...
+    def total_loss(self, parts: Iterable[Tensor]) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
     """In the work basis. hessian: float32 [Kp, Kp] or None. diagonal: float32 [Kp] or None, its diagonal.
 
-    rows: how many input rows they were made of, 0 when unknown. by_rows: the loss of the whole is the sum of its rows'. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
+    rows: how many input rows they were made of, 0 when unknown. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
     """
 
     hessian: Tensor | None = None
     diagonal: Tensor | None = None
-    by_rows: bool = True
     rows: int = 0
 
     @property
@@ -55,12 +56,9 @@ class Objective:
             total += (weighted * part).sum(dtype=torch.float64)
         return max(0.0, float(total))
 
-
-def total_loss(aim: Aim, parts: Iterable[Tensor]) -> float:
-    """The loss of an error that comes in slices of rows; one that couples the rows needs them together."""
-    if aim.by_rows:
-        return sum(aim.loss(part) for part in parts)
-    return aim.loss(torch.cat(list(parts)))
+    def total_loss(self, parts: Iterable[Tensor]) -> float:
+        """The same for E in slices of rows."""
+        return sum(self.loss(part) for part in parts)
 
 
 def ratio(loss: float, reference: float) -> float:

@@ -1,9 +1,15 @@
 """Learned rounding: the loop, its objectives, schedules and stop rules."""
 import math
+import weakref
 
 import pytest
 import torch
+from comfyui_quantpress.quant_core import layer, tiles
+from comfyui_quantpress.quant_core.cancel import cancel_scope
+from comfyui_quantpress.quant_core.errors import Cancelled
+from comfyui_quantpress.quant_core.fit import neighbours
 from comfyui_quantpress.quant_core.fit.loop import FitSettings, fit
+from comfyui_quantpress.quant_core.fit.neighbours import Choice, Neighbours, pack_bits, unpack_bits
 from comfyui_quantpress.quant_core.fit.objectives import Output, ProjectionSettings, leading_directions, projected
 from comfyui_quantpress.quant_core.fit.optimizers import OPTIMIZERS
 from comfyui_quantpress.quant_core.fit.relaxations import RELAXATIONS
@@ -11,8 +17,10 @@ from comfyui_quantpress.quant_core.fit.schedules import SCHEDULES, ScheduleSetti
 from comfyui_quantpress.quant_core.format import all_formats, get_format
 from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.objective import Objective
-from comfyui_quantpress.quant_core.recipe import Recipe
+from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.task import Task
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def weight(n=256, k=256, seed=0):
@@ -39,17 +47,52 @@ def test_learning_lowers_the_projected_error_and_hardly_touches_the_weight_error
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_combination_runs_and_returns_grid_points_no_worse_than_the_start(optimizer, relaxation, schedule):
+def test_every_combination_runs_and_returns_grid_points_no_worse_than_the_start(optimizer, relaxation, schedule, monkeypatch):
+    monkeypatch.setattr(neighbours, "FEWEST", 64 * 96 // 3)
     fmt = get_format("int8_rowwise")
     given = task(fmt, weight(64, 96))
-    qp = fmt.absmax(given.work)
-    start = fmt.round(given.work, qp)
+    grid = Neighbours(fmt, given.work, fmt.absmax(given.work))
     objective = projected(given, ProjectionSettings())
-    low, high = fmt.bracket_columns(given.work, qp, 0, given.shape)
-    variable = RELAXATIONS[relaxation](given.work, low, high, 0.3)
-    result = fit(given.work, start, variable, objective, FitSettings(40, optimizer, schedule, 0.01), lambda: None)
-    assert objective.loss(result.rounded - given.work) <= objective.loss(start - given.work)
-    assert torch.allclose(fmt.round(result.rounded, qp), result.rounded, atol=1e-7)
+    result = fit(grid, RELAXATIONS[relaxation](0.3), objective, FitSettings(40, optimizer, schedule, 0.01), lambda: None)
+    start = objective.total_loss([fmt.round(given.work, grid.qp) - given.work])
+    assert result.start_loss == pytest.approx(start, rel=1e-5)
+    assert result.choice is not None
+    rounded = grid.rounded(result.choice)
+    assert objective.total_loss([rounded - given.work]) == pytest.approx(result.loss * start, rel=1e-4)
+    assert result.loss < 1.0
+    assert torch.equal(fmt.round(rounded, grid.qp), rounded)
+
+
+@pytest.mark.parametrize("name", [fmt.name for fmt in all_formats()])
+def test_a_choice_is_encoded_as_the_neighbours_it_names(name):
+    fmt, w = get_format(name), weight()
+    given = task(fmt, w)
+    grid = Neighbours(fmt, given.work, fmt.absmax(given.work))
+    slices = grid.slices(2)
+    low, high = fmt.bracket_columns(given.work, grid.qp, 0, given.shape)
+    up = torch.rand(given.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    choice = Choice(slices, [pack_bits(up[rows]) for rows in slices])
+    assert torch.equal(grid.rounded(choice), torch.where(up, high, low))
+    assert torch.allclose(fmt.decode(grid.encode(choice), grid.qp), torch.where(up, high, low), rtol=1e-5, atol=1e-7)
+    assert torch.equal(grid.encode(None).view(torch.uint8), fmt.encode(given.work, grid.qp).view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 16)])
+def test_bits_come_back_as_they_were(shape):
+    flags = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert torch.equal(unpack_bits(pack_bits(flags), flags.numel()).view(shape), flags)
+
+
+@pytest.mark.parametrize("objective", ["projected", "output"])
+def test_slices_of_any_height_give_the_loss_and_the_gradient_of_the_whole(objective):
+    w = weight(48, 32)
+    target = Output(w.T @ w) if objective == "output" else projected(task(get_format("int8_rowwise"), w), ProjectionSettings())
+    error = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    slices = [slice(0, 7), slice(7, 40), slice(40, 48)]
+    assert target.total_loss(error[rows] for rows in slices) == pytest.approx(target.total_loss([error]), rel=1e-5)
+    shares = sum(target.share(error[rows], rows) for rows in slices)
+    parts = [target.gradient(error[rows].clone(), rows, shares) for rows in slices]
+    assert torch.allclose(torch.cat(parts), target.gradient(error.clone(), slice(0, 48), shares), atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["projected", "output"])
@@ -62,8 +105,106 @@ def test_gradients_are_those_of_the_losses(objective):
         target = type(target)(target.left.double(), target.right.double(), 0.0)
     error = torch.randn(24, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = torch.randn(24, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 1e-4
-    slope = (target.loss(error + step) - target.loss(error - step)) / 2
-    assert slope == pytest.approx(float((target.gradient(error) * step).sum()), rel=1e-5)
+    slope = (target.total_loss([error + step]) - target.total_loss([error - step])) / 2
+    rows = slice(0, 24)
+    gradient = target.gradient(error.clone(), rows, target.share(error, rows))
+    assert slope == pytest.approx(float((gradient * step).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "radam"])
+def test_an_optimizer_on_slices_steps_as_torchs_own_on_the_whole(kind):
+    """Within what the mean of the gradients loses as bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    sliced = torch.zeros(6, 8)
+    whole = torch.nn.Parameter(torch.zeros(6, 8))
+    theirs = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[kind]([whole], lr=0.01, weight_decay=0.0)
+    ours = OPTIMIZERS[kind]()
+    for _ in range(30):
+        gradient = torch.randn(6, 8, generator=generator) + 0.5
+        whole.grad = gradient.clone()
+        theirs.step()
+        for index, rows in enumerate((slice(0, 2), slice(2, 6))):
+            ours.step(index, sliced[rows], gradient[rows].clone(), 0.01)
+    assert float(whole.detach().abs().max()) > 0.05
+    assert torch.allclose(sliced, whole.detach(), rtol=0.02, atol=1e-3)
+
+
+def test_the_original_optimizer_measures_steps_by_the_gradient_of_the_whole_layer():
+    variable, gradient = torch.zeros(6, 8), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    gradient[:2] *= 0.1
+    optimizer = OPTIMIZERS["original"]()
+    for _ in range(2):
+        before = variable.clone()
+        for index, rows in enumerate((slice(0, 2), slice(2, 6))):
+            optimizer.step(index, variable[rows], gradient[rows].clone(), 0.5)
+    assert torch.allclose(variable - before, -0.5 * gradient / gradient.square().mean().sqrt(), rtol=1e-4)
+    before = variable.clone()
+    for index, rows in enumerate((slice(0, 2), slice(2, 6))):               # a jump: what the slices gave before counts no more
+        optimizer.step(index, variable[rows], 1000 * gradient[rows], 0.5)
+    assert torch.allclose(variable[2:] - before[2:], -0.5 * gradient[2:] / gradient.square().mean().sqrt(), rtol=1e-4)
+    assert float((variable - before)[:2].square().mean().sqrt()) == pytest.approx(0.5, rel=1e-4)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, except those in `given`."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.held = {t.untyped_storage()._cdata: None for t in given}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage())
+        return out
+
+    def hold(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.held:
+            return
+
+        def gone(_):
+            del self.held[key]
+            self.now -= size
+        self.held[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+# A layer of 3072 x 3072 is cut into 20 or 28 slices; so is this small one, and what judges it takes the share it takes there.
+@pytest.mark.parametrize("optimizer, relaxation, turns, objective, name", [
+    ("original", "adaround", 2, "projected", "nvfp4"), ("original", "straight_through", 1, "output", "int8_rowwise"),
+    ("adamw", "adaround", 1, "projected", "float8_e4m3fn_rowwise"), ("adamw", "straight_through", 1, "output", "mxfp8"),
+    ("radam", "adaround", 1, "projected", "nvfp4"), ("radam", "straight_through", 1, "projected", "bnb_nf4"),
+    ("radam", "adaround", 1, "output", "float8_e4m3fn")])
+def test_learning_takes_at_most_three_copies_of_the_weight_beyond_weight_and_hessian(
+        optimizer, relaxation, turns, objective, name, monkeypatch):
+    monkeypatch.setattr(neighbours, "FEWEST", 0)
+    monkeypatch.setitem(tiles._SLICE, "cpu", (1 << 20) * 2**21 // 3072**2)
+    monkeypatch.setattr(layer, "JUDGED_AT_ONCE", (1 << 20) * 2**21 // 3072**2)
+    w = weight(1024, 1024)
+    hessian = w.T @ w
+    evidence = Evidence(hessian=hessian, count=1024) if objective == "output" else Evidence()
+    options = {"iterations": 2, "optimizer": optimizer, "relaxation": relaxation, "scale_refinement": turns}
+    live = Live(w, hessian)
+    with live:
+        result = quantize_layer("layer", w, Recipe(get_format(name), "absmax", "learned", options=options), evidence)
+    assert result.judgement.objective == objective
+    assert 1.0 < live.peak / (4 * w.numel()) <= 3.0
+
+
+def test_learning_is_cancelled_between_two_slices(monkeypatch):
+    monkeypatch.setattr(neighbours, "FEWEST", 0)
+    fmt, asked = get_format("int8_rowwise"), []
+    given = task(fmt, weight())
+    grid, objective = Neighbours(fmt, given.work, fmt.absmax(given.work)), projected(given, ProjectionSettings())
+    per_iteration = len(grid.slices(OPTIMIZERS["original"].parts))
+    fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), lambda: asked.append(1))
+    assert per_iteration >= 20 and len(asked) == 3 * per_iteration          # the start takes two passes
+    with pytest.raises(Cancelled), cancel_scope(lambda: True):
+        fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), given.poll)
 
 
 def test_randomised_directions_span_what_the_exact_ones_span():

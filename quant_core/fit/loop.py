@@ -1,4 +1,8 @@
-"""The one optimisation loop of learned rounding. Judged, kept and stopped by the hardened result only."""
+"""The one optimisation loop of learned rounding. Judged, kept and stopped by the hardened result only.
+
+Every iteration goes through the layer in slices of rows: what is kept of a weight is the relaxation's variable, the
+optimizer's memory and one bit, and all else lives as long as its slice.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .neighbours import Choice, Neighbours, pack_bits
 from .optimizers import OPTIMIZERS
+from .relaxations import harden
 from .schedules import ScheduleSettings, StopRule, make_schedule
 
 
@@ -28,43 +34,124 @@ class FitSettings:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """rounded: float32 [Np, Kp], on the grid. loss: of it, relative to `start`'s. iterations: done. stopped_by: "loss",
-    "lr", "stall" or "iterations"."""
+    """choice: None when nothing better than round-to-nearest was found. start_loss: round-to-nearest's; loss: of the
+    choice, relative to it. iterations: done. stopped_by: "loss", "lr", "stall" or "iterations"."""
 
-    rounded: Tensor
+    choice: Choice | None
+    start_loss: float
     loss: float
     iterations: int
     stopped_by: str
 
 
-def fit(work: Tensor, start: Tensor, relaxation: Any, objective: Any, settings: FitSettings,
-        poll: Callable[[], None]) -> FitResult:
-    """work: float32 [Np, Kp]. start: what is returned unless something better is found, on the grid."""
-    error = start - work
-    first, allowed = objective.loss(error), float(error.square().sum(dtype=torch.float64)) * settings.heavier**2
-    best, best_loss, stalled, stopped = start, 1.0, 0, "iterations"
+def fit(grid: Neighbours, relaxation: Any, objective: Any, settings: FitSettings, poll: Callable[[], None]) -> FitResult:
+    """Starts from round-to-nearest on `grid`."""
+    state = _State(grid, relaxation, objective, OPTIMIZERS[settings.optimizer](), poll)
+    first, squared = state.begin()
     if first == 0.0:
-        return FitResult(start, 0.0, 0, "loss")
-    unit = float((objective.gradient(error) * relaxation.gap).square().mean().sqrt()) or 1.0
-    optimizer = OPTIMIZERS[settings.optimizer](relaxation.variable, settings.rate)
-    schedule = make_schedule(settings.schedule, settings.rate, settings.schedule_settings, tuple(work.shape))
-    done = 0
+        return FitResult(None, first, 0.0, 0, "loss")
+    schedule = make_schedule(settings.schedule, settings.rate, settings.schedule_settings, tuple(grid.work.shape))
+    choice, best_loss, allowed, stalled, stopped, done = None, 1.0, squared * settings.heavier**2, 0, "iterations", 0
     for done in range(1, settings.iterations + 1):
-        poll()
-        gradient = objective.gradient(relaxation.soft().sub_(work))
-        optimizer.step(relaxation.gradient(gradient, unit, done / settings.iterations), schedule.rate)
-        if done % relaxation.judged_every and done < settings.iterations:
+        judged = done % relaxation.judged_every == 0 or done == settings.iterations
+        hard = state.step(schedule.rate, done / settings.iterations, judged)
+        if not judged:
             continue
-        hard = relaxation.hard()
-        error = hard - work
-        loss = objective.loss(error) / first
+        loss, fits = objective.value(hard.shares) / first, float(hard.squared) <= allowed
         schedule.step(loss)
-        fits = float(error.square().sum(dtype=torch.float64)) <= allowed
         stalled += 1
         if loss < best_loss and fits:
-            best, best_loss, stalled = hard, loss, 0
+            choice, best_loss, stalled = state.choice(), loss, 0
         stopped_by = settings.stop.reason(best_loss, schedule.rate, stalled)
         if stopped_by is not None:
             stopped = stopped_by
             break
-    return FitResult(best, best_loss, done, stopped)
+    return FitResult(choice, first, best_loss, done, stopped)
+
+
+class _Sums:
+    """Of an error, over the slices: the objective's shares, and the plain squares as float64 ()."""
+
+    def __init__(self, objective: Any) -> None:
+        self.objective, self.shares, self.squared = objective, None, None
+
+    def add(self, error: Tensor, rows: slice) -> None:
+        squared = error.square().sum(dtype=torch.float64)
+        share = self.objective.share(error, rows)
+        self.shares = share if self.shares is None else self.shares.add_(share)
+        self.squared = squared if self.squared is None else self.squared.add_(squared)
+
+
+class _State:
+    """What is kept between iterations: the variable, and what the objective needs to know of its present value."""
+
+    def __init__(self, grid: Neighbours, relaxation: Any, objective: Any, optimizer: Any, poll: Callable[[], None]) -> None:
+        self.grid, self.relaxation, self.objective, self.optimizer, self.poll = grid, relaxation, objective, optimizer, poll
+        self.slices = grid.slices(optimizer.parts)
+        self.variable = torch.empty(grid.work.shape, dtype=optimizer.stored, device=grid.work.device)
+        self.soft: _Sums | None = None         # of the relaxed result, where one slice's gradient depends on the others
+        self.unit: Tensor | float = 1.0
+
+    def begin(self) -> tuple[float, float]:
+        """Puts the variable at its start. Round-to-nearest's loss and squared error."""
+        nearest, soft = _Sums(self.objective), _Sums(self.objective)
+        for rows in self.slices:
+            self.poll()
+            low, high = self.grid.bracket(rows)
+            self.variable[rows] = self.relaxation.start(self.grid.work[rows], low, high)
+            if self.objective.coupled:
+                soft.add(self._error(self.variable[rows].float(), low, high, rows), rows)
+            del low, high
+            nearest.add(self.grid.nearest_error(rows), rows)
+        self.soft = soft
+        first = self.objective.value(nearest.shares)
+        if first > 0:
+            self.unit = self._typical_gradient(nearest.shares)
+        return first, float(nearest.squared)
+
+    def _typical_gradient(self, shares: Tensor) -> float:
+        """Root mean square of the gradient at round-to-nearest, for the step from one neighbour to the other."""
+        total = torch.zeros((), dtype=torch.float64, device=shares.device)
+        for rows in self.slices:
+            self.poll()
+            gradient = self.objective.gradient(self.grid.nearest_error(rows), rows, shares)
+            low, high = self.grid.bracket(rows)
+            total += gradient.mul_(high.sub_(low)).square_().sum(dtype=torch.float64)
+        return float(total.div_(self.variable.numel()).sqrt_()) or 1.0
+
+    def step(self, rate: float, progress: float, judged: bool) -> _Sums:
+        """One iteration; the sums of the hardened result where `judged`, else empty ones."""
+        soft, hard = _Sums(self.objective), _Sums(self.objective)
+        for index, rows in enumerate(self.slices):
+            self.poll()
+            self._step(index, rows, rate, progress, soft, hard if judged else None)
+        self.soft = hard if self.relaxation.judged_every == 1 else soft       # there both are the same
+        return hard
+
+    def _step(self, index: int, rows: slice, rate: float, progress: float, soft: _Sums, hard: _Sums | None) -> None:
+        """One slice's part of an iteration. On its own, so that nothing of a slice outlives it."""
+        low, high = self.grid.bracket(rows)
+        variable = self._moved(index, rows, low, high, rate, progress)
+        if hard is not None:
+            hard.add(harden(variable, low, high).sub_(self.grid.work[rows]), rows)
+        if self.objective.coupled and self.relaxation.judged_every > 1:
+            soft.add(self._error(variable, low, high, rows), rows)
+
+    def _moved(self, index: int, rows: slice, low: Tensor, high: Tensor, rate: float, progress: float) -> Tensor:
+        """A slice's variable after the step, float32, as it is stored."""
+        variable = self.variable[rows].float()                  # a view where float32 is stored
+        gradient = self.objective.gradient(self._error(variable, low, high, rows), rows, self.soft.shares)
+        gradient.mul_(high - low).div_(self.unit)
+        exact = variable.dtype == self.variable.dtype
+        self.optimizer.step(index, variable, self.relaxation.gradient(variable, gradient, progress, exact), rate)
+        if exact:
+            return variable
+        self.variable[rows] = variable
+        return variable.copy_(self.variable[rows])
+
+    def _error(self, variable: Tensor, low: Tensor, high: Tensor, rows: slice) -> Tensor:
+        return self.relaxation.soft(variable, low, high).sub_(self.grid.work[rows])
+
+    def choice(self) -> Choice:
+        """The hardened result."""
+        return Choice(self.slices, [pack_bits(self.variable[rows] > 0) for rows in self.slices])

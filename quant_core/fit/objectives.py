@@ -1,7 +1,12 @@
-"""What learned rounding minimises, with gradients in closed form. E = rounded - weight, float32 [N, K]."""
+"""What learned rounding minimises, with gradients in closed form. E = rounded - weight, float32 [N, K], in row slices.
+
+Each slice gives its share; the shares' sum gives the loss, and is all that the gradient needs to know of the other rows.
+"""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,42 +18,66 @@ from ..task import Task
 class Projected:
     """|U^T E V|^2, the error along the weight's own leading singular directions, plus `ridge` times |E|^2.
 
-    left: float32 [N, k]; right: float32 [K, k]; both with orthonormal columns.
+    left: float32 [N, k]; right: float32 [K, k]; both with orthonormal columns. A share is the slice's part of U^T E V.
     """
 
     left: Tensor
     right: Tensor
     ridge: float
     name: str = "projected"
-    by_rows: bool = False
+    coupled: bool = True
 
-    def loss(self, error: Tensor) -> float:
-        """Without the ridge: what is reported and judged."""
-        return float((self.left.T @ (error @ self.right)).square().sum(dtype=torch.float64))
+    def share(self, error: Tensor, rows: slice) -> Tensor:
+        """float32 [k, k]; leaves `error` as it is."""
+        return self.left[rows].T @ (error @ self.right)
 
-    def gradient(self, error: Tensor) -> Tensor:
-        core = self.left.T @ (error @ self.right)
-        return torch.addmm(error, self.left @ core, self.right.T, beta=2 * self.ridge, alpha=2)
+    def value(self, shares: Tensor) -> float:
+        """The loss, without the ridge: what is reported and judged."""
+        return float(shares.square().sum(dtype=torch.float64))
+
+    def gradient(self, error: Tensor, rows: slice, shares: Tensor | None) -> Tensor:
+        """Overwrites `error`, the slice's. shares: the sum over all slices."""
+        return error.addmm_(self.left[rows] @ shares, self.right.T, beta=2 * self.ridge, alpha=2)
+
+    def total_loss(self, parts: Iterable[Tensor]) -> float:
+        return _total_loss(self, parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """tr(E H E^T): the error of the layer's output on the calibration inputs."""
+    """tr(E H E^T): the error of the layer's output on the calibration inputs. Every row stands for itself."""
 
     hessian: Tensor
     name: str = "output"
-    by_rows: bool = True
+    coupled: bool = False
 
-    def loss(self, error: Tensor) -> float:
-        return max(0.0, float(((error @ self.hessian) * error).sum(dtype=torch.float64)))
+    def share(self, error: Tensor, rows: slice) -> Tensor:
+        """float64 (); leaves `error` as it is."""
+        return (error @ self.hessian).mul_(error).sum(dtype=torch.float64)
 
-    def gradient(self, error: Tensor) -> Tensor:
+    def value(self, shares: Tensor) -> float:
+        return max(0.0, float(shares))
+
+    def gradient(self, error: Tensor, rows: slice, shares: Tensor | None) -> Tensor:
         return (error @ self.hessian).mul_(2)
+
+    def total_loss(self, parts: Iterable[Tensor]) -> float:
+        return _total_loss(self, parts)
+
+
+def _total_loss(objective: Any, parts: Iterable[Tensor]) -> float:
+    """parts: the error's rows from the first to the last, in slices of any height."""
+    shares, row = None, 0
+    for part in parts:
+        share = objective.share(part, slice(row, row + part.shape[0]))
+        shares, row = share if shares is None else shares.add_(share), row + part.shape[0]
+    return objective.value(shares)
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectionSettings:
-    """k = top_p * min(N, K), within min_k .. max_k. full_matrix: exact SVD instead of the randomised one."""
+    """k = top_p * min(N, K), within min_k .. max_k. full_matrix: exact SVD instead of the randomised one; it takes
+    two copies of a square weight for the vectors, and the solver's own workspace."""
 
     top_p: float = 0.2
     min_k: int = 16

@@ -1,4 +1,7 @@
-"""Continuous stand-ins for the choice of codes. Both know the two grid points next to each weight."""
+"""Continuous stand-ins for the choice of codes, for a slice of weights with its grid neighbours low and high.
+
+Both keep one number per weight; hardened, the weight takes `high` where that number is above zero.
+"""
 from __future__ import annotations
 
 import torch
@@ -6,6 +9,19 @@ from torch import Tensor
 
 _STRETCH = 1.2        # the sigmoid is stretched beyond 0 and 1, so that it reaches them
 _SHARP, _SOFT = 2.0, 20.0
+_PUSHED_FROM = 0.2    # of the iterations
+
+
+def harden(variable: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The grid points that the variable stands for, exactly: lerp by 0 or 1 is five times as fast as where on a CPU."""
+    return torch.lerp(low, high, (variable > 0).to(low.dtype))
+
+
+def _share(work: Tensor, low: Tensor, high: Tensor, of_none: float) -> Tensor:
+    """Where the weight lies between its neighbours, 0 .. 1; `of_none` where they are one."""
+    gap = high - low
+    share = (work - low).div_(gap.clamp(min=1e-30)).clamp_(0, 1)
+    return share.masked_fill_(gap <= 0, of_none)
 
 
 class AdaRound:
@@ -16,54 +32,58 @@ class AdaRound:
 
     judged_every = 10
 
-    def __init__(self, work: Tensor, low: Tensor, high: Tensor, pressure: float) -> None:
-        self.low, self.gap, self.pressure = low, high - low, pressure
-        share = torch.where(self.gap > 0, (work - low) / self.gap.clamp(min=1e-30), torch.full_like(work, 0.5))
-        inner = ((share.clamp(0, 1) - 0.5) / _STRETCH + 0.5).clamp(1e-4, 1 - 1e-4)
-        self.variable = torch.logit(inner)
+    def __init__(self, pressure: float) -> None:
+        self.pressure = pressure
 
-    def _gate(self) -> Tensor:
-        return (torch.sigmoid(self.variable) * _STRETCH).sub_((_STRETCH - 1) / 2)
+    def start(self, work: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        inner = _share(work, low, high, 0.5).sub_(0.5).div_(_STRETCH).add_(0.5)
+        return inner.clamp_(1e-4, 1 - 1e-4).logit_()
 
-    def soft(self) -> Tensor:
-        return torch.addcmul(self.low, self.gap, self._gate().clamp_(0, 1))
+    @staticmethod
+    def _gate(inner: Tensor) -> Tensor:
+        return (inner * _STRETCH).sub_((_STRETCH - 1) / 2)
 
-    def hard(self) -> Tensor:
-        return torch.where(self.variable > 0, self.low + self.gap, self.low)
+    def soft(self, variable: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return torch.lerp(low, high, self._gate(torch.sigmoid(variable)).clamp_(0, 1))
 
-    def gradient(self, of_rounded: Tensor, unit: float, progress: float) -> Tensor:
-        """Gradient of the variable. unit: the size of a typical gradient; progress: 0 at the start, 1 at the end."""
-        gate = self._gate()
-        inside = (gate > 0) & (gate < 1)
-        grad = of_rounded * self.gap / unit
-        if progress > 0.2:
+    def gradient(self, variable: Tensor, of_gate: Tensor, progress: float, exact: bool) -> Tensor:
+        """of_gate: the loss's gradient times (high - low), in units of a typical one; it is overwritten.
+
+        progress: 0 at the start, 1 at the end. exact: the variable is kept as float32. Else it does not start at the weight
+        exactly, and waits for the push: following its own rounding errors until then cost RAdam an eighth of its gain.
+        """
+        if progress <= _PUSHED_FROM and not exact:
+            return of_gate.zero_()
+        inner = torch.sigmoid(variable)
+        gate = self._gate(inner)
+        inside = (gate > 0).logical_and_(gate < 1)
+        if progress > _PUSHED_FROM:
             # d/dgate of 1 - |2 gate - 1|^power: the power falls, so the push starts near 0 and 1 and moves inwards.
-            power = _SHARP + (_SOFT - _SHARP) * (1 - (progress - 0.2) / 0.8)
-            away = gate.mul(2).sub_(1).clamp_(-1, 1)
-            grad -= self.pressure * power * away.abs().pow_(power - 1).mul_(away.sign()).mul_(2)
-        inner = torch.sigmoid(self.variable)
-        return grad.mul_(inner).mul_(1 - inner).mul_(_STRETCH).mul_(inside)
+            power = _SHARP + (_SOFT - _SHARP) * (1 - (progress - _PUSHED_FROM) / (1 - _PUSHED_FROM))
+            away = gate.mul_(2).sub_(1).clamp_(-1, 1)
+            of_gate.sub_(away.abs().pow_(power - 1).copysign_(away), alpha=2 * self.pressure * power)
+        return of_gate.mul_(inner).mul_(inner.neg_().add_(1)).mul_(_STRETCH).mul_(inside)
 
 
 class StraightThrough:
-    """rounded = the nearer of the two neighbours to w + variable * gap; the gradient passes the rounding unchanged."""
+    """rounded = the nearer of the two neighbours to w + moved * (high - low); the gradient passes the rounding unchanged.
+
+    The variable is how far that lies above the middle, in gaps. Nothing is pushed: `pressure` is AdaRound's.
+    """
 
     judged_every = 1
 
-    def __init__(self, work: Tensor, low: Tensor, high: Tensor, pressure: float) -> None:
-        self.low, self.gap = low, high - low
-        share = torch.where(self.gap > 0, (work - low) / self.gap.clamp(min=1e-30), torch.zeros_like(work))
-        self.start = share.clamp(0, 1).sub_(0.5)
-        self.variable = torch.zeros_like(work)
+    def __init__(self, pressure: float) -> None:
+        del pressure
 
-    def soft(self) -> Tensor:
-        return self.hard()
+    def start(self, work: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return _share(work, low, high, 0.0).sub_(0.5)
 
-    def hard(self) -> Tensor:
-        return torch.where(self.start + self.variable > 0, self.low + self.gap, self.low)
+    def soft(self, variable: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return harden(variable, low, high)
 
-    def gradient(self, of_rounded: Tensor, unit: float, progress: float) -> Tensor:
-        return of_rounded * self.gap / unit
+    def gradient(self, variable: Tensor, of_gate: Tensor, progress: float, exact: bool) -> Tensor:
+        return of_gate
 
 
 RELAXATIONS = {"adaround": AdaRound, "straight_through": StraightThrough}

@@ -1,8 +1,9 @@
 """Learned rounding: gradient descent over which of its two grid neighbours each weight becomes.
 
 It lowers the error along the weight's leading singular directions, or the output error where inputs are known. It costs
-hundreds of passes; where there is data, gptq ends lower in a fraction of the time. Memory: about fourteen copies of the
-weight.
+hundreds of passes; where there is data, gptq ends lower in a fraction of the time. Memory: beyond the work weight and the
+Hessian at most three copies of the weight, one and a half to two with the `original` optimizer; more in layers of a few
+million weights, whose slices are not made smaller, and with full_matrix.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ..choosers.search import least_squares
 from ..fit.loop import FitSettings, fit
+from ..fit.neighbours import Neighbours
 from ..fit.objectives import Output, ProjectionSettings, projected
 from ..fit.optimizers import OPTIMIZERS
 from ..fit.relaxations import RELAXATIONS
@@ -79,16 +81,16 @@ def prepare(task: Task) -> Task:
 
 def round_codes(task: Task, qp: QParams) -> Rounded:
     """Starts from round-to-nearest under `qp` and returns it when nothing better was found. Takes a prepared task."""
-    options, fmt, work, objective = read_options(LearnedOptions, task.options), task.fmt, task.work, task.aim
-    best, best_qp, best_loss = None, qp, None
+    options = read_options(LearnedOptions, task.options)
+    relaxation = RELAXATIONS[options.relaxation](options.pressure)
+    best, best_choice, best_loss, grid = None, None, 0.0, Neighbours(task.fmt, task.work, qp)
     for turn in range(options.scale_refinement):
         if turn:
-            qp = least_squares(replace(task, weights=None), best_qp, best)
-        low, high = fmt.bracket_columns(work, qp, 0, task.shape)
-        relaxation = RELAXATIONS[options.relaxation](work, low, high, options.pressure)
-        del low, high
-        result = fit(work, fmt.round(work, qp), relaxation, objective, options.fit_settings(), task.poll)
-        loss = objective.loss(result.rounded - work)
+            rounded = None if best_choice is None else best.rounded(best_choice)
+            grid = Neighbours(task.fmt, task.work, least_squares(replace(task, weights=None), best.qp, rounded))
+            del rounded
+        result = fit(grid, relaxation, task.aim, options.fit_settings(), task.poll)
+        loss = result.loss * result.start_loss
         if best is None or loss < best_loss:
-            best, best_qp, best_loss = result.rounded, qp, loss
-    return Rounded(fmt.encode(best, best_qp), best_qp)
+            best, best_choice, best_loss = grid, result.choice, loss
+    return Rounded(best.encode(best_choice), best.qp)
