@@ -83,8 +83,8 @@ def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales,
     # 3: never worse than round-to-nearest under the objective.
     base = fmt.prepare(w)
     objective = own_objective(fmt, base, known, rounding)
-    mine = objective.loss(work - base)
-    nearest = objective.loss(fmt.round(base, fmt.absmax(base)) - base)
+    mine = objective.total_loss([work - base])
+    nearest = objective.total_loss([fmt.round(base, fmt.absmax(base)) - base])
     if ROUNDERS[rounding].unbiased:
         lo, hi = fmt.bracket_columns(base, qp, 0, tuple(base.shape))
         assert ((work - lo).abs() <= 1e-6 + 1e-5 * base.abs()).logical_or((work - hi).abs() <= 1e-6 + 1e-5 * base.abs()).all()
