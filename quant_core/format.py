@@ -154,13 +154,13 @@ class Format(ABC):
         return work[:shape[0], :shape[1]]
 
     def prepare_hessian(self, h: Tensor) -> Tensor:
-        """float32 [K, K], X^T X of the layer's inputs -> the same for the work weight's columns [Kp, Kp]."""
+        """float32 [K, K], X^T X of the layer's inputs -> the same for the work weight's columns [Kp, Kp]. May overwrite h."""
         pad = self.work_shape((1, h.shape[0]))[1] - h.shape[0]
         if pad:
             h = torch.nn.functional.pad(h, (0, pad, 0, pad))
         if self.rotation is not None:
             from .transforms.hadamard import rotate_hessian
-            h = rotate_hessian(h, self.rotation)
+            rotate_hessian(h, self.rotation)
         return h
 
     def absmax(self, work: Tensor) -> QParams:

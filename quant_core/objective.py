@@ -69,14 +69,23 @@ def ratio(loss: float, reference: float) -> float:
 
 
 def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Objective:
-    """The objective for `fmt`'s work weight. A Hessian without any energy (no input was ever seen) counts as no data."""
+    """The objective for `fmt`'s work weight. A Hessian without any energy (no input was ever seen) counts as no data.
+
+    A Hessian that lies on another device, as one from a file does, is there once; one on `device` is copied where it must be
+    changed (centred, rotated), because it is the caller's.
+    """
+    mean = evidence.mean.to(device, torch.float32) if evidence.centre else None
     if evidence.hessian is not None:
-        hessian = fmt.prepare_hessian(evidence.hessian.to(device, torch.float32))
+        hessian = evidence.hessian.to(device, torch.float32)
+        if hessian is evidence.hessian and (mean is not None or fmt.rotation is not None):
+            hessian = hessian.clone()
+        hessian = fmt.prepare_hessian(hessian if mean is None else hessian.addr_(mean, mean, alpha=-1))
         diagonal = hessian.diagonal().clamp(min=0)
         if float(diagonal.sum()) > 0:
             return Objective(hessian, diagonal, rows=evidence.count)
     elif evidence.hessian_diagonal is not None:
-        diagonal = prepare_diagonal(fmt, evidence.hessian_diagonal.to(device, torch.float32))
+        diagonal = evidence.hessian_diagonal.to(device, torch.float32)
+        diagonal = prepare_diagonal(fmt, diagonal if mean is None else (diagonal - mean.square()).clamp_(min=0))
         if float(diagonal.sum()) > 0:
             return Objective(None, diagonal)
     return Objective()

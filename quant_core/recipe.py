@@ -19,7 +19,7 @@ class Evidence:
 
     hessian: float32 [K, K], X^T X / rows. hessian_diagonal: float32 [K], the mean square per channel.
     mean: float32 [K]. absmax: float32 [K]. rows: bf16 or float32 [R, K], held out, for judging only.
-    count: how many rows were seen.
+    count: how many rows were seen. centre: the Hessian and its diagonal count without the mean, as make_objective takes them.
     """
 
     hessian: Tensor | None = None
@@ -28,12 +28,11 @@ class Evidence:
     absmax: Tensor | None = None
     rows: Tensor | None = None
     count: int = 0
+    centre: bool = False
 
     def centred(self) -> Evidence:
-        """The Hessian and its diagonal of x - mean: what counts once the bias has taken up the mean error."""
-        hessian = None if self.hessian is None else torch.addr(self.hessian, self.mean, self.mean, alpha=-1)
-        diagonal = None if self.hessian_diagonal is None else (self.hessian_diagonal - self.mean.square()).clamp_(min=0)
-        return replace(self, hessian=hessian, hessian_diagonal=diagonal)
+        """Of x - mean: what counts once the bias has taken up the mean error."""
+        return replace(self, centre=True)
 
 
 @dataclass(frozen=True, slots=True)

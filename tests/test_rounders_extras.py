@@ -7,7 +7,7 @@ from comfyui_quantpress.quant_core.errors import OutputError, RequestError
 from comfyui_quantpress.quant_core.footprint import WEIGHT_COPIES, choose_device, needed_bytes
 from comfyui_quantpress.quant_core.format import get_format
 from comfyui_quantpress.quant_core.layer import quantize_layer
-from comfyui_quantpress.quant_core.objective import Objective
+from comfyui_quantpress.quant_core.objective import Objective, make_objective
 from comfyui_quantpress.quant_core.precision import tensor_core_products
 from comfyui_quantpress.quant_core.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.residual import ResidualOptions, lora_keys, low_rank, save_residuals
@@ -105,10 +105,23 @@ def test_a_refused_correction_leaves_the_weight_as_it_is_without_one():
 
 def test_centred_evidence_is_that_of_inputs_without_their_mean():
     _, x, evidence = layer(mean=3.0)
-    centred = replace(evidence, hessian_diagonal=x.square().mean(0)).centred()
+    evidence = replace(evidence, hessian_diagonal=x.square().mean(0))
+    kept = evidence.hessian.clone()
+    full = make_objective(NVFP4, evidence.centred(), torch.device("cpu"))
+    diagonal = make_objective(NVFP4, replace(evidence, hessian=None).centred(), torch.device("cpu")).diagonal
     away = x - x.mean(0)
-    assert torch.allclose(centred.hessian, away.T @ away / len(x), atol=1e-3)
-    assert torch.allclose(centred.hessian_diagonal, away.square().mean(0), atol=1e-3)
+    assert torch.allclose(full.hessian, away.T @ away / len(x), atol=1e-3)
+    assert torch.allclose(full.diagonal, away.square().mean(0), atol=1e-3) and torch.allclose(diagonal, full.diagonal, atol=1e-3)
+    assert torch.equal(evidence.hessian, kept)
+
+
+def test_rotating_leaves_the_callers_hessian_as_it_is():
+    _, x, evidence = layer()
+    fmt = get_format("int8_convrot", rotation=16)
+    kept = evidence.hessian.clone()
+    turned = make_objective(fmt, evidence, torch.device("cpu")).hessian
+    rows = fmt.prepare(x)
+    assert torch.allclose(turned, rows.T @ rows / len(x), atol=1e-3) and torch.equal(evidence.hessian, kept)
 
 
 def test_weak_channels_are_not_drowned_by_a_strong_one():

@@ -29,7 +29,7 @@ def hessian(k, seed=0, rows=None):
 
 def task(fmt, w, h):
     work = fmt.prepare(w)
-    h = fmt.prepare_hessian(h)
+    h = fmt.prepare_hessian(h.clone())
     return Task("layer", fmt, work, Objective(h, h.diagonal()), {}, torch.Generator().manual_seed(0))
 
 

@@ -38,14 +38,12 @@ def rotate_columns(w: Tensor, group: int) -> Tensor:
     return torch.matmul(w.reshape(n, k // group, group), regular_hadamard(group, str(w.device)).T).reshape(n, k)
 
 
-def rotate_hessian(h: Tensor, group: int) -> Tensor:
-    """float32 [K, K], H = X^T X -> the Hessian of the rotated inputs, R^T H R. One matrix of that size beside h, no second."""
-    turned = torch.empty_like(h)
+def rotate_hessian(h: Tensor, group: int) -> None:
+    """float32 [K, K], H = X^T X becomes the Hessian of the rotated inputs, R^T H R, in place."""
     for start in range(0, len(h), _PANEL):
-        turned[start:start + _PANEL] = rotate_columns(h[start:start + _PANEL], group)
+        h[start:start + _PANEL] = rotate_columns(h[start:start + _PANEL], group)
     for start in range(0, len(h), _PANEL):
-        turned[:, start:start + _PANEL] = rotate_columns(turned[:, start:start + _PANEL].T.contiguous(), group).T
-    return turned
+        h[:, start:start + _PANEL] = rotate_columns(h[:, start:start + _PANEL].T.contiguous(), group).T
 
 
 def largest_group(k: int, limit: int = 4096) -> int | None:
