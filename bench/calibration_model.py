@@ -68,37 +68,41 @@ class Bench:
         return torch.stack(path)
 
     @torch.inference_mode()
-    def one_step_db(self, model: nn.Module) -> float:
-        """Against the unquantized model, over every seed, class and probed step."""
-        rows, sigmas, errors, powers = torch.arange(CLASSES, device=self.device), simple_sigmas(STEPS), 0.0, 0.0
+    def one_step_db(self, model: nn.Module, first: int = 0) -> float:
+        """Against the unquantized model, over every seed and probed step, and over the classes from `first` on."""
+        rows, sigmas, errors, powers = torch.arange(first, CLASSES, device=self.device), simple_sigmas(STEPS), 0.0, 0.0
         for path in self.paths.values():
             for step in PROBED:
-                t = torch.full((CLASSES,), 1000.0 * sigmas[step], device=self.device)
-                reference = self.call(self.model, path[step], t, rows)
-                errors += float((self.call(model, path[step], t, rows) - reference).double().square().sum())
+                t = torch.full((len(rows),), 1000.0 * sigmas[step], device=self.device)
+                reference = self.call(self.model, path[step][first:], t, rows)
+                errors += float((self.call(model, path[step][first:], t, rows) - reference).double().square().sum())
                 powers += float(reference.double().square().sum())
         return snr_db(math.sqrt(errors / powers))
 
     def latent_db(self, model: nn.Module) -> tuple[float, float]:
         """(mean, standard deviation) over seeds, of each seed's ten pictures."""
-        found = torch.tensor([snr_db(relative_error(path[-1], self.sample(model, seed, range(CLASSES))[-1]))
-                              for seed, path in self.paths.items()])
+        found = self.latents_db(model)
         return float(found.mean()), float(found.std())
 
+    def latents_db(self, model: nn.Module) -> Tensor:
+        """By seed, of its ten pictures."""
+        return torch.tensor([snr_db(relative_error(path[-1], self.sample(model, seed, range(CLASSES))[-1]))
+                             for seed, path in self.paths.items()])
+
     def calibrate(self, prompts: int = 40, steps: int = STEPS, rows: int = 512, weighting: Weighting | None = None,
-                  name: str = "uniform", first: int = 0, absmax_stride: int = 1) -> Calibration:
-        """Pictures 0, 1, 2 ... of class 0, 1, 2 ..., ten at once as long as there are ten. first: of the seeds."""
+                  name: str = "uniform", first: int = 0, absmax_stride: int = 1, classes: int = CLASSES) -> Calibration:
+        """Pictures 0, 1, 2 ... of class 0, 1, 2 ..., as many at once as there are `classes`. first: of the seeds."""
         modules = linear_layers(self.model, LAYERS)
         collector = Collector(modules, plan_budget({n: m.in_features for n, m in modules.items()}),
                               CaptureSettings(seed=first, rows_per_step=rows, weighting=weighting, weighting_name=name,
                                               absmax_stride=absmax_stride))
-        for start in range(0, prompts, CLASSES):
+        for start in range(0, prompts, classes):
             now = [CallContext()]
 
             def look(step: int, sigma: float) -> None:
                 now[0] = CallContext(step, sigma, ("cond", "uncond"))
             with collector.capture(self.model, lambda: now[0]):
-                self.sample(self.model, first + start // CLASSES, range(min(CLASSES, prompts - start)), steps, look)
+                self.sample(self.model, first + start // classes, range(min(classes, prompts - start)), steps, look)
         return collector.result()
 
     def evidence(self, calibration: Calibration) -> dict[str, Evidence]:

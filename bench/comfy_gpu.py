@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--formats", nargs="+", default=list(comfy_proof.FORMATS))
     parser.add_argument("--prompts", type=int, default=40, help="of the proof's calibration")
+    parser.add_argument("--methods", nargs="+", default=[], choices=list(comfy_proof.METHODS), help="of the proof; nearest first")
     parser.add_argument("--modes", nargs="+", default=list(comfy_modes.MODES), choices=list(comfy_modes.MODES))
+    parser.add_argument("--jobs", default="", help="regular expression: only these jobs of modes")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     lock, failed = threading.Lock(), 0
@@ -73,12 +75,12 @@ def run(part: str, args: argparse.Namespace, row: Row) -> list[BaseException]:
     if args.small:
         size = comfy_proof.Size(classes=2, batch=2, steps=4, prompts=2, probed=(0, 1, 3))
     if part == "modes":
-        return comfy_modes.compare(args.work, row, args.modes, args.small)
+        return comfy_modes.compare(args.work, row, args.modes, args.small, args.jobs)
     if part == "timing":
         return comfy_timing.measure(args.work, row, args.small)
     if part == "proof":
         return [error for precision in args.precision
-                for error in comfy_proof.prove(args.work, row, precision, args.formats, args.servers, size)]
+                for error in comfy_proof.prove(args.work, row, precision, args.formats, args.servers, size, args.methods)]
     if part == "curve":
         counts, steps = ((1, 2), (1,)) if args.small else (CURVE, CURVE_STEPS)
         return comfy_proof.curve(args.work, row, CURVE_FORMATS[:2 if args.small else 4], size, counts, steps)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,8 @@ PROMPTS, STEPS = ((0, 0), (3, 3), (5, 5), (8, 8)), 20
 class Flow:
     """One mode's server, and what is done in it."""
 
-    def __init__(self, mode: str, server: Server, row: Row, small: bool) -> None:
-        self.mode, self.server, self.small = mode, server, small
+    def __init__(self, mode: str, server: Server, row: Row, small: bool, wanted: str) -> None:
+        self.mode, self.server, self.small, self.wanted = mode, server, small, wanted
         self.row = partial(row, mode=mode)
         self.info = server.call("/object_info")
         self.steps = 2 if small else STEPS
@@ -114,6 +115,20 @@ class Flow:
         self.row(what="gptq", format=fmt, warnings=warned, **{f"{name}_db": snr_db(reference, latents(self.server, f"{name}-{fmt}"))
                                                               for name in ("nearest", "gptq")})
 
+    def ordered(self) -> None:
+        """Quantized in order beside the model itself, from a capture of its own; the file is compared between the modes."""
+        graph = self.drawing()
+        node = graph.capture(rows_per_step=64)
+        calibration = graph.calibration(node, graph.captured(node, PROMPTS, self.steps), "ordered")
+        quantized = graph.quantized(self.source(graph), format="nvfp4", scales="auto", rounding="auto", calibration=(calibration, 0),
+                                    model=(graph.original, 0))
+        graph.add("QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name="q-ordered", overwrite=True)
+        for name, model in (("ordered-held-out", graph.original), ("ordered", graph.load(quantized))):
+            graph.save(graph.draw(model, 0, 101, self.steps, 4), name)
+        said = self.run(graph)[quantized]["text"][0].splitlines()
+        self.row(what="in order", said=[line for line in said if "in order" in line or "warning" in line],
+                 snr_db=snr_db(latents(self.server, "ordered-held-out"), latents(self.server, "ordered")))
+
     def compiled(self) -> None:
         graph = self.drawing()
         patched = graph.add("TorchCompileModel", model=(graph.original, 0), backend="inductor")
@@ -144,9 +159,9 @@ class Flow:
         formats = FORMATS[:2] if self.small else FORMATS
         write_lora(self.server.base)
         jobs = {"original": self.original, **{fmt: partial(self.format, fmt) for fmt in formats}, "capture": self.capture,
-                **{f"gptq {fmt}": partial(self.calibrated, fmt) for fmt in ("nvfp4", "int8_blockwise")}, "compiled": self.compiled,
+                **{f"gptq {fmt}": partial(self.calibrated, fmt) for fmt in ("nvfp4", "int8_blockwise")}, "in order": self.ordered, "compiled": self.compiled,
                 "lora": partial(self.lora, None), **{f"lora {fmt}": partial(self.lora, fmt) for fmt in formats[:10]}}
-        return one_by_one({f"{self.mode}: {name}": job for name, job in jobs.items()}, self.row)
+        return one_by_one({f"{self.mode}: {name}": job for name, job in jobs.items() if re.search(self.wanted, name)}, self.row)
 
 
 def write_lora(base: Path) -> None:
@@ -160,14 +175,15 @@ def write_lora(base: Path) -> None:
     save_file(lora, base / "models/loras/bench.safetensors")
 
 
-def compare(folder: Path, row: Row, modes: Sequence[str], small: bool) -> list[BaseException]:
+def compare(folder: Path, row: Row, modes: Sequence[str], small: bool, wanted: str = "") -> list[BaseException]:
+    """wanted: a regular expression, only jobs whose name it is found in are done."""
     flows: dict[str, Flow] = {}
     errors: list[BaseException] = []
 
     def one(mode: str) -> None:
         base = make_base(folder / f"mode-{mode.replace(' ', '-')}", {MODEL: ROOT / "assets/tiny_mmdit_256.safetensors"})
         with Server(base, *MODES[mode]) as server:
-            flows[mode] = Flow(mode, server, row, small)
+            flows[mode] = Flow(mode, server, row, small, wanted)
             errors.extend(flows[mode].all())
             lines = server.log_text().splitlines()
             row(what="log", mode=mode, said=[line[-90:] for line in lines if "DynamicVRAM" in line or "Set vram state" in line],
@@ -189,6 +205,13 @@ def _beside(row: Row, flow: Flow, first: Flow, small: bool) -> None:
             files = [_digest(of.server.base / f"models/diffusion_models/q-{name.removeprefix('graph-')}.safetensors") for of in (flow, first)]
             row(what="beside", mode=flow.mode, of=first.mode, latent=name, equal=bool(torch.equal(one, other)),
                 snr_db=min(snr_db(one, other), 999.0), same_file=None if name == "original" else files[0] == files[1])
+    ordered = [of.server.base / "models/diffusion_models/q-ordered.safetensors" for of in (flow, first)]
+    if all(path.is_file() for path in ordered):
+        row(what="beside", mode=flow.mode, of=first.mode, latent="ordered", same_file=_same_tensors(*ordered),
+            equal=bool(torch.equal(latents(first.server, "ordered"), latents(flow.server, "ordered"))),
+            snr_db=min(snr_db(latents(first.server, "ordered"), latents(flow.server, "ordered")), 999.0))
+    if not all((of.server.base / f"models/calibrations/part{len(PROMPTS)}.safetensors").is_file() for of in (flow, first)):
+        return
     mine, theirs = (calibration_tensors(of.server, f"part{len(PROMPTS)}") for of in (flow, first))
     kinds: dict[str, float] = {}
     for name in sorted(mine.keys() & theirs.keys()):
@@ -198,6 +221,12 @@ def _beside(row: Row, flow: Flow, first: Flow, small: bool) -> None:
     layers = [{name: (layer["seen"], layer.get("sampled")) for name, layer in of._layers(f"part{len(PROMPTS)}").items()} for of in (flow, first)]
     row(what="calibrations", mode=flow.mode, of=first.mode, same_keys=mine.keys() == theirs.keys(), same_rows=layers[0] == layers[1],
         equal=all(torch.equal(mine[name], theirs[name]) for name in mine.keys() & theirs.keys()), largest_difference=kinds)
+
+
+def _same_tensors(one: Path, other: Path) -> bool:
+    """The headers name calibrations, whose files have names of their own."""
+    mine, theirs = load_file(one), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def _digest(path: Path) -> str:

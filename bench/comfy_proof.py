@@ -25,7 +25,7 @@ SEEN = (0, 1, 2, 3, 5, 6, 7, 8)      # classes of the calibration; 4 and 9 are h
 AUTO = {"scales": "auto", "rounding": "auto", "bias_correction": True}
 METHODS: dict[str, dict[str, Any]] = {
     "nearest": {}, "search": {"scales": "search"}, "gptq": AUTO, "gptq, no bias": {**AUTO, "bias_correction": False},
-    "gptq + input scales": {**AUTO, "input_scales": True}}
+    "gptq + input scales": {**AUTO, "input_scales": True}, "gptq in order": AUTO}
 SCALE, SHIFT = 1.5305, 0.0609      # of SD3's latent format
 
 
@@ -80,6 +80,8 @@ class Judge:
         """Quantize in the graph that captured, draw every class, look at single steps. Returns the seconds."""
         graph, calibration = self.graph(count, steps) if "gptq" in method else (Drawing(self.info), "")
         recipe = {**METHODS[method], **({"calibration": (calibration, 0)} if calibration else {})}
+        if "in order" in method:
+            recipe["model"] = (graph.original, 0)
         source = graph.add("QuantPressLoadSource", file=f"diffusion_models/{MODEL}.safetensors")
         loaded = graph.load(graph.quantized(source, format=fmt, **recipe), self.decoded)
         for label in range(self.size.classes):
@@ -127,8 +129,9 @@ class Judge:
         row(**about, **values)
 
 
-def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], servers: int, size: Size) -> list[BaseException]:
-    """precision: bf16, as users run it; or fp32, computed in float32 with decoded weights, so that only the weights differ."""
+def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], servers: int, size: Size,
+          chosen: Sequence[str] = ()) -> list[BaseException]:
+    """chosen: methods, the format's own where none are. precision: bf16, as users run it; or fp32, computed in float32 with decoded weights, so that only the weights differ."""
     shards = {f"proof-{precision}-{i}": tuple(formats[i::servers]) for i in range(min(servers, len(formats)))}
 
     def shard(name: str, mine: Sequence[str]) -> None:
@@ -136,7 +139,7 @@ def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], server
             judge = Judge(server, size, decoded=precision == "fp32")
             judge.reference()
             jobs = {f"{fmt}, {method}": partial(measured, judge, row, fmt, method, size.prompts, size.steps, precision)
-                    for fmt in mine for method in methods(fmt)}
+                    for fmt in mine for method in chosen or methods(fmt)}
             errors.extend(one_by_one(jobs, row))
 
     errors: list[BaseException] = []
@@ -145,7 +148,7 @@ def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], server
 
 def methods(fmt: str) -> tuple[str, ...]:
     extra = {"float8_e4m3fn": ("gptq + input scales",), "nvfp4": ("gptq, no bias",), "bnb_nf4": ("gptq, no bias",)}
-    return ("nearest", "search", "gptq", *extra.get(fmt, ()))
+    return ("nearest", "search", "gptq", "gptq in order", *extra.get(fmt, ()))
 
 
 def server_of(base: Path, precision: str) -> Server:

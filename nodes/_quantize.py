@@ -1,6 +1,7 @@
 """From a source handle and settings to a quantized handle."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from comfy import model_management
 from ..quant_core.checkpoint.layers import stored_layers
 from ..quant_core.checkpoint.part import remove
 from ..quant_core.checkpoint.source import open_source
-from ..quant_core.errors import QuantPressError
+from ..quant_core.errors import QuantPressError, RequestError
 from ..quant_core.plan import linear_layers
 from ..quant_core.policy.general import NOT_NAMED
 from ..quant_core.run import convert
@@ -19,6 +20,7 @@ from ..quant_core.tools.requantize import only_quantized
 from ._detection import Detection, detect, require_same
 from ._folders import stamp
 from ._handles import QuantizedHandle, SourceHandle, spool_of
+from ._in_order import live_model
 from ._progress import NodeProgress
 from ._recipe import Settings
 from ._spool import lora_path, spooled
@@ -26,10 +28,11 @@ from ._spool import lora_path, spooled
 NOT_BEFORE = "not quantized before"
 
 
-def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress,
-             maker: str = "Quantize Model") -> tuple[QuantizedHandle, dict[str, Any]]:
+def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress, maker: str = "Quantize Model",
+             model: Any = None) -> tuple[QuantizedHandle, dict[str, Any]]:
     """Quantize into a spool file, with the run's report; at once when this very file was made before and is still there.
 
+    model: a ModelPatcher of the source, to quantize in order of execution; None otherwise.
     Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.
     """
     path = spool_of(source)
@@ -38,9 +41,13 @@ def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress,
         progress.say("Reading the header")
         with open_source(path) as src:
             layers = linear_layers(src, stored_layers(src))
-        return _convert(path, spool, settings.for_layers(layers), progress, detect(path, decoded=True))
+        return _convert(path, spool, settings.for_layers(layers), progress, detect(path, decoded=True), model)
 
-    spool, report = spooled(source.label, {"source": str(path), "stamp": stamp(path), **settings.describe()}, make)
+    if model is not None and settings.calibration is None:
+        raise RequestError("Quantizing in order needs the calibration too: connect the one that was captured from this model, or "
+                           "disconnect the model.")
+    key = {"source": str(path), "stamp": stamp(path), **settings.describe(), "in_order": model is not None}
+    spool, report = spooled(source.label, key, make)
     return QuantizedHandle(spool, source.label, maker, lora=lora_path(spool) if settings.residual else None), report
 
 
@@ -60,16 +67,18 @@ def requantize(quantized: QuantizedHandle, settings: Settings, progress: NodePro
     return handle, {**report, "layers": rows, "formats_before": before}
 
 
-def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgress, detection: Detection) -> dict[str, Any]:
+def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgress, detection: Detection,
+             model: Any) -> dict[str, Any]:
     device = torch.device(settings.device)
     if device.type != "cpu":
         # As for a sampler: models that fill the GPU move out, so that the largest layer fits.
         model_management.free_memory(model_management.minimum_inference_memory(), device)
     lora = lora_path(spool) if settings.residual else None
     try:
-        report = convert(source, spool, settings.recipe, settings.policy, device=device, overwrite=True,
-                         never_pack=detection.fixed, calibration=settings.calibration, residual_lora=lora,
-                         progress=progress, cancel=progress.cancelled)
+        with nullcontext() if model is None else live_model(model, source, settings.calibration.path) as live:
+            report = convert(source, spool, settings.recipe, settings.policy, device=device, overwrite=True,
+                             never_pack=detection.fixed, calibration=settings.calibration, residual_lora=lora, live=live,
+                             progress=progress, cancel=progress.cancelled)
         require_same(detection, spool)
     except QuantPressError:
         remove(lora_path(spool))

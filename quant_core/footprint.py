@@ -5,13 +5,19 @@ import torch
 
 # Float32 copies of the weight at the peak, the weight included, as bench/rounding.py measured them and rounded up.
 WEIGHT_COPIES = {"nearest": 6.0, "stochastic": 7.0, "gptq": 6.0, "learned": 6.0}
-_HESSIANS = 3.5           # the layer's own, the centred one, the one in the work basis, and the half that the factor takes
+_HESSIANS = 1.6           # the layer's own, changed in place, and the half that the factor takes
 
 
 def needed_bytes(shape: tuple[int, int], rounding: str, hessian: bool) -> int:
     """Peak device memory of one layer with the given rounder."""
     n, k = shape
     return int(4 * n * k * WEIGHT_COPIES[rounding] + (4 * k * k * _HESSIANS if hessian else 0))
+
+
+def following_bytes(shape: tuple[int, int]) -> int:
+    """Peak device memory of asymmetric.follow, the weight included: see there."""
+    n, k = shape
+    return 4 * (3 * k * k + 3 * n * k + (1 << 16) * k // 4)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -3,16 +3,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .asymmetric import InputPairs
 from .calibration.use import CalibrationUse, LayerInputs, OpenCalibration, on_device, open_use
 from .cancel import cancel_scope, poll
 from .checkpoint.layers import config_tensor_name
@@ -20,38 +20,43 @@ from .checkpoint.metadata import encode_config
 from .checkpoint.sink import Sink, open_sink
 from .checkpoint.source import Source, open_source
 from .errors import InputFileError, OutputError, RequestError
-from .layer import NO_EVIDENCE, quantize_layer
+from .in_order import InOrder, LiveModel, in_order
+from .layer import NO_EVIDENCE, LayerResult, quantize_layer
 from .options import read_options
 from .plan import LayerPlan, Plan, make_plan
 from .policy.general import Policy
+from .progress_clock import Clock
 from .recipe import Recipe
 from .report import LayerReport, Progress, RunReport
 from .residual import Residual, ResidualOptions, save_residuals
 from .verify import check_file
+from .write_behind import Writer
 
 _DEVICE = re.compile(r"cpu|(?P<cuda>cuda)(:(?P<index>\d+))?")
-_UNWRITTEN_JOBS = 2      # jobs whose tensors wait for the disk
 
 
 def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Policy = Policy(), *,
             device: str | torch.device = "auto", overwrite: bool = False, allow_nonfinite: bool = False,
             never_pack: frozenset[str] = frozenset(), calibration: CalibrationUse | None = None,
-            residual_lora: str | Path | None = None,
+            residual_lora: str | Path | None = None, live: LiveModel | None = None,
             progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> RunReport:
     """The whole way from file to verified file. Raises QuantPressError; on any error no target appears.
 
     allow_nonfinite: a layer with NaN or Inf keeps its source dtype; by default it is an InputFileError.
     calibration: what is known of the layers' inputs. residual_lora: where the low-rank part goes that the recipe's
-    residual_rank asks for; written when the model is complete.
+    residual_rank asks for; written when the model is complete. live: the running model that the calibration was captured from,
+    to quantize in order of execution (in_order.py).
     progress: called after every tensor. cancel: asked often; true raises Cancelled within a second.
     """
     started = time.monotonic()
     where = pick_device(device)
     lora = _residual_target(residual_lora, Path(target), recipe, policy, overwrite)
+    if live is not None and calibration is None:
+        raise RequestError("quantizing in order needs the calibration that was captured from the model. Give both, or neither.")
     with ExitStack() as stack:
         stack.enter_context(cancel_scope(cancel))
         src = stack.enter_context(open_source(source))
-        known = stack.enter_context(open_use(calibration)) if calibration is not None else None
+        known = stack.enter_context(open_use(replace(calibration, in_order=live is not None))) if calibration is not None else None
         plan = make_plan(src, recipe, policy, never_pack=never_pack, calibration=known)
         warnings = plan.warnings
         if allow_nonfinite:
@@ -62,7 +67,8 @@ def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Poli
         residuals: dict[str, Residual] = {}
         with open_sink(target, plan.outputs, plan.metadata, overwrite=overwrite, sources=src.files) as sink:
             reports = []
-            for report, state in run(plan, src, sink, device=where, calibration=known, residuals=residuals, started=started):
+            for report, state in run(plan, src, sink, device=where, calibration=known, residuals=residuals, started=started,
+                                     live=live):
                 if report is not None:
                     reports.append(report)
                 if progress is not None:
@@ -95,35 +101,38 @@ def _residual_target(path: str | Path | None, target: Path, recipe: Recipe, poli
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A job's data, all on the CPU. bias: [N], only when it is to be corrected."""
+    """A job's data, all on the CPU but for the pairs. bias: [N], only when it is to be corrected."""
 
     w: Tensor
     bias: Tensor | None = None
     inputs: LayerInputs = field(default_factory=lambda: LayerInputs(NO_EVIDENCE))
+    pairs: InputPairs | None = None
 
 
 def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, calibration: OpenCalibration | None,
-        residuals: dict[str, Residual], started: float) -> Iterator[tuple[LayerReport | None, Progress]]:
+        residuals: dict[str, Residual], started: float,
+        live: LiveModel | None = None) -> Iterator[tuple[LayerReport | None, Progress]]:
     """Yields after each layer (its report) and after each copied tensor (None); the caller may stop at any point.
 
     residuals: {layer: low-rank part} is filled in, on the CPU.
     """
-    jobs = plan.quantized
-    clock = _Clock(plan, src, started)
+    clock = Clock(plan, src, started)
     with ExitStack() as stack:
         reader = stack.enter_context(ThreadPoolExecutor(1, "quantpress-read"))
-        writer = _Writer(stack.enter_context(ThreadPoolExecutor(1, "quantpress-write")))
+        writer = Writer(stack.enter_context(ThreadPoolExecutor(1, "quantpress-write")))
         stack.callback(writer.abandon)
         for layer in plan.layers:
             if layer.recipe is None:
                 yield _kept(layer), clock.state(layer.layer)
-        ahead: Future[_Read] | None = reader.submit(_read, src, jobs[0], calibration) if jobs else None
-        for index, job in enumerate(jobs):
+        order = None if live is None else stack.enter_context(in_order(plan.quantized, calibration.known_as, live))
+        for job, data in _read_ahead(plan.quantized, reader, src, calibration) if order is None else _read_on_arrival(order, src, calibration):
             poll()
-            data = ahead.result()
-            ahead = reader.submit(_read, src, jobs[index + 1], calibration) if index + 1 < len(jobs) else None
-            yield _quantize(job, data, sink, writer, device, residuals), clock.advance(job)
-            del data
+            result, report = _quantize(job, data, device)
+            if data.pairs is not None:
+                order.deliver(job.layer, _decoded(job, result), _biased(job, data, result, src))
+            _hand_over(job, data, result, sink, writer, residuals)
+            yield report, clock.advance(job)
+            del data, result
         for name in plan.copied:
             poll()
             writer.submit(_copy, src, sink, name)
@@ -136,6 +145,20 @@ def read_weight(src: Source, job: LayerPlan) -> Tensor:
     return job.stored.decode(src) if job.stored is not None else src.read(f"{job.layer}.weight")
 
 
+def _read_ahead(jobs: Sequence[LayerPlan], reader: ThreadPoolExecutor, src: Source,
+                calibration: OpenCalibration | None) -> Iterator[tuple[LayerPlan, _Read]]:
+    ahead: Future[_Read] | None = reader.submit(_read, src, jobs[0], calibration) if jobs else None
+    for index, job in enumerate(jobs):
+        data = ahead.result()
+        ahead = reader.submit(_read, src, jobs[index + 1], calibration) if index + 1 < len(jobs) else None
+        yield job, data
+
+
+def _read_on_arrival(order: InOrder, src: Source, calibration: OpenCalibration) -> Iterator[tuple[LayerPlan, _Read]]:
+    for ordered in order:
+        yield ordered.job, replace(_read(src, ordered.job, calibration), pairs=ordered.pairs)
+
+
 def _read(src: Source, job: LayerPlan, calibration: OpenCalibration | None) -> _Read:
     w = read_weight(src, job)
     if calibration is None:
@@ -146,8 +169,7 @@ def _read(src: Source, job: LayerPlan, calibration: OpenCalibration | None) -> _
                  calibration.read(job.layer, recipe.format, job.config, hessian))
 
 
-def _quantize(job: LayerPlan, data: _Read, sink: Sink, writer: "_Writer", device: torch.device,
-              residuals: dict[str, Residual]) -> LayerReport:
+def _quantize(job: LayerPlan, data: _Read, device: torch.device) -> tuple[LayerResult, LayerReport]:
     began = time.monotonic()
     count = count_nonfinite(data.w)
     if count:
@@ -155,7 +177,16 @@ def _quantize(job: LayerPlan, data: _Read, sink: Sink, writer: "_Writer", device
                              "Take a sound copy of the model, or keep the layer as it is: name it in keep, or give "
                              "--allow-nonfinite on the command line.")
     bias = None if data.bias is None else data.bias.to(device)
-    result = quantize_layer(job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias)
+    result = quantize_layer(job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias, pairs=data.pairs)
+    return result, LayerReport(
+        job.layer, job.shape, job.source, job.recipe.format.name, job.reason, job.bytes_in, job.bytes_out, result.weight_error,
+        time.monotonic() - began, result.notes, result.judgement, data.inputs.evidence.count,
+        None if job.bias is None else result.bias is not None,
+        None if data.inputs.input_scale is None else float(data.inputs.input_scale),
+        None if result.residual is None else result.residual.corrected_error)
+
+
+def _hand_over(job: LayerPlan, data: _Read, result: LayerResult, sink: Sink, writer: Writer, residuals: dict[str, Residual]) -> None:
     tensors = {f"{job.layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()}
     tensors[config_tensor_name(job.layer)] = encode_config(job.config)
     if data.inputs.input_scale is not None:
@@ -166,12 +197,19 @@ def _quantize(job: LayerPlan, data: _Read, sink: Sink, writer: "_Writer", device
     if result.residual is not None:
         part = result.residual
         residuals[job.layer] = replace(part, up=part.up.cpu(), down=part.down.cpu())
-    return LayerReport(
-        job.layer, job.shape, job.source, job.recipe.format.name, job.reason, job.bytes_in, job.bytes_out, result.weight_error,
-        time.monotonic() - began, result.notes, result.judgement, data.inputs.evidence.count,
-        None if job.bias is None else result.bias is not None,
-        None if data.inputs.input_scale is None else float(data.inputs.input_scale),
-        None if result.residual is None else result.residual.corrected_error)
+
+
+def _decoded(job: LayerPlan, result: LayerResult) -> Tensor:
+    """float32 [N, K]: what a reader makes of the result."""
+    return job.recipe.format.dequantize(result.tensors, job.shape)
+
+
+def _biased(job: LayerPlan, data: _Read, result: LayerResult, src: Source) -> Tensor | None:
+    """The bias [N] beside the result; None where the layer has none."""
+    if result.bias is not None or data.bias is not None:
+        return data.bias if result.bias is None else result.bias
+    name = f"{job.layer}.bias"
+    return src.read(name) if name in src.tensors else None
 
 
 def _write(sink: Sink, tensors: Mapping[str, Tensor]) -> None:
@@ -223,50 +261,3 @@ def pick_device(device: str | torch.device) -> torch.device:
     if found["index"] and int(found["index"]) >= torch.cuda.device_count():
         raise RequestError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0.")
     return torch.device(device)
-
-
-class _Writer:
-    """One background thread with at most _UNWRITTEN_JOBS waiting jobs; the first failure is raised by the next call."""
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._pending: list[Future[Any]] = []
-
-    def submit(self, function: Callable[..., None], *args: Any) -> None:
-        while len(self._pending) >= _UNWRITTEN_JOBS:
-            self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(function, *args))
-
-    def finish(self) -> None:
-        while self._pending:
-            self._pending.pop(0).result()
-
-    def abandon(self) -> None:
-        """After an error: drop what has not begun, so that leaving does not wait for it."""
-        for future in self._pending:
-            future.cancel()
-
-
-class _Clock:
-    """Progress by bytes: a quantized byte and a copied byte count the same, which is close enough for an ETA."""
-
-    def __init__(self, plan: Plan, src: Source, started: float) -> None:
-        self._total = len(plan.quantized)
-        self._sizes = {name: info.nbytes for name, info in src.tensors.items()}
-        self._bytes = sum(job.bytes_in for job in plan.quantized) + sum(self._sizes[name] for name in plan.copied)
-        self._started, self._done, self._done_bytes = started, 0, 0
-
-    def state(self, name: str) -> Progress:
-        elapsed = time.monotonic() - self._started
-        left = self._bytes - self._done_bytes
-        eta = elapsed * left / self._done_bytes if self._done_bytes else None
-        return Progress(name, self._done, self._total, self._done_bytes, self._bytes, elapsed, eta)
-
-    def advance(self, job: LayerPlan) -> Progress:
-        self._done += 1
-        self._done_bytes += job.bytes_in
-        return self.state(job.layer)
-
-    def copied(self, name: str) -> Progress:
-        self._done_bytes += self._sizes[name]
-        return self.state(name)

@@ -20,6 +20,7 @@ class Task:
 
     weights: float32 [Kp], how much an error in each column counts when scales are chosen; None: all the same.
     factor: what the rounder prepared of the Hessian. aim: what it minimises in place of `objective`.
+    plain: float32 [Np, Kp], the layer's own weight where `work` is another one, which makes up for the layers before it.
     """
 
     layer: str
@@ -31,6 +32,7 @@ class Task:
     weights: Tensor | None = None
     factor: Factor | None = None
     aim: Aim | None = None
+    plain: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -52,11 +52,12 @@ def encode_rows(fmt: Format, work: Tensor, qp: QParams) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def errors_by_rows(fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams) -> Iterator[Tensor]:
-    """What a reader decodes minus `work`, a slice of rows at a time. codes None: those of rounding to nearest."""
+def errors_by_rows(fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams, plain: Tensor | None = None) -> Iterator[Tensor]:
+    """What a reader decodes minus `work`, a slice of rows at a time. codes None: those of rounding `plain` (None: work) to nearest."""
+    plain = work if plain is None else plain
     for rows in row_slices(fmt, work):
-        part, sub = work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1]))
-        yield (fmt.round(part, sub) if codes is None else fmt.decode(codes[rows], sub)).sub_(part)
+        sub = tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1]))
+        yield (fmt.round(plain[rows], sub) if codes is None else fmt.decode(codes[rows], sub)).sub_(work[rows])
 
 
 def group_columns(fmt: Format, work_shape: tuple[int, int]) -> int:

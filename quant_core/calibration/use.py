@@ -28,11 +28,13 @@ _SHOWN = 3
 class CalibrationUse:
     """path: the calibration's file. bias_correction: move the mean output error into the bias, where that helps on
     held-out rows. input_scales: write `input_scale` from the true absmax for the formats whose runtime uses it.
+    in_order: layers are quantized in order of execution, beside the running model (in_order.py); for the file's header.
     """
 
     path: Path
     bias_correction: bool = False
     input_scales: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,10 @@ class OpenCalibration:
         """Whether this layer of the file was captured."""
         return self._names.resolve(layer) in self._captured
 
+    def known_as(self, layer: str) -> str | None:
+        """The model's own name of a layer of the file; None when the model has none such."""
+        return self._names.resolve(layer)
+
     def hessian_bytes(self, layer: str) -> int:
         """Of the layer's Hessian in float32; 0 where there is none."""
         name = self._names.resolve(layer)
@@ -129,7 +135,7 @@ class OpenCalibration:
         """For the file's header. layers: how many of the quantized ones were captured."""
         header = self._reader.header
         return {"file": self._source.path.name, "hash": self._source.identity_hash(), "runs": len(header.runs), "layers": layers,
-                "bias_correction": self.use.bias_correction, "input_scales": self.use.input_scales}
+                "bias_correction": self.use.bias_correction, "input_scales": self.use.input_scales, "in_order": self.use.in_order}
 
 
 def _width(layers: Sequence[str], shapes: Mapping[str, tuple[int, int]], wanted: int) -> int:
@@ -145,6 +151,6 @@ def open_use(use: CalibrationUse) -> Iterator[OpenCalibration]:
 
 
 def on_device(evidence: Evidence, device: torch.device) -> Evidence:
-    """The same evidence with its tensors there."""
-    moved = {field: getattr(evidence, field) for field in ("hessian", "hessian_diagonal", "mean", "absmax", "rows")}
+    """The same evidence with its tensors there, but for the Hessian: quantize_layer moves that one and then owns the copy."""
+    moved = {field: getattr(evidence, field) for field in ("hessian_diagonal", "mean", "absmax", "rows")}
     return replace(evidence, **{field: tensor.to(device) for field, tensor in moved.items() if tensor is not None})
