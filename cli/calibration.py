@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("calibration", help="look into captured calibrations, and merge them",
                                  description="Calibrations are captured in ComfyUI, by the node Capture Activations.")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    inspect = actions.add_parser("inspect", help="runs, layers, rows and outlier channels")
+    inspect = actions.add_parser("inspect", help="runs, model calls, layers, rows and outlier channels")
     inspect.add_argument("file", metavar="FILE", type=Path)
     inspect.add_argument("--all", action="store_true", help="list every layer, not only those with the largest outliers")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -48,6 +48,9 @@ def _inspect(args: argparse.Namespace) -> int:
         print_json(content)
         return 0
     print(f"{args.file}: {counted(len(rows), 'layer')} captured in {counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}")
+    calls = content["calls"]
+    if calls["count"]:
+        print(f"  {counted(calls['count'], 'model call')} kept whole, {size_text(calls['bytes'])}")
     for number, run in enumerate(content["runs"], 1):
         state = "" if run["completed"] else ", stopped early"
         loras = f", LoRA: {', '.join(run['loras'])}" if run["loras"] else ""
@@ -67,7 +70,8 @@ def _content(path: Path, reader: CalibrationReader, rows: list[LayerSummary]) ->
     runs = [{"note": run.note, "completed": run.completed, "steps": len(run.steps), "labels": dict(run.labels),
              "loras": list(run.loras)} for run in header.runs]
     return {"path": str(path), "bytes": path.stat().st_size, "pack_version": header.pack_version, "seed": header.seed,
-            "weighting": header.weighting, "runs": runs, "layers": [asdict(row) for row in rows]}
+            "weighting": header.weighting, "runs": runs, "calls": {"count": reader.call_count, "bytes": header.calls.nbytes},
+            "layers": [asdict(row) for row in rows]}
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -78,5 +82,6 @@ def _merge(args: argparse.Namespace) -> int:
         args.parser.error("two calibrations or more are needed")
     with stop_on_signal() as cancel, cancel_scope(cancel), show_progress("merging") as progress:
         merged = merge_files(args.files, args.output, args.overwrite, progress)
-    print(f"{args.output}: {len(args.files)} calibrations merged, {counted(merged.layers, 'layer')}, {counted(merged.runs, 'run')}")
+    calls = f", {counted(merged.calls, 'model call')}" if merged.calls else ""
+    print(f"{args.output}: {len(args.files)} calibrations merged, {counted(merged.layers, 'layer')}, {counted(merged.runs, 'run')}{calls}")
     return 0

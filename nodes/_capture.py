@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..quant_core.calibration.budget import Budget, BudgetPlan, plan_budget
 from ..quant_core.calibration.calibration import LayerSummary, fingerprint
-from ..quant_core.calibration.calls import CallSample, call_key, is_recordable
+from ..quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
 from ..quant_core.calibration.collector import CallContext, CaptureSettings, Collector
 from ..quant_core.calibration.linear_layers import linear_layers, refuse_compiled
 from ..quant_core.calibration.storage import save_calibration
@@ -47,7 +47,7 @@ class Capture:
                                             settings.statistics)
         self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
         self._calls = CallSample(calls)
-        self._run, self._call, self._sampling = 0, 0, False
+        self._run, self._call, self._note, self._sampling = 0, 0, "", False
         self._seed, self._accumulate = settings.seed, accumulate
         self._lock = threading.Lock()
         self._context, self._counted = CallContext(), False
@@ -77,8 +77,8 @@ class Capture:
         try:
             self._context, self._counted, self._collected = CallContext(step=-1), False, None
             self._run, self._call, self._sampling = self._run + 1, 0, True
-            with model_compiler_off(), \
-                    self._collector.capture(self._root, lambda: self._context, "" if seed is None else f"seed {seed}", loras):
+            self._note = "" if seed is None else f"seed {seed}"
+            with model_compiler_off(), self._collector.capture(self._root, lambda: self._context, self._note, loras):
                 return executor(*args, **kwargs)
         finally:
             self._sampling = False
@@ -107,7 +107,8 @@ class Capture:
             self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
         self._context = replace(self._context, labels=labels)
         if self._sampling:
-            self._calls.offer(lambda: call_arguments(executor.class_obj, x, t, args, kwargs), call_key(self._seed, self._run, self._call))
+            self._calls.offer(lambda: call_arguments(executor.class_obj, x, t, args, kwargs), call_key(self._seed, self._run, self._call),
+                              call_group(self._seed, self._run, self._note))
             self._call += 1
         return executor(x, t, *args, **kwargs)
 

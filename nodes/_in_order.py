@@ -37,7 +37,7 @@ def live_model(model: Any, source: Path, calibration: Path) -> Iterator[LiveMode
         modules = {name: module for name, module in linear_layers(model.get_model_object("diffusion_model")).items()
                    if name in reader.header.model.layers}
         require_same_weights(model, modules, source)
-        live = LiveModel(modules, [partial(_run, model, call) for call in kept])
+        live = LiveModel(modules, [partial(_run, model, call) for call in kept], [call.group for call in kept])
         one = max(call_bytes(model, call.call()) for call in kept)
         with loaded(model, one) as (_, device):
             found = room(live, model_management.get_total_memory(device) // _SHARE)

@@ -5,6 +5,7 @@ import time
 
 from comfy import model_management, utils
 
+from ..quant_core.errors import counted
 from ..quant_core.report import Progress
 
 _STEPS = 1000
@@ -40,7 +41,7 @@ class NodeProgress:
 
 def progress_text(what: str, state: Progress) -> str:
     left = "" if state.eta_s is None else f", {duration(state.eta_s)} left"
-    return (f"{what}: {state.done_layers} of {state.total_layers} layers, {state.done_bytes / 1e9:.2f} of "
+    return (f"{what}: {state.done_layers} of {counted(state.total_layers, 'layer')}, {state.done_bytes / 1e9:.2f} of "
             f"{state.total_bytes / 1e9:.2f} GB{left}")
 
 

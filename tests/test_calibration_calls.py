@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from comfyui_quantpress.quant_core.calibration.calibration import Calibration, ModelIdentity
-from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_key, is_recordable, record
+from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable, record
 from comfyui_quantpress.quant_core.calibration.merge import merge_files
 from comfyui_quantpress.quant_core.calibration.statistics import LayerStatistics, StatisticsSettings
 from comfyui_quantpress.quant_core.calibration.storage import METADATA_KEY, load_calibration, open_calibration, save_calibration
@@ -230,10 +230,15 @@ def test_merging_is_as_if_one_sample_had_seen_all():
     assert numbers(none) == numbers(other) and none.limit == 9
 
 
+def test_the_calls_of_a_run_are_one_group():
+    groups = [call_group(seed, run, note) for seed in (0, 1) for run in (1, 2) for note in ("seed 5", "seed 6")]
+    assert len(set(groups)) == 8 and call_group(0, 1, "seed 5") == groups[0] and all(0 <= group < 2**53 for group in groups)
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 def test_a_file_gives_the_calls_back_in_order(tmp_path):
     sample = CallSample(64)
-    sample.offer(nested, 5)
+    sample.offer(nested, 5, call_group(3, 1, "seed 8"))
     sample.offer(lambda: {"x": torch.ones(2)}, 2)
     sample.offer(lambda: {"x": object()}, 1)
     path = save_calibration(calibration(sample), tmp_path / "c.safetensors")
@@ -243,6 +248,7 @@ def test_a_file_gives_the_calls_back_in_order(tmp_path):
         assert_same({"x": torch.ones(2)}, first.arguments)
         assert_same(plain(nested()), second.arguments)
         assert second.nbytes == list(sample.calls())[1].nbytes
+        assert [kept.group for kept in reader.header.calls.kept] == [0, call_group(3, 1, "seed 8")]
     loaded = load_calibration(path).calls
     assert (loaded.limit, loaded.max_bytes, loaded.offered, loaded.refused) == (64, sample.max_bytes, 3, 1)
     path.unlink()

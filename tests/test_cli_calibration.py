@@ -8,6 +8,7 @@ from torch import nn
 
 from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.quant_core.calibration.budget import Budget, plan_budget
+from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_key
 from comfyui_quantpress.quant_core.calibration.collector import Collector
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.format import get_format
@@ -18,14 +19,18 @@ WIDTH, LAYERS = 64, ("blocks.0.fc1", "blocks.0.fc2")
 KEYS = {f"model.diffusion_model.{layer}.input_scale" for layer in LAYERS}
 
 
-def capture(path, seed, width=WIDTH):
+def capture(path, seed, width=WIDTH, calls=0):
     layers = {name: nn.Linear(width, 2 * width) for name in LAYERS}
     collector = Collector(layers, plan_budget({name: width for name in layers}, Budget()))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad(), collector.capture(layers[LAYERS[0]], note=f"seed {seed}"):
         for layer in layers.values():
             layer(3 * torch.randn(300, width, generator=g))
-    return save_calibration(collector.result(), path)
+    calibration = collector.result()
+    calibration.calls = CallSample(calls)
+    for number in range(calls):
+        assert calibration.calls.offer(lambda: {"x": torch.zeros(1000)}, call_key(seed, 1, number))
+    return save_calibration(calibration, path)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,33 @@ def test_inspect_and_merge(files, tmp_path, capsys):
     assert shown["layers"][0]["absmax"] == max(float(s.absmax.max()) for s in singles)
     assert main(["calibration", "inspect", str(both)]) == 0
     text = capsys.readouterr().out
-    assert "run 2: 1 step, seed 2" in text and "blocks.0.fc2" in text
+    assert "run 2: 1 step, seed 2" in text and "blocks.0.fc2" in text and "model call" not in text
+    assert shown["calls"] == {"count": 0, "bytes": 0}
     assert main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")]) == 1
     with pytest.raises(SystemExit):
         main(["calibration", "merge", str(tmp_path / "x.safetensors"), str(both)])
+
+
+@pytest.mark.parametrize("calls, said", [((1, 0), "1 model call"), ((2, 3), "3 model calls")])
+def test_inspect_and_merge_count_the_model_calls_kept(tmp_path, capsys, calls, said):
+    """The larger limit holds for the merged file: of two and three calls the three with the smallest keys stay."""
+    paths = [str(capture(tmp_path / f"{seed}.safetensors", seed, calls=count)) for seed, count in enumerate(calls)]
+    both = tmp_path / "both.safetensors"
+    assert main(["calibration", "merge", str(both), *paths]) == 0
+    assert f"2 runs, {said}\n" in capsys.readouterr().out
+    assert main(["calibration", "inspect", str(both)]) == 0
+    assert f"  {said} kept whole, {4.0 * max(calls):.1f} kB\n" in capsys.readouterr().out
+    assert main(["calibration", "inspect", str(both), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["calls"] == {"count": max(calls), "bytes": 4000 * max(calls)}
+
+
+def test_quantize_makes_the_same_file_with_calls_in_the_calibration(files, tmp_path, capsys):
+    """Bytes of all tensors: the command line cannot run the model, so calls change nothing."""
+    made = {}
+    for calls in (0, 5):
+        calibration, out = capture(tmp_path / f"cal{calls}.safetensors", 3, calls=calls), tmp_path / f"out{calls}.safetensors"
+        assert main(["quantize", str(files / "model.safetensors"), str(out), "--format", "nvfp4", "--calibration", str(calibration)]) == 0
+        assert "gptq" in capsys.readouterr().out
+        made[calls] = load_file(out)
+    assert made[0].keys() == made[5].keys()
+    assert all(torch.equal(made[0][name].view(torch.uint8), made[5][name].view(torch.uint8)) for name in made[0])

@@ -27,7 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 QUANT_CORE_MAY_IMPORT = (sys.stdlib_module_names - {"argparse"}) | {
-    "torch", "safetensors", "numpy", "comfy_kitchen", "triton",  # triton: optional, imported where a CUDA tensor needs it
+    "torch", "safetensors", "numpy", "comfy_kitchen", "greenlet", "triton",  # triton: optional, imported where a CUDA tensor needs it
 }
 LAYOUTS_MAY_NOT_IMPORT = {"nodes", "cli", "demo"}
 MAY_NOT_PRINT = {"quant_core", "layouts", "nodes"}

@@ -39,10 +39,11 @@ class RecordedCall:
 class KeptCall:
     """A call of a sample, in memory or in a file. tensors: path -> (safetensors dtype code, shape). fetch: path -> tensor.
 
-    nbytes: of all tensors. text_bytes: of the tree.
+    group: the same for the calls of one sampling, whose steps are alike. nbytes: of all tensors. text_bytes: of the tree.
     """
 
     key: int
+    group: int
     tree: Json
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     fetch: Callable[[str], Tensor]
@@ -78,6 +79,11 @@ def call_key(seed: int, run: int, call: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}, run {run}, call {call}".encode()).digest()[:8], "big") >> 11
 
 
+def call_group(seed: int, run: int, note: str) -> int:
+    """53 bits for all calls of one run. note: what else tells it from the runs of another capture."""
+    return call_key(seed, run, -1) ^ (int.from_bytes(hashlib.sha256(note.encode()).digest()[:8], "big") >> 11)
+
+
 class CallSample:
     """The calls with the smallest keys of all that were offered: at most `limit`, of at most `max_bytes` together.
 
@@ -106,8 +112,8 @@ class CallSample:
         """One at a time, in order of rising key."""
         return (kept.call() for kept in self.kept)
 
-    def offer(self, arguments: Callable[[], Mapping[str, Any] | None], key: int) -> bool:
-        """Whether the call was kept; only then is anything copied from its device. key: see call_key.
+    def offer(self, arguments: Callable[[], Mapping[str, Any] | None], key: int, group: int = 0) -> bool:
+        """Whether the call was kept; only then is anything copied from its device. key, group: see call_key and call_group.
 
         arguments: by name, or None when a replay would differ from this call; asked only when the key is small enough.
         """
@@ -115,7 +121,7 @@ class CallSample:
         if not self.limit or key >= self._bound:
             return False
         given = arguments()
-        found = None if given is None else _described(given, key)
+        found = None if given is None else _described(given, key, group)
         if found is None or found.nbytes > self.max_bytes:
             self.refused += 1
             return False
@@ -141,7 +147,7 @@ class CallSample:
     def to_json(self) -> dict[str, Json]:
         """Everything but the tensors."""
         return {"limit": self.limit, "max_bytes": self.max_bytes, "offered": self.offered, "refused": self.refused,
-                "kept": [{"key": kept.key, "tree": kept.tree} for kept in self.kept]}
+                "kept": [{"key": kept.key, "group": kept.group, "tree": kept.tree} for kept in self.kept]}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Json], described: Callable[[int, str], tuple[str, tuple[int, ...]]],
@@ -153,7 +159,7 @@ class CallSample:
         sample = cls(int(entry["limit"]), int(entry["max_bytes"]))
         sample.offered, sample.refused = int(entry["offered"]), int(entry["refused"])
         return sample._with(
-            KeptCall(int(kept["key"]), kept["tree"], {path: described(number, path) for path in _paths(kept["tree"])},
+            KeptCall(int(kept["key"]), int(kept["group"]), kept["tree"], {path: described(number, path) for path in _paths(kept["tree"])},
                      lambda path, number=number: fetch(number, path)) for number, kept in enumerate(entry["kept"]))
 
     def _with(self, kept: Iterable[KeptCall]) -> CallSample:
@@ -182,7 +188,7 @@ class _NoTree(Exception):
     """Something in the arguments has no place in a tree."""
 
 
-def _described(arguments: Mapping[str, Any], key: int) -> KeptCall | None:
+def _described(arguments: Mapping[str, Any], key: int, group: int = 0) -> KeptCall | None:
     """The call with the caller's own tensors, nothing copied; None when it cannot be recorded."""
     tensors: dict[str, Tensor] = {}
     try:
@@ -190,7 +196,7 @@ def _described(arguments: Mapping[str, Any], key: int) -> KeptCall | None:
     except _NoTree:
         return None
     infos = {path: (TORCH_TO_CODE[tensor.dtype], tuple(tensor.shape)) for path, tensor in tensors.items()}
-    found = KeptCall(key, tree, infos, tensors.__getitem__)
+    found = KeptCall(key, group, tree, infos, tensors.__getitem__)
     return found if found.text_bytes <= _CALL_TEXT_BYTES else None
 
 

@@ -104,7 +104,7 @@ class CalibrationReader:
         text = source.metadata.get(METADATA_KEY)
         if text is None:
             raise InputFileError(f"{source.path}: this is no calibration: its header has no {METADATA_KEY}. "
-                                 "Give a file that Save Calibration or `quantpress calibrate` wrote.")
+                                 "Give a file that Save Calibration or `quantpress calibration merge` wrote.")
         manifest = load_json_object(text.encode("utf-8"), f"{source.path}: {METADATA_KEY}")
         if manifest.get("schema") != SCHEMA:
             raise InputFileError(f"{source.path}: the calibration has schema {manifest.get('schema')!r}; this pack "

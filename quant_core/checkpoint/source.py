@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import InputFileError, RequestError, some_of
+from ..errors import InputFileError, RequestError, counted, some_of
 from .header import CODE_TO_TORCH, MAX_HEADER_BYTES, TensorInfo, load_json_object, read_header
 from .metadata import HEADER_KEY, merge_header_metadata
 
@@ -45,7 +45,7 @@ def open_source(path: str | Path) -> Source:
             shard_names = sorted(set(weight_map.values()))
             missing = [name for name in shard_names if not (path.parent / name).is_file()]
             if missing:
-                raise InputFileError(f"{path}: {len(missing)} of {len(shard_names)} shards are missing: "
+                raise InputFileError(f"{path}: {len(missing)} of {counted(len(shard_names), 'shard is', 'shards are')} missing: "
                                      f"{some_of(missing)}. Download them into the index's folder.")
             shards = tuple(stack.enter_context(_Shard(path.parent / name)) for name in shard_names)
             _check_weight_map(path, weight_map, shards)
