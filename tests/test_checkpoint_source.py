@@ -210,6 +210,9 @@ def test_an_index_that_disagrees_with_its_shards_names_the_tensors(tmp_path):
     (tmp_path / second).unlink()
     with pytest.raises(InputFileError, match=f"1 of 2 shards are missing: {second}"):
         open_source(tmp_path / "model.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"c": second}}))
+    with pytest.raises(InputFileError, match=f"1 of 1 shard is missing: {second}"):
+        open_source(tmp_path / "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("name", ["../m.safetensors", "/m.safetensors", "sub/m.safetensors", "..\\m.safetensors",

@@ -5,7 +5,7 @@ Header metadata `quantpress_calibration` holds one JSON object:
     model {fingerprint, layers {name: [out_features, in_features]}},
     runs [{note, completed, steps {step: rows}, sigmas {step: sigma}, labels {label: rows}, loras}],
     layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}},
-    and only where model calls were kept: calls {limit, max_bytes, offered, refused, kept [{key, tree}]}, see calls.py.
+    and only where model calls were kept: calls {limit, max_bytes, offered, refused, kept [{key, group, tree}]}, see calls.py.
 Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch rows, H histogram bins:
     absmax f32 [K], sum f64 [K], square_sum f64 [K], weight f64 [], count i64 [], nonfinite i64 [],
     histogram i64 [H], rows bf16 [R, K], row_keys f32 [R], and by kind of Hessian
