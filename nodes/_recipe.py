@@ -59,9 +59,9 @@ def widgets() -> list[Any]:
             "the best, a few times slower. Without a calibration that is the best for the weights alone: in layers with strong "
             "input channels the error of what comes out can rise, and 'absmax' is safer there.")),
         io.Combo.Input("rounding", options=[AUTO, *ROUNDERS], default=AUTO, tooltip=(
-            "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast and right for 8 bits. "
-            "'gptq' corrects later columns for earlier errors, best with a calibration. 'learned' optimises every layer's rounding: "
-            "slowest, take a GPU. 'stochastic' is unbiased noise: for merging, not for quality.")),
+            "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast. 'gptq' corrects later "
+            "columns for earlier errors: slower, much closer with a calibration, and nearest without one. 'learned' optimises every "
+            "layer's rounding: slowest, and hardly closer. 'stochastic' is unbiased noise: for merging, not for quality.")),
         io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
             "Drives every random choice. The same source, recipe and seed give the same bytes.")),
         io.String.Input("keep", default="", multiline=False, tooltip=(
