@@ -47,7 +47,7 @@ class CaptureActivations(io.ComfyNode):
                 # Optional, and last, so that workflows of before it run as they are.
                 io.Int.Input("calls", default=CALLS, min=0, max=4096, optional=True, tooltip=(
                     "How many of the model's calls are kept whole, for quantizing in order. They are chosen evenly over all runs. "
-                    "More: a little better, but slower to quantize, and more RAM and disk (2 GB at most). 0: none.")),
+                    "More: a little better, but slower to quantize, and more RAM and disk (2 GB at most); beyond 64 none is used. 0: none.")),
             ],
             outputs=[io.Model.Output("model", tooltip="For the sampler. Only what this output samples is recorded."),
                      CaptureType.Output("capture", tooltip="For Collect Calibration.")])
