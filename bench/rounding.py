@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ METHODS = {
     "search unguarded": Method("search", "nearest", {"search_guard": 0.0}),
     "weighted search": Method("search", "nearest", data=True),
     "learned": Method("search", "learned"),
+    "learned adamw": Method("search", "learned", {"optimizer": "adamw"}),
+    "learned radam": Method("search", "learned", {"optimizer": "radam"}),
     "learned output": Method("absmax", "learned", data=True),
     "gptq plain": Method("absmax", "gptq", {"order": "natural", "sweeps": 0}, data=True),
     "gptq ordered": Method("absmax", "gptq", {"sweeps": 0}, data=True),
@@ -73,24 +75,24 @@ def synchronize(device: str) -> None:
 
 
 def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, Any]:
-    """One row. The fastest of `repeat` timed runs after a first one on a GPU, where kernels compile."""
+    """One row. The fastest of `repeat` timed runs after a first one on a GPU, where kernels compile.
+
+    peak_weight_copies: float32 copies of the weight that were allocated beside one such copy and the Hessian, on a GPU; in a run
+    on a bfloat16 weight and a Hessian from the CPU, as they come from files.
+    """
     how = METHODS[method]
     device, shape = str(layer.weight.device), tuple(layer.weight.shape)
     recipe = Recipe(get_format(fmt_name), how.scales, how.rounding, options=how.options)
     evidence, bias = layer.evidence if how.data else Evidence(), layer.bias if how.bias else None
-    seconds, peak, result = [], 0, None
+    seconds, result = [], None
     for _ in range(repeat + device.startswith("cuda")):
         del result
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-            peak = -torch.cuda.memory_allocated()
         synchronize(device)
         began = time.perf_counter()
         result = quantize_layer(layer.name, layer.weight, recipe, evidence, measure=False, bias=bias)
         synchronize(device)
         seconds.append(time.perf_counter() - began)
-        if device.startswith("cuda"):
-            peak += torch.cuda.max_memory_allocated()
+    peak = _peak_bytes(layer, recipe, evidence, bias) if device.startswith("cuda") else 0
     decoded = recipe.format.for_shape(shape).dequantize(result.tensors, shape)
     output, error = errors_of(layer, decoded, None if result.bias is None else result.bias - layer.bias)
     return {"layer": layer.name, "shape": list(shape), "format": fmt_name, "method": method, "data": how.data, "seconds": min(seconds),
@@ -99,6 +101,17 @@ def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, 
             "objective": result.judgement.objective, "fell_back": result.judgement.fell_back,
             "learned_ratio": _own_ratio(result.judgement),
             "peak_weight_copies": peak / (4 * layer.weight.numel()) if peak else None}
+
+
+def _peak_bytes(layer: Layer, recipe: Recipe, evidence: Evidence, bias: Tensor | None) -> int:
+    if evidence.hessian is not None:
+        evidence = replace(evidence, hessian=evidence.hessian.cpu())
+    weight = layer.weight.bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    quantize_layer(layer.name, weight, recipe, evidence, measure=False, bias=bias)
+    counted = weight.numel() + (0 if evidence.hessian is None else evidence.hessian.numel())
+    return torch.cuda.max_memory_allocated() - before - 4 * counted
 
 
 def _own_ratio(judgement: Any) -> float | None:

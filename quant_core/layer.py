@@ -104,13 +104,10 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
     needed = needed_bytes(shape, rounding, evidence.hessian is not None)
     device, elsewhere = choose_device(w.device, free_bytes(w.device), needed)
     notes += () if elsewhere is None else (elsewhere,)
-    w = w.to(device, torch.float32)
     moved = aim is not None and aim.ridge is not None
-    plain = fmt.prepare(w)
-    if moved:
-        w = aim.weight.to(device)
-    work = fmt.prepare(w) if moved else plain
-    objective = make_objective(fmt, evidence, w.device)
+    plain = fmt.prepare(w.to(device, torch.float32))
+    work = fmt.prepare(aim.weight.to(device)) if moved else plain
+    objective = make_objective(fmt, evidence, device)
     rounder = ROUNDERS[rounding]
     task = rounder.prepare(Task(layer, fmt, work, objective, recipe.options, layer_generator(recipe.seed, layer, "cpu"),
                                 weights=objective.diagonal, plain=plain if moved else None))
@@ -120,23 +117,23 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
         rounded, judgement = judge(task, rounded, judgement)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
     error = fmt.decoding_error(plain, rounded.codes, rounded.qp) if measure else None
-    new_bias, residual, more = _extras(task, w, rounded, recipe, evidence, bias)
+    new_bias, residual, more = _extras(task, shape, rounded, recipe, evidence, bias)
     return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), fmt.config(shape, source_dtype), error,
                        notes + rounded.notes + more, judgement, new_bias, residual)
 
 
-def _extras(task: Task, w: Tensor, rounded: Rounded, recipe: Recipe, evidence: Evidence,
+def _extras(task: Task, shape: tuple[int, int], rounded: Rounded, recipe: Recipe, evidence: Evidence,
             bias: Tensor | None) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
     """The corrected bias, the low-rank part, and notes; from what a reader decodes, in the layer's own basis."""
     options = read_options(ResidualOptions, recipe.options)
     wanted = options.wants(task.layer)
     if bias is None and not wanted:
         return None, None, ()
-    error = w - task.fmt.restore(task.fmt.decode(rounded.codes, rounded.qp), tuple(w.shape))
+    error = task.fmt.restore(task.work - task.fmt.decode(rounded.codes, rounded.qp), shape)
     residual = None
     if wanted:
-        hessian = None if evidence.hessian is None else evidence.hessian.to(w.device, torch.float32)
-        residual = make_residual(w, error, options.residual_rank, Objective(hessian, rows=evidence.count))
+        hessian = None if evidence.hessian is None else evidence.hessian.to(error.device, torch.float32)
+        residual = make_residual(task.fmt.restore(task.work, shape), error, options.residual_rank, Objective(hessian, rows=evidence.count))
     if bias is None:
         return None, residual, ()
     corrected, note = correct_bias(bias, error, evidence)

@@ -22,7 +22,7 @@ class Original:
     in this iteration are of the past and don't count.
     """
 
-    stored, parts = torch.float32, 20
+    stored, parts = torch.float32, 10
 
     def __init__(self) -> None:
         self.squares: dict[int, Tensor] = {}
