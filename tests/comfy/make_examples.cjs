@@ -84,7 +84,7 @@ Press **Run**: the demo model is quantized to 4 bits (NF4), saved in *diffusion_
     groups: [['1. Draw as usual, and record', 445, 40, 360, 1220, '#b58b2a'], ['2. Quantize by what was recorded', 815, 40, 430, 1220, '#3f789e'],
       ['3. The same seed with both', 1265, 40, 770, 1220, '#8A8']],
     note: [40, 60, 380, 340, `### Calibrate, quantize, compare
-Press **Run**: the demo model draws one picture while *Capture Activations* watches, the record becomes a calibration, and the model is quantized to 4 bits (NVFP4) with it. As *Quantize Model* gets the original **model** too, every layer also makes up for those before it (disconnect it to save time and memory).
+Press **Run**: the demo model draws one picture while *Capture Activations* watches, the record becomes a calibration, and the model is quantized to 4 bits (NVFP4) with it. As *Quantize Model* gets the original **model** too, every layer also makes up for those before it: that pays from some twenty prompts on, one shows only how it goes.
 
 **Your own model:** choose it twice, connect your text encoder, set the size of the latent. Then change the prompt and press **Run** again, ten to twenty times: the record accumulates, and every run quantizes with more. (Bypass the groups 2 and 3 until the last run to save time.)
 
