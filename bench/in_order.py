@@ -8,7 +8,7 @@ With --classes 5 all of these are of classes 0 to 4, and classes 5 to 9, which n
 Judged by one step and by latents on other seeds (calibration_model.py), weights alone. `stale` fits every layer to a
 model that was quantized before, instead of the final layers before it: the same sums, from one pass over a finished model.
 
-Rows: results/rounding_in_order.jsonl.
+Rows: results/rounding_in_order_h200.jsonl.
 """
 from __future__ import annotations
 
