@@ -18,8 +18,8 @@ from torch import Tensor
 from .precision import tensor_core_products
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)     # shares of the mean square of the inputs
-LEAST_CALLS = 4
-_HELD = 4                # every fourth judges
+_HELD = 4                # every fourth group judges
+LEAST_GROUPS = _HELD
 _ROWS, _JUDGED_ROWS = 1 << 16, 1 << 12
 
 
@@ -35,12 +35,10 @@ class InputPairs:
     groups: Sequence[int] = ()
 
     def held(self) -> frozenset[int]:
-        """The calls that judge: whole groups, if there are enough of them, for a call tells little of one that is like it."""
-        groups = list(dict.fromkeys(self.groups or range(len(self.original))))
-        if len(groups) < LEAST_CALLS:
-            return frozenset(range(_HELD - 1, len(self.original), _HELD))
-        chosen = frozenset(groups[_HELD - 1::_HELD])
-        return frozenset(call for call, group in enumerate(self.groups or groups) if group in chosen)
+        """The calls that judge: every fourth group, whole, for a call that is like one it judges finds too much right."""
+        groups = self.groups or range(len(self.original))
+        chosen = frozenset(list(dict.fromkeys(groups))[_HELD - 1::_HELD])
+        return frozenset(call for call, group in enumerate(groups) if group in chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,12 @@ class Followed:
 def follow(w: Tensor, pairs: InputPairs, poll: Callable[[], None]) -> Followed:
     """w: float32 [N, K]. The calls are split: three quarters fit, the others choose the ridge, or that it stays as it is.
 
-    Fewer than LEAST_CALLS calls cannot be split, and leave it. Memory: three matrices [K, K] and two of the weight's size.
+    Fewer than LEAST_GROUPS groups cannot be split, and leave it. Memory: three matrices [K, K] and two of the weight's size.
     """
-    if len(pairs.original) < LEAST_CALLS:
+    held = pairs.held()
+    if not held:
         return Followed(w)
     share = max(1, _ROWS // len(pairs.original))
-    held = pairs.held()
     with tensor_core_products(w.device):
         sums = _Sums(w.shape[1], w.device)
         for call in range(len(pairs.original)):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .asymmetric import LEAST_CALLS, InputPairs
-from .errors import RequestError
+from .asymmetric import LEAST_GROUPS, InputPairs
+from .errors import RequestError, counted
 from .footprint import following_bytes, needed_bytes
 from .lockstep import Lockstep, Stop, Visits, visits
 from .plan import LayerPlan
@@ -37,9 +37,11 @@ class LiveModel:
     most_calls: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.calls) < LEAST_CALLS:
-            raise RequestError(f"quantizing in order needs at least {LEAST_CALLS} recorded calls of the model, the calibration holds "
-                               f"{len(self.calls)}. Capture again with `calls` of {_ENOUGH_CALLS} or more, or quantize without a model.")
+        groups = len(set(self.groups or range(len(self.calls))))
+        if groups < LEAST_GROUPS:
+            raise RequestError(f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of twenty; the "
+                               f"calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, with `calls` of "
+                               f"{_MOST_CALLS}, or quantize without a model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,21 @@ def in_order(jobs: Sequence[LayerPlan], name_of: Callable[[str], str | None], li
     visited = visits(modules, live.calls[0])
     if not visited.order:
         raise RequestError("the recorded calls use none of the layers to be quantized. Capture this model again.")
-    calls = live.calls[:live.most_calls or enough_calls(visited, len(live.calls))]
+    used = spread(live.groups or range(len(live.calls)))[:live.most_calls or enough_calls(visited, len(live.calls))]
+    calls = [live.calls[number] for number in used]
     lockstep = Lockstep(modules, [*calls, *calls], frozenset(range(len(calls), 2 * len(calls))), visited)
     with lockstep.stops() as stops:
-        yield InOrder(jobs, by_name, stops, lockstep, len(calls), live.groups)
+        yield InOrder(jobs, by_name, stops, lockstep, len(calls), [live.groups[number] for number in used] if live.groups else ())
+
+
+def spread(groups: Sequence[int]) -> list[int]:
+    """The calls' numbers, one of every group first, then a second of every group, and so on: the first few are of many groups."""
+    seen: dict[int, int] = {}
+    turns = []
+    for group in groups:
+        turns.append(seen.get(group, 0))
+        seen[group] = turns[-1] + 1
+    return sorted(range(len(groups)), key=turns.__getitem__)
 
 
 def enough_calls(visited: Visits, recorded: int) -> int:
@@ -127,13 +140,13 @@ class Room:
 
 
 def room(live: LiveModel, most_bytes: int) -> Room:
-    """Runs one call to see how large it is. most_bytes: what may be taken; at least LEAST_CALLS calls are used in any case."""
+    """Runs one call to see how large it is. most_bytes: what may be taken; at least _ENOUGH_CALLS calls are used in any case."""
     visited = visits(live.modules, live.calls[0])
     shapes = [(module.out_features, module.in_features) for module in live.modules.values()]
     layer = max(max(needed_bytes(shape, "gptq", True), following_bytes(shape)) for shape in shapes)
     # What a waiting call holds is about a few inputs of a layer; each runs twice.
     waiting = 2 * _INPUTS_HELD * visited.nbytes // max(1, len(visited.order))
-    fitting = max(LEAST_CALLS, (most_bytes - layer) // max(1, waiting))
+    fitting = max(_ENOUGH_CALLS, (most_bytes - layer) // max(1, waiting))
     calls = min(enough_calls(visited, len(live.calls)), fitting)
     return Room(calls, calls * waiting + layer)
 

@@ -14,7 +14,7 @@ from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.dequantize import dequantize
 from comfyui_quantpress.quant_core.errors import Cancelled, RequestError
 from comfyui_quantpress.quant_core.format import get_format
-from comfyui_quantpress.quant_core.in_order import LiveModel, enough_calls, room
+from comfyui_quantpress.quant_core.in_order import LiveModel, enough_calls, room, spread
 from comfyui_quantpress.quant_core.layer import quantize_layer
 from comfyui_quantpress.quant_core.lockstep import Lockstep, Visits, visits
 from comfyui_quantpress.quant_core.objective import Objective
@@ -290,6 +290,21 @@ def test_calls_are_used_up_to_some_ten_thousand_rows(rows, recorded, used):
     assert enough_calls(Visits(("a",), frozenset(), rows, 1), recorded) == used
 
 
+def test_the_first_calls_are_of_as_many_pictures_as_there_are():
+    assert spread([7, 7, 7, 3, 7, 3, 5]) == [0, 3, 6, 1, 5, 2, 4]
+    assert spread(range(4)) == [0, 1, 2, 3]
+
+
+def test_few_calls_of_many_are_chosen_across_the_pictures(deep, tmp_path, monkeypatch):
+    from comfyui_quantpress.quant_core import layer as layer_module
+    model, source, calibration, draw = deep
+    held, follow_plain = [], layer_module._follow
+    monkeypatch.setattr(layer_module, "_follow", lambda w, pairs: held.append(len(pairs.held())) or follow_plain(w, pairs))
+    live = live_model(model, draw, 40, groups=[call // 10 for call in range(40)], most_calls=8)
+    report = convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live)
+    assert set(held) == {2} and min(layer.judgement.inputs_left or 1 for layer in report.quantized) < 1
+
+
 class Deep(nn.Module):
     """Blocks with weights of their own and a skip connection, as a diffusion model has them."""
 
@@ -381,8 +396,10 @@ def test_the_same_calls_give_the_same_bytes(deep, tmp_path):
 
 def test_what_is_missing_is_named(deep, tmp_path):
     model, source, calibration, draw = deep
-    with pytest.raises(RequestError, match="needs at least 4 recorded calls of the model, the calibration holds 3"):
+    with pytest.raises(RequestError, match="of at least 4 pictures or prompts, better of twenty; the calibration holds 3 calls of 3"):
         live_model(model, draw, 3)
+    with pytest.raises(RequestError, match="the calibration holds 24 calls of 2. Capture more"):
+        live_model(model, draw, groups=[call % 2 for call in range(24)])
     with pytest.raises(RequestError, match="needs the calibration"):
         convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", live=live_model(model, draw))
     other = Deep(blocks=2)
@@ -414,6 +431,6 @@ def test_the_room_bounds_the_calls(deep):
     model, _, _, draw = deep
     live = live_model(model, draw, 50)
     much = room(live, 10**12)
-    some = room(live, much.nbytes - 30 * (much.nbytes - room(live, 0).nbytes) // 46)
-    assert (much.calls, some.calls, room(live, 0).calls) == (50, 20, 4)
-    assert much.nbytes - room(live, 0).nbytes >= 46 * 2 * 64 * 64 * 4       # two inputs of a layer for each further call
+    some = room(live, much.nbytes - 30 * (much.nbytes - room(live, 0).nbytes) // 42)
+    assert (much.calls, some.calls, room(live, 0).calls) == (50, 20, 8)
+    assert much.nbytes - room(live, 0).nbytes >= 42 * 2 * 64 * 64 * 4       # two inputs of a layer for each further call

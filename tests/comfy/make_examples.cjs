@@ -71,7 +71,7 @@ Press **Run**: the demo model is quantized to 4 bits (NF4), saved in *diffusion_
       22: node('QuantPressCollect', { latent: ['21', 0], capture: ['20', 1] }, [460, 790], [330, 340]),
       23: node('QuantPressSaveCalibration', { calibration: ['22', 0], name: 'quantpress_demo', overwrite: true }, [830, 1040], [400, 180]),
       1: node('QuantPressLoadSource', { file: `diffusion_models/${MODEL}` }, [830, 110], [400, 190]),
-      2: node('QuantPressQuantize', { ...recipe('nvfp4'), scales: 'auto', rounding: 'auto', calibration: ['22', 0], bias_correction: true, input_scales: false, model: ['11', 0] }, [830, 340], [400, 650]),
+      2: node('QuantPressQuantize', { ...recipe('nvfp4'), scales: 'auto', rounding: 'auto', calibration: ['22', 0], bias_correction: true, input_scales: false }, [830, 340], [400, 650]),
       3: node('QuantPressLoadQuantized', { quantized: ['2', 0] }, [1280, 510], [300, 60]),
       7: node('KSampler', sampler(['11', 0], 8), [1280, 110], [300, 270], 'KSampler: original'),
       14: node('KSampler', sampler(['3', 0], 8), [1280, 630], [300, 270], 'KSampler: quantized'),
@@ -84,9 +84,9 @@ Press **Run**: the demo model is quantized to 4 bits (NF4), saved in *diffusion_
     groups: [['1. Draw as usual, and record', 445, 40, 360, 1220, '#b58b2a'], ['2. Quantize by what was recorded', 815, 40, 430, 1220, '#3f789e'],
       ['3. The same seed with both', 1265, 40, 770, 1220, '#8A8']],
     note: [40, 60, 380, 340, `### Calibrate, quantize, compare
-Press **Run**: the demo model draws one picture while *Capture Activations* watches, the record becomes a calibration, and the model is quantized to 4 bits (NVFP4) with it. As *Quantize Model* gets the original **model** too, every layer also makes up for those before it: that pays from some twenty prompts on, one shows only how it goes.
+Press **Run**: the demo model draws one picture while *Capture Activations* watches, the record becomes a calibration, and the model is quantized to 4 bits (NVFP4) with it.
 
-**Your own model:** choose it twice, connect your text encoder, set the size of the latent. Then change the prompt and press **Run** again, ten to twenty times: the record accumulates, and every run quantizes with more. (Bypass the groups 2 and 3 until the last run to save time.)
+**Your own model:** choose it twice, connect your text encoder, set the size of the latent. Then change the prompt and press **Run** again, ten to twenty times: the record accumulates, and every run quantizes with more. (Bypass the groups 2 and 3 until the last run to save time.) With twenty prompts recorded, connect the original model to *Quantize Model* too: every layer then also makes up for those before it.
 
 The saved calibration is in *models/calibrations*.`],
   },

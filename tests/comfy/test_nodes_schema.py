@@ -88,8 +88,6 @@ def test_the_examples_run_as_they_are_right_after_installing(server, path):
     outputs = server.run(graph)
     pictures = [node for node in outputs.values() if "images" in node]
     assert pictures and {node["class_type"] for node in graph.nodes.values()} >= {"QuantPressLoadSource", "QuantPressQuantize"}
-    ordered = [text for node in outputs.values() for text in node.get("text", ()) if "in order: " in text]
-    assert bool(ordered) == (path.stem == "calibrate_and_quantize")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
