@@ -74,6 +74,8 @@ def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgre
         # As for a sampler: models that fill the GPU move out, so that the largest layer fits.
         model_management.free_memory(model_management.minimum_inference_memory(), device)
     lora = lora_path(spool) if settings.residual else None
+    if model is not None:
+        progress.say("Running the recorded calls up to the first layer")
     try:
         with nullcontext() if model is None else live_model(model, source, settings.calibration.path) as live:
             report = convert(source, spool, settings.recipe, settings.policy, device=device, overwrite=True,
