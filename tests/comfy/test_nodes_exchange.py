@@ -242,7 +242,7 @@ def test_layers_that_the_model_has_not_are_named_or_left_out_on_demand(server, l
     node = bake_lora(graph, bake_lora(graph, graph.source("trained_sd3"), "partly", skip=True), "one")
     graph.add("QuantPressSaveSource", source=(node, 0), folder="output", name="partly", overwrite=True)
     outputs = server.run(graph)
-    assert "no_such_layer" in outputs["2"]["text"][0] and "left out" in outputs["2"]["text"][0]
+    assert "no_such_layer" in outputs["2"]["text"][0] and "Left out" in outputs["2"]["text"][0]
 
 
 def test_a_quantized_source_takes_no_lora(server, loras, nf4):
