@@ -46,12 +46,13 @@ class Followed:
     """weight: float32 [N, K]. ridge: the chosen one, None where none helped and weight is as it was.
 
     left: |(x - y) W^T + y (W - weight)^T| / |(x - y) W^T| on the calls kept aside: what is left of the error that the
-    inputs bring in; 1.0 where weight is as it was.
+    inputs bring in; 1.0 where weight is as it was. notes: for the layer's report.
     """
 
     weight: Tensor
     ridge: float | None = None
     left: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 def follow(w: Tensor, pairs: InputPairs, poll: Callable[[], None]) -> Followed:

@@ -86,8 +86,9 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
 
 
 def _follow(w: Tensor, pairs: InputPairs) -> Followed:
-    device, _ = choose_device(w.device, free_bytes(w.device), following_bytes(tuple(w.shape)))
-    return follow(w.to(device, torch.float32), pairs, poll)
+    device, elsewhere = choose_device(w.device, free_bytes(w.device), following_bytes(tuple(w.shape)))
+    found = follow(w.to(device, torch.float32), pairs, poll)
+    return found if elsewhere is None else replace(found, notes=(f"what makes up for the layers before was {elsewhere}",))
 
 
 def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None,
@@ -103,7 +104,7 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
         return LayerResult(tensors, fmt.config(shape, source_dtype), error, notes)
     needed = needed_bytes(shape, rounding, evidence.hessian is not None)
     device, elsewhere = choose_device(w.device, free_bytes(w.device), needed)
-    notes += () if elsewhere is None else (elsewhere,)
+    notes += (() if aim is None else aim.notes) + (() if elsewhere is None else (elsewhere,))
     moved = aim is not None and aim.ridge is not None
     plain = fmt.prepare(w.to(device, torch.float32))
     work = fmt.prepare(aim.weight.to(device)) if moved else plain

@@ -13,6 +13,7 @@ from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.dequantize import dequantize
 from comfyui_quantpress.quant_core.errors import Cancelled, RequestError
+from comfyui_quantpress.quant_core.footprint import following_bytes
 from comfyui_quantpress.quant_core.format import get_format
 from comfyui_quantpress.quant_core.in_order import LiveModel, enough_calls, room, spread
 from comfyui_quantpress.quant_core.layer import quantize_layer
@@ -84,6 +85,16 @@ def test_calls_of_different_lengths_count_by_their_rows():
     pairs = InputPairs([*long.original, *short.original], [*long.delivered, *short.delivered])
     w = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
     assert follow(w, pairs, nothing).left < 1
+
+
+def test_a_layer_too_large_for_the_gpu_is_followed_on_the_cpu_and_says_so(monkeypatch):
+    from comfyui_quantpress.quant_core import layer as layer_module
+    w, pairs = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), pairs_of(20)
+    needed = following_bytes((16, 24))
+    monkeypatch.setattr(layer_module, "free_bytes", lambda device: needed - 1)
+    result = quantize_layer("l", w, Recipe(get_format("int8_rowwise")), pairs=pairs)
+    assert result.notes[0].startswith("what makes up for the layers before was computed on the CPU: it needs about")
+    assert result.judgement.inputs_left < 0.9
 
 
 def test_calls_of_one_picture_do_not_judge_each_other():
