@@ -10,7 +10,7 @@ from typing import Any
 
 from comfy import model_management
 
-from ..quant_core.calibration.calibration import identity_of_source
+from ..quant_core.calibration.calibration import ModelIdentity, identity_of_source
 from ..quant_core.calibration.calls import KeptCall
 from ..quant_core.calibration.layer_names import LayerNames
 from ..quant_core.calibration.linear_layers import linear_layers
@@ -28,15 +28,17 @@ _SHARE = 2      # of the device's memory, that the waiting calls may take
 def live_model(model: Any, source: Path, calibration: Path) -> Iterator[LiveModel]:
     """The ModelPatcher, loaded, with the calls that the calibration holds. source: the file that is quantized.
 
-    RequestError: the model would not show its own inputs (see replayable), has other weights than the file, or there are too
-    few calls.
+    RequestError: the model would not show its own inputs (see replayable), has other weights than the file, the calibration is of
+    another model, or there are too few calls.
     """
     replayable(model)
     with open_calibration(calibration) as reader:
         kept = reader.header.calls.kept
-        modules = {name: module for name, module in linear_layers(model.get_model_object("diffusion_model")).items()
-                   if name in reader.header.model.layers}
+        known, layers = reader.header.model, linear_layers(model.get_model_object("diffusion_model"))
+        modules = {name: module for name, module in layers.items() if name in known.layers}
         require_same_weights(model, modules, source)
+        connected = ModelIdentity({name: (module.out_features, module.in_features) for name, module in layers.items()})
+        known.require_match(connected, calibration.name, other_weights=True)
         live = LiveModel(modules, [partial(_run, model, call) for call in kept], [call.group for call in kept])
         one = max(call_bytes(model, call.call()) for call in kept)
         with loaded(model, one) as (_, device):

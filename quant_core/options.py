@@ -27,6 +27,8 @@ def _checked(field: Any, value: Any) -> Any:
     choices, low, high = (field.metadata.get(key) for key in ("choices", "low", "high"))
     if value is None and default is None:
         return None
+    if wanted is bool and not isinstance(value, bool):
+        raise RequestError(f"option {field.name}: found {value!r}, needs true or false, in small letters.")
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise RequestError(f"option {field.name}: found {value!r}, needs a value of type {wanted.__name__} like {default!r}.")
     if choices and value not in choices:

@@ -187,6 +187,7 @@ def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
     ({"order": "random"}, "order: found 'random'. Choose one of activation, natural"),
     ({"sweeps": True}, "sweeps: found True"),
     ({"sweeps": 1.5}, "sweeps: found 1.5"),
+    ({"full_matrix": "False"}, "full_matrix: found 'False', needs true or false"),
     ({"optimizer": "prodigy"}, "optimizer: found 'prodigy'. Choose one of original, adamw, radam"),
 ])
 def test_bad_options_are_named(options, message):

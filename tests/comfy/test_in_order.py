@@ -54,6 +54,7 @@ def test_the_same_graph_gives_the_same_bytes_and_the_capture_model_serves_too(se
 
 @pytest.mark.parametrize(("case", "wrong"), [
     ("other weights", "has other weights than trained_sd3.safetensors"),
+    ("other calibration", "belongs to another model: the model has no"),
     ("patched", "of its weights are patched"),
     ("quantized", "Load the unquantized model"),
     ("no calls", "of at least 4 pictures or prompts, better of twenty; the calibration holds 0 calls of 0"),
@@ -67,12 +68,15 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_stays(server, case, wr
         tensors = load_file(server.base / "models/diffusion_models/trained_sd3.safetensors")
         save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, server.base / "models/diffusion_models/louder_sd3.safetensors")
         model = graph.unet("louder_sd3.safetensors")
+    if case == "other calibration":
+        model = graph.unet("random_flux.safetensors")
     if case == "patched":
         model = graph.add("ModelMergeSimple", model1=(graph.original, 0), model2=(graph.original, 0), ratio=0.5)
     if case == "quantized":
         first = graph.quantized(calibration=False, scales="absmax", rounding="nearest")
         model = graph.add("QuantPressLoadQuantized", quantized=(first, 0))
-    node = graph.quantized(model, calibration=case != "no calibration", keep="joint_blocks.1")
+    source = "random_flux" if case == "other calibration" else "trained_sd3"
+    node = graph.quantized(model, source, case != "no calibration", keep="joint_blocks.1")
     graph.add("QuantPressSave", quantized=(node, 0), folder="output", name=f"order_{case.replace(' ', '_')}", overwrite=True)
     with pytest.raises(WorkflowError, match=wrong):
         server.run(graph)
