@@ -200,8 +200,9 @@ def _hand_over(job: LayerPlan, data: _Read, result: LayerResult, sink: Sink, wri
 
 
 def _decoded(job: LayerPlan, result: LayerResult) -> Tensor:
-    """float32 [N, K]: what a reader makes of the result."""
-    return job.recipe.format.dequantize(result.tensors, job.shape)
+    """float32 [N, K]: what a reader makes of the result, with the low-rank part that is loaded beside it."""
+    weight, residual = job.recipe.format.dequantize(result.tensors, job.shape), result.residual
+    return weight if residual is None else weight + (residual.up.float() @ residual.down.float()).to(weight.device)
 
 
 def _biased(job: LayerPlan, data: _Read, result: LayerResult, src: Source) -> Tensor | None:

@@ -373,7 +373,8 @@ def test_in_order_ends_closer_to_the_model(deep, tmp_path, name, bias):
     assert left.pop("spare") is None and left["blocks.0.0"] == 1.0 and min(left.values()) < 0.95
 
 
-def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 8], ids=["", "with its low-rank part"])
+def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeypatch, rank):
     from comfyui_quantpress.quant_core import layer as layer_module
     model, source, calibration, draw = deep
     seen = {}
@@ -383,9 +384,15 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
         return follow_plain(w, pairs)
     follow_plain = layer_module._follow
     monkeypatch.setattr(layer_module, "_follow", watching)
-    convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration, True),
-            live=live_model(model, draw, 6))
+    lora = tmp_path / "lora.safetensors" if rank else None
+    convert(source, tmp_path / "q.safetensors", Recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}), device="cpu",
+            calibration=CalibrationUse(calibration, True), residual_lora=lora, live=live_model(model, draw, 6))
     _, finished = error_of(model, draw, tmp_path / "q.safetensors", tmp_path)
+    parts = load_file(lora) if rank else {}
+    for name in {name.partition(".lora_")[0] for name in parts}:
+        up, down = (parts[f"{name}.lora_{side}.weight"].float() for side in ("up", "down"))
+        finished.get_submodule(name.removeprefix("diffusion_model.")).weight += up @ down
+    assert len(parts) == (18 if rank else 0)
     inputs = {}
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
              for name, layer in linear_layers(finished, "blocks").items()]
