@@ -24,7 +24,7 @@ class QuantizeModel(io.ComfyNode):
                     io.Model.Input("model", optional=True, tooltip=(
                         "With a calibration that holds calls: the unquantized model itself, without LoRAs, as Capture Activations got it. "
                         "Then every layer also makes up for the errors of the layers before it. Closer to the original; takes the time "
-                        "of some ten steps and the memory of the model."))],
+                        "of 16 to 128 calls of the model, and its memory."))],
             outputs=[QuantizedType.Output("quantized", tooltip="To load in this graph, to save, or to inspect."),
                      io.String.Output("report", tooltip="Sizes, what was kept and why, and the worst layers, as text.")],
             hidden=[io.Hidden.unique_id])
