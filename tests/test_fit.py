@@ -266,3 +266,10 @@ def test_scale_refinement_never_ends_above_one_round():
     one, three = (quantize_layer("l", w, Recipe(fmt, "absmax", "learned", options={"iterations": 60, "scale_refinement": rounds}))
                   for rounds in (1, 3))
     assert three.judgement.error <= one.judgement.error * 1.0001
+
+
+def test_the_outputs_objective_without_inputs_is_told():
+    result = quantize_layer("l", weight(), Recipe(get_format("nvfp4"), "absmax", "learned", options={"learn_objective": "output", "iterations": 5}))
+    assert any("nothing is known of this layer's inputs" in note for note in result.notes) and result.judgement.objective == "projected"
+    plain = quantize_layer("l", weight(), Recipe(get_format("nvfp4"), "absmax", "learned", options={"iterations": 5}))
+    assert not any("inputs" in note for note in plain.notes)

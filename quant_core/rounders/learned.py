@@ -21,6 +21,9 @@ from ..scales import QParams
 from ..task import Rounded, Task
 
 
+_NO_INPUTS = "learned: nothing is known of this layer's inputs, so the projected objective was used instead of the output's"
+
+
 def _choice(default: str, choices) -> str:
     return field(default=default, metadata={"choices": tuple(choices)})
 
@@ -93,4 +96,5 @@ def round_codes(task: Task, qp: QParams) -> Rounded:
         loss = result.loss * result.start_loss
         if best is None or loss < best_loss:
             best, best_choice, best_loss = grid, result.choice, loss
-    return Rounded(best.encode(best_choice), best.qp)
+    unmet = options.learn_objective == "output" and task.aim.name != "output"
+    return Rounded(best.encode(best_choice), best.qp, (_NO_INPUTS,) if unmet else ())
