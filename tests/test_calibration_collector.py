@@ -1,7 +1,7 @@
 """Watching a model: hooks come and go, rows are balanced and reproducible, budgets are kept, compiled models refused."""
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -404,6 +404,7 @@ def test_narrow_layers_come_first_and_each_takes_the_best_place_left(device, hos
 
 
 @settings(max_examples=100, deadline=None)
+@example([1, 1, 1, 1, 1589], 8709830, 0, 0, False)      # all rows would wait in half of it, but not beside the scratch memory
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=12), st.integers(0, 2**31), st.integers(0, 2**30),
        st.integers(0, 2**30), st.booleans())
 def test_the_plan_never_exceeds_the_budget(widths, device, host, disk, hessians):
@@ -412,13 +413,14 @@ def test_the_plan_never_exceeds_the_budget(widths, device, host, disk, hessians)
     def small(staged):
         kind = HessianKind.FULL if hessians else HessianKind.DIAGONAL
         return sum(fixed_bytes(k, StatisticsSettings(staged_rows=staged), kind) for k in widths)
-    if small(LEAST_STAGED) + min(max(widths), PANEL) * max(widths) * 4 > device:
+    scratch = min(max(widths), PANEL) * max(widths) * 4
+    if small(LEAST_STAGED) + scratch > device:
         with pytest.raises(RequestError, match="bytes on the device"):
             plan_budget(shapes, budget)
         return
     plan = plan_budget(shapes, budget)
     assert small(plan.staged_rows) <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
-    assert plan.staged_rows == 1024 or small(2 * plan.staged_rows) > device // 2
+    assert plan.staged_rows == 1024 or small(2 * plan.staged_rows) > min(device // 2, device - scratch)
     turned = plan_budget(dict(reversed(shapes.items())), budget)
     assert set(turned.decisions) == set(plan.decisions)
     if not hessians:

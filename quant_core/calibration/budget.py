@@ -133,8 +133,10 @@ def _small_bytes(in_features: Mapping[str, int], budget: Budget, settings: Stati
 
 
 def _staging_that_fits(in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings) -> StatisticsSettings:
-    """Fewer rows wait where they would fill more than half of the device's budget: a Hessian there is worth more."""
-    while settings.staged_rows > LEAST_STAGED and _small_bytes(in_features, budget, settings) > budget.device_bytes // 2:
+    """Fewer rows wait where they would fill more than half of the device's budget, a Hessian there is worth more; or where the
+    scratch memory would not fit beside them."""
+    most = min(budget.device_bytes // 2, budget.device_bytes - max(map(_scratch, in_features.values()), default=0))
+    while settings.staged_rows > LEAST_STAGED and _small_bytes(in_features, budget, settings) > most:
         settings = replace(settings, staged_rows=max(LEAST_STAGED, settings.staged_rows // 2))
     return settings
 
