@@ -14,7 +14,8 @@ from torch import Tensor
 from ._version import __version__
 from .cancel import cancel_scope, poll
 from .checkpoint.header import TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
-from .checkpoint.layers import LEGACY_MARKER, LEGACY_NAMES, QUANT_SUFFIXES, StoredLayer, stored_layers
+from .checkpoint.layers import QUANT_SUFFIXES, StoredLayer, stored_layers
+from .checkpoint.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .checkpoint.metadata import HEADER_KEY
 from .checkpoint.sink import Sink, open_sink
 from .checkpoint.source import Source, open_source

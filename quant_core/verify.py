@@ -13,7 +13,8 @@ import torch
 
 from .cancel import poll
 from .checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
-from .checkpoint.layers import LEGACY_MARKER, LEGACY_NAMES, QUANT_SUFFIXES, stored_layers
+from .checkpoint.layers import QUANT_SUFFIXES, stored_layers
+from .checkpoint.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config, layer_configs
 from .checkpoint.source import Source, open_source
 from .errors import InputFileError, RequestError, VerificationError, counted

@@ -12,12 +12,9 @@ from ..errors import InputFileError, RequestError
 from ..format import Format, format_of_layer, get_format
 from .bnb_state import BnbState, bnb_states
 from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
-from .legacy import LEGACY_MARKER, LEGACY_NAMES, modelopt_to_comfy, undescribed_layers
+from .legacy import modelopt_to_comfy, undescribed_layers
 from .metadata import CONFIG_SUFFIX, layer_configs
 from .source import Source
-
-__all__ = ["LEGACY_MARKER", "LEGACY_NAMES", "QUANT_SUFFIXES", "StoredLayer", "config_tensor_name", "describe_layer",
-           "layer_names", "stored_layers"]
 
 # Everything that belongs to a quantized weight; `<layer>.bias` does not, it stays as it is.
 QUANT_SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "weight_zeros", "weight_s_rel", "weight_s_channel",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..checkpoint.diffusers_names import diffusers_warning
 from ..checkpoint.families import refusal
-from ..checkpoint.layers import LEGACY_NAMES, StoredLayer, stored_layers
-from ..checkpoint.legacy import CODED, is_marker
+from ..checkpoint.layers import StoredLayer, stored_layers
+from ..checkpoint.legacy import CODED, LEGACY_NAMES, is_marker
 from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, RequestError, counted, some_of
