@@ -40,7 +40,7 @@ def live_model(model: Any, source: Path, calibration: Path) -> Iterator[LiveMode
         connected = ModelIdentity({name: (module.out_features, module.in_features) for name, module in layers.items()})
         known.require_match(connected, calibration.name, other_weights=True)
         live = LiveModel(modules, [partial(_run, model, call) for call in kept], [call.group for call in kept])
-        one = max(call_bytes(model, call.call()) for call in kept)
+        one = max(call_bytes(model, {path: shape for path, (_, shape) in call.tensors.items()}) for call in kept)
         with loaded(model, one) as (_, device):
             found = room(live, model_management.get_total_memory(device) // _SHARE)
         with loaded(model, one + found.nbytes):

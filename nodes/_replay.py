@@ -5,7 +5,7 @@ runs. What ComfyUI keeps for the whole process must then hold nothing of one cal
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,10 +45,10 @@ def replayable(model: Any) -> None:
                            "Load the unquantized model, with weight_dtype default.")
 
 
-def call_bytes(model: Any, call: RecordedCall) -> int:
-    """What ComfyUI reckons that the call takes on the device, beside the weights: see `loaded`."""
-    shapes = {name: [list(value.shape)] for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
-    return int(model.model.memory_required(shapes["x"][0], cond_shapes=shapes))
+def call_bytes(model: Any, shapes: Mapping[str, Sequence[int]]) -> int:
+    """What ComfyUI reckons that a call takes on the device, beside the weights: see `loaded`. shapes: of its tensors, by path."""
+    conditions = {path: [list(shape)] for path, shape in shapes.items() if "." not in path}
+    return int(model.model.memory_required(list(shapes["x"]), cond_shapes=conditions))
 
 
 @contextmanager
