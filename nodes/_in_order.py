@@ -24,21 +24,25 @@ from ._replay import call_bytes, loaded, replay, replayable
 _SHARE = 2      # of the device's memory, that the waiting calls may take
 
 
-@contextmanager
-def live_model(model: Any, source: Path, calibration: Path) -> Iterator[LiveModel]:
-    """The ModelPatcher, loaded, with the calls that the calibration holds. source: the file that is quantized.
-
-    RequestError: the model would not show its own inputs (see replayable), has other weights than the file, the calibration is of
-    another model, or there are too few calls.
-    """
+def require_fit(model: Any, source: Path, calibration: Path) -> None:
+    """RequestError: the ModelPatcher would not show its own inputs (see replayable), has other weights than the file that is
+    quantized, or the calibration is of another model."""
     replayable(model)
+    layers = linear_layers(model.get_model_object("diffusion_model"))
     with open_calibration(calibration) as reader:
-        kept = reader.header.calls.kept
-        known, layers = reader.header.model, linear_layers(model.get_model_object("diffusion_model"))
+        known = reader.header.model
+    require_same_weights(model, {name: module for name, module in layers.items() if name in known.layers}, source)
+    connected = ModelIdentity({name: (module.out_features, module.in_features) for name, module in layers.items()})
+    known.require_match(connected, calibration.name, other_weights=True)
+
+
+@contextmanager
+def live_model(model: Any, calibration: Path) -> Iterator[LiveModel]:
+    """A ModelPatcher that fits, loaded, with the calls that the calibration holds. RequestError: there are too few."""
+    with open_calibration(calibration) as reader:
+        kept, known = reader.header.calls.kept, reader.header.model
+        layers = linear_layers(model.get_model_object("diffusion_model"))
         modules = {name: module for name, module in layers.items() if name in known.layers}
-        require_same_weights(model, modules, source)
-        connected = ModelIdentity({name: (module.out_features, module.in_features) for name, module in layers.items()})
-        known.require_match(connected, calibration.name, other_weights=True)
         live = LiveModel(modules, [partial(_run, model, call) for call in kept], [call.group for call in kept])
         one = max(call_bytes(model, {path: shape for path, (_, shape) in call.tensors.items()}) for call in kept)
         with loaded(model, one) as (_, device):

@@ -20,7 +20,7 @@ from ..quant_core.tools.requantize import only_quantized
 from ._detection import Detection, detect, require_same
 from ._folders import stamp
 from ._handles import QuantizedHandle, SourceHandle, spool_of
-from ._in_order import live_model
+from ._in_order import live_model, require_fit
 from ._progress import NodeProgress
 from ._recipe import Settings
 from ._spool import lora_path, spooled
@@ -46,6 +46,8 @@ def quantize(source: SourceHandle, settings: Settings, progress: NodeProgress, m
     if model is not None and settings.calibration is None:
         raise RequestError("Quantizing in order needs the calibration too: connect the one that was captured from this model, or "
                            "disconnect the model.")
+    if model is not None:
+        require_fit(model, path, settings.calibration.path)      # also where the file is there already, from a model that fitted
     key = {"source": str(path), "stamp": stamp(path), **settings.describe(), "in_order": model is not None}
     spool, report = spooled(source.label, key, make)
     return QuantizedHandle(spool, source.label, maker, lora=lora_path(spool) if settings.residual else None), report
@@ -77,7 +79,7 @@ def _convert(source: Path, spool: Path, settings: Settings, progress: NodeProgre
     if model is not None:
         progress.say("Running the recorded calls up to the first layer")
     try:
-        with nullcontext() if model is None else live_model(model, source, settings.calibration.path) as live:
+        with nullcontext() if model is None else live_model(model, settings.calibration.path) as live:
             report = convert(source, spool, settings.recipe, settings.policy, device=device, overwrite=True,
                              never_pack=detection.fixed, calibration=settings.calibration, residual_lora=lora, live=live,
                              progress=progress, cancel=progress.cancelled)

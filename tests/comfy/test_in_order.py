@@ -50,6 +50,10 @@ def test_the_same_graph_gives_the_same_bytes_and_the_capture_model_serves_too(se
     server.run(graph)
     one, two = (load_file(server.base / f"output/order_{name}.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    patched = graph.add("ModelMergeSimple", model1=(graph.original, 0), model2=(graph.original, 0), ratio=0.5)
+    graph.add("PreviewAny", source=(graph.quantized(patched, seed=0), 1))       # its file is there, from the model that fitted
+    with pytest.raises(WorkflowError, match="of its weights are patched"):
+        server.run(graph)
 
 
 @pytest.mark.parametrize(("case", "wrong"), [
