@@ -12,12 +12,25 @@ from collections.abc import Sequence
 
 from ..quant_core._version import __version__
 from ..quant_core.errors import Cancelled, QuantPressError
-from . import (
-    bitsandbytes, calibrate, calibration, compat, demo, dequantize, edit, formats, inspect, merge, migrate, quantize, repair,
-    template, verify,
+from .commands import (
+    bitsandbytes,
+    calibrate,
+    calibration,
+    demo,
+    dequantize,
+    edit,
+    formats,
+    inspect,
+    merge,
+    migrate,
+    quantize,
+    repair,
+    template,
+    verify,
 )
-from .interrupt import INTERRUPTED, signals_interrupt
-from .wording import message
+from . import compat
+from .shared.interrupt import INTERRUPTED, signals_interrupt
+from .shared.wording import message
 
 COMMANDS = (quantize, inspect, verify, dequantize, formats, template, migrate, repair, edit, merge, bitsandbytes, calibrate,
             calibration, compat, demo)

@@ -10,10 +10,10 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from torch import Tensor, nn
 
 from ..layouts import register_layouts, tensor_of_layer
-from ..quant_core.checkpoint.layers import StoredLayer, stored_layers
+from ..quant_core.stored.layers import StoredLayer, stored_layers
 from ..quant_core.checkpoint.source import Source, open_source
 from ..quant_core.errors import InputFileError, some_of
-from ..quant_core.format import Format
+from ..quant_core.formats.base import Format
 from .tiny_mmdit import TinyMMDiT
 
 # What multiplies a layer's input: a QuantizedTensor's own F.linear, or a plain float32 weight decoded once.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..quant_core.metrics import relative_error, snr_db
+from ..quant_core.numerics.metrics import relative_error, snr_db
 from .sampler import Conditioning, sample, simple_sigmas, starting_noise, velocity
 
 PROBED_STEPS = 4

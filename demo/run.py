@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..quant_core._version import __version__
 from ..quant_core.errors import OutputError, RequestError
-from ..quant_core.format import Format, all_formats, get_format
-from ..quant_core.metrics import snr_db
-from ..quant_core.recipe import Recipe
-from ..quant_core.run import convert
-from ..quant_core.verify import VerifyReport, verify_file
+from ..quant_core.formats.base import Format, all_formats, get_format
+from ..quant_core.numerics.metrics import snr_db
+from ..quant_core.policy.recipe import Recipe
+from ..quant_core.pipeline.run import convert
+from ..quant_core.pipeline.verify import VerifyReport, verify_file
 from .autoencoder import decode, load_decoder
 from .load import LoadedModel, load_model
 from .measure import Probe, make_probe, output_snr_db, picture_psnr_db

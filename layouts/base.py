@@ -8,10 +8,10 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor
 from torch import Tensor
 
-from ..quant_core.elements import CodebookElement
+from ..quant_core.numerics.elements import CodebookElement
 from ..quant_core.errors import RequestError
-from ..quant_core.format import Format
-from ..quant_core.scales import QParams
+from ..quant_core.formats.base import Format
+from ..quant_core.numerics.scales import QParams
 from . import linear
 from .params import PlainParams
 from .stochastic import stochastic_codes

@@ -8,14 +8,14 @@ from functools import lru_cache
 
 import torch
 
-from ..quant_core.format import Format
-from ..quant_core.triton_kernels import capability_of, numbered, obstacle
+from ..quant_core.formats.base import Format
+from ..quant_core.numerics.triton_kernels import capability_of, numbered, obstacle
 from .kernels.activation import LONGEST_GROUP
 from .kernels.weight import Geometry, geometry_of
 
 logger = logging.getLogger(__name__)
 
-# Rows of x up to which each kernel is the fastest, read from rows of bench/layouts.py --routes on an H200.
+# Rows of x up to which each kernel is the fastest, read from rows of bench/speed/layouts.py --routes on an H200.
 GEMV_ROWS = 2                     # one program per few weight rows; each row of x reads the weight again
 FEW_ROWS = 16                     # weights decoded inside the matmul; activations stay float
 DECODE_DOT_ROWS = 64              # the same, where decoding first would write DECODE_DOT_WEIGHTS or more

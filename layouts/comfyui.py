@@ -127,7 +127,7 @@ def our_formats() -> dict[str, Any]:
     ComfyUI knows, where the installed comfy-kitchen has their layout."""
     from comfy_kitchen.tensor.base import LAYOUTS
 
-    from ..quant_core.format import all_formats
+    from ..quant_core.formats.base import all_formats
     native = native_formats()
     return {fmt.on_disk: fmt for fmt in all_formats() if fmt.runtime.layout in LAYOUTS
             and (fmt.runtime.native_since is None or fmt.on_disk not in native)}

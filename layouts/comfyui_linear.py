@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..quant_core.checkpoint.layers import QUANT_SUFFIXES
+from ..quant_core.stored.layers import QUANT_SUFFIXES
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
-from ..quant_core.format import format_of_layer
+from ..quant_core.formats.base import format_of_layer
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")
 

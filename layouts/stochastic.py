@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quant_core.format import Format
-from ..quant_core.scales import QParams
+from ..quant_core.formats.base import Format
+from ..quant_core.numerics.scales import QParams
 
 _CHUNK_WEIGHTS = 1 << 24      # bounds the temporaries, about six float32 each
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._bake import bake_lora, list_loras
-from ._folders import LORAS, resolve_model, stamp
-from ._handles import CATEGORY, SourceHandle, SourceType
-from ._progress import NodeProgress
-from ._schema import schema
+from .jobs.bake_lora import bake_lora, list_loras
+from .shared.folders import LORAS, resolve_model, stamp
+from .shared.handles import CATEGORY, SourceHandle, SourceType
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 
 class BakeLora(io.ComfyNode):

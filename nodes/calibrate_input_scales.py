@@ -5,13 +5,23 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ._folders import LORAS, list_models, stamp
-from ._handles import CATEGORY, CalibrationHandle, CalibrationType, QuantizedHandle, QuantizedType
-from ._input_scales import METHODS, NAME, NONE, SIMULATED, lora_file, plan, read_settings, scale_file, scale_files
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._rewriting import Tool, rewritten
-from ._schema import schema
+from .shared.folders import LORAS, list_models, stamp
+from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, QuantizedHandle, QuantizedType
+from .jobs.calibrate_input_scales import (
+    METHODS,
+    NAME,
+    NONE,
+    SIMULATED,
+    lora_file,
+    plan,
+    read_settings,
+    scale_file,
+    scale_files,
+)
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .shared.rewriting import Tool, rewritten
+from .shared.schema import schema
 
 
 class CalibrateInputScales(io.ComfyNode):

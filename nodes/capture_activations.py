@@ -5,11 +5,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..quant_core.calibration.budget import GIB, Budget
-from ..quant_core.calibration.collector import CaptureSettings
-from ._capture import device_bytes, watch
-from ._handles import CATEGORY, CaptureType
-from ._schema import schema
+from ..quant_core.calibration.capture.budget import GIB, Budget
+from ..quant_core.calibration.capture.collector import CaptureSettings
+from .jobs.capture import device_bytes, watch
+from .shared.handles import CATEGORY, CaptureType
+from .shared.schema import schema
 
 ACCUMULATE, START_OVER = "accumulate", "start over"
 CALLS = 64

@@ -4,11 +4,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ._calibration_text import table
-from ._capture import Capture
-from ._handles import CATEGORY, CalibrationType, CaptureType
-from ._progress import NodeProgress
-from ._schema import schema
+from .shared.calibration_text import table
+from .jobs.capture import Capture
+from .shared.handles import CATEGORY, CalibrationType, CaptureType
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 
 class CollectCalibration(io.ComfyNode):

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._bitsandbytes import EXPORT, IMPORT, convert_structure
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
-from ._progress import NodeProgress
-from ._schema import schema
+from .jobs.convert_bitsandbytes import EXPORT, IMPORT, convert_structure
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 
 class ConvertBitsandbytes(io.ComfyNode):

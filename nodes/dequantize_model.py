@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._dequantize import dequantized
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, SourceType
-from ._progress import NodeProgress
-from ._schema import schema
+from .jobs.dequantize_model import dequantized
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceType
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 DTYPES = ("bf16", "fp16", "fp32")
 

@@ -5,11 +5,11 @@ from comfy_api.latest import io, ui
 from ..quant_core.errors import RequestError
 from ..quant_core.tools.configs import HeaderMode
 from ..quant_core.tools.edit import Edit, edit, parse_names, parse_pairs
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._rewriting import Plan, Tool, rewritten
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .shared.rewriting import Plan, Tool, rewritten
+from .shared.schema import schema
 
 NAME = "Edit Metadata"
 _HEADER = {"update": HeaderMode.KEEP, "build": HeaderMode.BUILD, "remove": HeaderMode.DROP}

@@ -6,8 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 
 class QuantPressExtension(ComfyExtension):
     async def on_load(self) -> None:
-        from ._demo_models import offer
-        from ._folders import add_calibrations_folder
+        from .shared.demo_models import offer
+        from .shared.folders import add_calibrations_folder
         offer()
         add_calibrations_folder()
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._exchange import PREFIX_TOOLTIP
-from ._handles import CATEGORY, SourceHandle, SourceType
-from ._merge import extract_model
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._schema import schema
+from .jobs.exchange import PREFIX_TOOLTIP
+from .shared.handles import CATEGORY, SourceHandle, SourceType
+from .jobs.merge import extract_model
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .shared.schema import schema
 
 
 class ExtractModel(io.ComfyNode):

@@ -5,10 +5,10 @@ import json
 from comfy_api.latest import io, ui
 
 from ..quant_core.errors import RequestError
-from ._folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._inspect import inspect, table
-from ._schema import schema
+from .shared.folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .jobs.inspect_quantization import inspect, table
+from .shared.schema import schema
 
 CONNECTED = "(the connected model)"
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._calibration_text import summary
-from ._folders import CALIBRATIONS, list_models, resolve_model, stamp
-from ._handles import CATEGORY, CalibrationHandle, CalibrationType
-from ._schema import schema
-from ._source_text import label_of
+from .shared.calibration_text import summary
+from .shared.folders import CALIBRATIONS, list_models, resolve_model, stamp
+from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType
+from .shared.schema import schema
+from .shared.source_text import label_of
 
 
 class LoadCalibration(io.ComfyNode):

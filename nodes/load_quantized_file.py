@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ._folders import list_models, resolve_model, stamp
-from ._handles import CATEGORY
-from ._load import load_model
-from ._schema import schema
+from .shared.folders import list_models, resolve_model, stamp
+from .shared.handles import CATEGORY
+from .jobs.load_quantized import load_model
+from .shared.schema import schema
 
 _FOLDERS = ("diffusion_models", "checkpoints")
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._load import load_model
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .jobs.load_quantized import load_model
+from .shared.schema import schema
 
 
 class LoadQuantizedInGraph(io.ComfyNode):

@@ -3,12 +3,12 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..quant_core.tools.canonicalize import InputScale
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
-from ._migrate import FULL_PRECISION, INPUT_SCALES, LEGACY, NAME, NATIVE, MigrateSettings, plan
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._rewriting import Tool, rewritten
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
+from .jobs.migrate_file import FULL_PRECISION, INPUT_SCALES, LEGACY, NAME, NATIVE, MigrateSettings, plan
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .shared.rewriting import Tool, rewritten
+from .shared.schema import schema
 
 
 class MigrateFile(io.ComfyNode):

@@ -4,10 +4,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ._graph_source import write_source
-from ._handles import CATEGORY, SourceType
-from ._progress import NodeProgress
-from ._schema import schema
+from .jobs.model_source import write_source
+from .shared.handles import CATEGORY, SourceType
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 
 class ModelSource(io.ComfyNode):

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
-from ._handles import CATEGORY, QuantizedType
-from ._open import open_quantized
-from ._progress import NodeProgress
-from ._schema import schema
+from .shared.folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
+from .shared.handles import CATEGORY, QuantizedType
+from .jobs.open_quantized_file import open_quantized
+from .shared.progress import NodeProgress
+from .shared.schema import schema
 
 
 class OpenQuantizedFile(io.ComfyNode):

@@ -4,12 +4,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ._handles import CATEGORY, QuantizedType, SourceHandle, SourceType
-from ._progress import NodeProgress
-from ._quantize import quantize
-from ._recipe import read_settings, widgets
-from ._report_text import summary
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedType, SourceHandle, SourceType
+from .shared.progress import NodeProgress
+from .jobs.quantize_model import quantize
+from .shared.recipe import read_settings, widgets
+from .shared.report_text import summary
+from .shared.schema import schema
 
 
 class QuantizeModel(io.ComfyNode):

@@ -4,13 +4,13 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.format import all_formats
+from ..quant_core.formats.base import all_formats
 from ..quant_core.tools.diagnose import MODELOPT
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._repair import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .jobs.repair_file import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
+from .shared.schema import schema
 
 
 class Repair(io.ComfyNode):

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._exchange import PREFIX_TOOLTIP, model_input
-from ._folders import list_models, resolve_model, stamp
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle
-from ._merge import CHECKPOINTS, replace_model
-from ._progress import NodeProgress
-from ._recipe import rare
-from ._schema import schema
+from .jobs.exchange import PREFIX_TOOLTIP, model_input
+from .shared.folders import list_models, resolve_model, stamp
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle
+from .jobs.merge import CHECKPOINTS, replace_model
+from .shared.progress import NodeProgress
+from .shared.recipe import rare
+from .shared.schema import schema
 
 
 class ReplaceModel(io.ComfyNode):

@@ -4,12 +4,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType
-from ._progress import NodeProgress
-from ._quantize import requantize
-from ._recipe import read_settings, widgets
-from ._report_text import requantized
-from ._schema import schema
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
+from .shared.progress import NodeProgress
+from .jobs.quantize_model import requantize
+from .shared.recipe import read_settings, widgets
+from .shared.report_text import requantized
+from .shared.schema import schema
 
 
 class RequantizeModel(io.ComfyNode):

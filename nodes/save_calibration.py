@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._calibration_text import summary
-from ._folders import CALIBRATIONS, write_target
-from ._handles import CATEGORY, CalibrationHandle, CalibrationType, spool_of
-from ._save import publish
-from ._schema import schema
+from .shared.calibration_text import summary
+from .shared.folders import CALIBRATIONS, write_target
+from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, spool_of
+from .jobs.save import publish
+from .shared.schema import schema
 
 
 class SaveCalibration(io.ComfyNode):

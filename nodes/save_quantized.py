@@ -3,10 +3,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ._folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
-from ._handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from ._save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
-from ._schema import schema
+from .shared.folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .jobs.save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
+from .shared.schema import schema
 
 _WARNED = 5
 

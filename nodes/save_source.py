@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
-from ._handles import CATEGORY, SourceHandle, SourceType
-from ._merge import one_file
-from ._progress import NodeProgress
-from ._save import expand, publish
-from ._schema import schema
+from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
+from .shared.handles import CATEGORY, SourceHandle, SourceType
+from .jobs.merge import one_file
+from .shared.progress import NodeProgress
+from .jobs.save import expand, publish
+from .shared.schema import schema
 
 
 class SaveSource(io.ComfyNode):

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ._exchange import model_input
-from ._folders import OUTPUT, SOURCE_FOLDERS, write_target
-from ._handles import CATEGORY, QuantizedHandle, SourceHandle
-from ._merge import write_shards
-from ._progress import NodeProgress
-from ._save import expand
-from ._schema import schema
+from .jobs.exchange import model_input
+from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
+from .shared.handles import CATEGORY, QuantizedHandle, SourceHandle
+from .jobs.merge import write_shards
+from .shared.progress import NodeProgress
+from .jobs.save import expand
+from .shared.schema import schema
 
 
 class SplitShards(io.ComfyNode):

@@ -4,9 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ._conditioning import KINDS, conditioning
-from ._handles import CATEGORY
-from ._schema import schema
+from .jobs.try_conditioning import KINDS, conditioning
+from .shared.handles import CATEGORY
+from .shared.schema import schema
 
 
 class TestConditioning(io.ComfyNode):

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core import run as run_module
+from comfyui_quantpress.quant_core.pipeline import run as run_module
 from comfyui_quantpress.quant_core.checkpoint.header import build_header
-from comfyui_quantpress.quant_core.format import all_formats
+from comfyui_quantpress.quant_core.formats.base import all_formats
 
 FORMATS = [fmt.name for fmt in all_formats()]
 SAME = "same file as the source"
@@ -401,7 +401,7 @@ def test_a_signal_during_the_last_check_leaves_a_complete_file_or_none(hooked, m
 # In a process of its own: quantizing is slowed down, so that the signal surely arrives in the middle.
 SLOW = """
 import sys, time
-from comfyui_quantpress.quant_core import run
+from comfyui_quantpress.quant_core.pipeline import run
 real = run.quantize_layer
 def slow(*args, **named):
     time.sleep(0.1)

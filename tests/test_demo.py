@@ -17,10 +17,10 @@ from comfyui_quantpress.demo.run import ASSETS, MODEL, DemoSettings, draw, run_d
 from comfyui_quantpress.demo.sampler import load_conditioning, sample, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.sheet import difference, sheet_size
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
-from comfyui_quantpress.quant_core.format import all_formats
+from comfyui_quantpress.quant_core.formats.base import all_formats
 from comfyui_quantpress.quant_core.policy.general import Policy
-from comfyui_quantpress.quant_core.recipe import Recipe
-from comfyui_quantpress.quant_core.run import convert
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.pipeline.run import convert
 
 SETTINGS = DemoSettings(labels=(0, 6), steps=4)
 FORMATS = ("nvfp4", "int8_rowwise")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_quantpress.cli.formats import _cells, describe
+from comfyui_quantpress.cli.commands.formats import _cells, describe
 from comfyui_quantpress.cli.main import build_parser, main
 from comfyui_quantpress.demo.load import load_model
 from comfyui_quantpress.demo.sampler import load_conditioning, sample, starting_noise
-from comfyui_quantpress.quant_core.calibration.budget import plan_budget
-from comfyui_quantpress.quant_core.calibration.collector import Collector
-from comfyui_quantpress.quant_core.calibration.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
+from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
+from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
-from comfyui_quantpress.quant_core.format import all_formats
+from comfyui_quantpress.quant_core.formats.base import all_formats
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_the_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys)
     shutil.copy(ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "model.safetensors")
     capture_calibration(tmp_path / "calibration.safetensors")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("comfyui_quantpress.cli.progress._LINE_EVERY_S", 1e9)
+    monkeypatch.setattr("comfyui_quantpress.cli.shared.progress._LINE_EVERY_S", 1e9)
     for args, shown in STEPS:
         if args[0] == "demo":
             build_parser().parse_args(args)  # its run is tests/test_demo.py's
@@ -146,6 +146,6 @@ def test_every_json_field_is_documented(command, tmp_path, capsys):
 
 
 def test_finding_codes_are_documented():
-    source = (ROOT / "quant_core" / "verify.py").read_text(encoding="utf-8")
+    source = (ROOT / "quant_core" / "pipeline" / "verify.py").read_text(encoding="utf-8")
     codes = set(re.findall(r'(?:Finding|problem)\("([a-z-]+)"', source))
     assert len(codes) > 10 and {code for code in codes if f"`{code}`" not in JSON_DOC} == set()

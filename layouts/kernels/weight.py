@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...quant_core.format import Format
+from ...quant_core.formats.base import Format
 
 _KINDS = {(8, torch.float8_e4m3fn): "fp8", (8, torch.int8): "int8", (4, torch.uint8): "nibble"}
 

@@ -13,7 +13,7 @@ from ..cancel import poll
 from ..checkpoint.source import Source
 from ..errors import RequestError, some_of
 from .calls import CallSample
-from .statistics import LayerStatistics, StatisticsSettings
+from .statistics.layer import LayerStatistics, StatisticsSettings
 
 FINGERPRINT_VALUES = 32
 

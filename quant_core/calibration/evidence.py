@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import torch
 
-from ..recipe import Evidence
-from .hessian import HessianKind
-from .statistics import LayerStatistics
+from ..policy.recipe import Evidence
+from .statistics.hessian import HessianKind
+from .statistics.layer import LayerStatistics
 
 
 def to_evidence(statistics: LayerStatistics, device: torch.device | str | None = None,

@@ -30,12 +30,12 @@ from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, load
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError
-from ..report import Progress
+from ..pipeline.report import Progress
 from .calibration import Calibration, ModelIdentity, RunRecord
 from .calls import CallSample, KeptCall, RecordedCall
-from .hessian import HessianKind, Placement
-from .histogram import BINS
-from .statistics import LayerStatistics, StatisticsSettings
+from .statistics.hessian import HessianKind, Placement
+from .statistics.histogram import BINS
+from .statistics.layer import LayerStatistics, StatisticsSettings
 
 METADATA_KEY = "quantpress_calibration"
 SCHEMA = 1

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.source import Source, open_source
-from ..format import Format
-from ..recipe import Evidence
+from ..formats.base import Format
+from ..policy.recipe import Evidence
 from .calibration import ModelIdentity, identity_of_source
 from .evidence import to_evidence
-from .hessian import HessianKind
-from .input_scales import Absent, InputScaleRule, rule_for, scale_for
-from .layer_names import LayerNames
+from .statistics.hessian import HessianKind
+from ..input_scales.rule import Absent, InputScaleRule, rule_for, scale_for
+from ..names.layer_names import LayerNames
 from .storage import CalibrationReader
 
 _FLOATS = ("F32", "F16", "BF16")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..cancel import poll
-from ..elements import CodebookElement
-from ..format import Format, register
-from ..format_parts import ColumnGrid, Runtime, TensorSpec
-from ..packing import pack_nibbles, unpack_nibbles
-from ..ranks import look_up, rank_table
-from ..scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
+from ..numerics.elements import CodebookElement
+from .base import Format, register
+from .records import ColumnGrid, Runtime, TensorSpec
+from ..numerics.packing import pack_nibbles, unpack_nibbles
+from ..numerics.ranks import look_up, rank_table
+from ..numerics.scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
 DEFAULT_CODEBOOK = CodebookElement("w4a8", (

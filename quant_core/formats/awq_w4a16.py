@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..elements import CodebookElement
-from ..format import Format, register
-from ..format_parts import ColumnGrid, Runtime, TensorSpec
-from ..packing import pack_nibbles, unpack_nibbles
-from ..scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
+from ..numerics.elements import CodebookElement
+from .base import Format, register
+from .records import ColumnGrid, Runtime, TensorSpec
+from ..numerics.packing import pack_nibbles, unpack_nibbles
+from ..numerics.scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
 
 # value = (code - 8) * scale + zero
 UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))

@@ -1,9 +1,9 @@
 """FP4: bitsandbytes' 4-bit float codebook, absmax per 64 input channels."""
-from ..elements import FP4
-from ..format import register
-from ..format_parts import Runtime
-from ..format_codebook import CodebookFormat
-from ..scales import Granularity
+from ..numerics.elements import FP4
+from .base import register
+from .records import Runtime
+from .families.codebook import CodebookFormat
+from ..numerics.scales import Granularity
 
 register(CodebookFormat(
     name="bnb_fp4", on_disk="bnb_fp4", title="FP4 (bitsandbytes)", quant_type="fp4",

@@ -1,9 +1,9 @@
 """NF4: 4-bit NormalFloat codebook, absmax per 64 input channels, bytes as bitsandbytes writes them."""
-from ..elements import NF4
-from ..format import register
-from ..format_parts import Runtime
-from ..format_codebook import CodebookFormat
-from ..scales import Granularity
+from ..numerics.elements import NF4
+from .base import register
+from .records import Runtime
+from .families.codebook import CodebookFormat
+from ..numerics.scales import Granularity
 
 register(CodebookFormat(
     name="bnb_nf4", on_disk="bnb_nf4", title="NF4 (bitsandbytes NormalFloat4)", quant_type="nf4",

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..elements import INT4
-from ..format import Format, register
-from ..format_parts import Runtime, TensorSpec
-from ..packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
-from ..scales import Granularity, QParams, block_absmax, divide
+from ..numerics.elements import INT4
+from .base import Format, register
+from .records import Runtime, TensorSpec
+from ..numerics.packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
+from ..numerics.scales import Granularity, QParams, block_absmax, divide
 
 _ABSMAX_FLOOR = 1e-10       # as the reference writes rows of zeros
 

@@ -1,9 +1,9 @@
 """FP8 E4M3, one scale for the whole tensor: the format every recent ComfyUI and GPU reads."""
-from ..elements import E4M3
-from ..format import register
-from ..format_parts import Runtime
-from ..format_plain import PlainFormat
-from ..scales import Granularity
+from ..numerics.elements import E4M3
+from .base import register
+from .records import Runtime
+from .families.plain import PlainFormat
+from ..numerics.scales import Granularity
 
 register(PlainFormat(
     name="float8_e4m3fn", on_disk="float8_e4m3fn", title="FP8 E4M3 per tensor",

@@ -1,9 +1,9 @@
 """FP8 E4M3 with one scale per square tile of weights."""
-from ..elements import E4M3
-from ..format import register
-from ..format_parts import Runtime
-from ..format_plain import PlainFormat
-from ..scales import Granularity
+from ..numerics.elements import E4M3
+from .base import register
+from .records import Runtime
+from .families.plain import PlainFormat
+from ..numerics.scales import Granularity
 
 register(PlainFormat(
     name="float8_e4m3fn_blockwise", on_disk="float8_e4m3fn_blockwise", title="FP8 E4M3 per 2-D block",

@@ -1,9 +1,9 @@
 """FP8 E5M2, one scale for the whole tensor: more range, one mantissa bit less; rarely the better choice for weights."""
-from ..elements import E5M2
-from ..format import register
-from ..format_parts import Runtime
-from ..format_plain import PlainFormat
-from ..scales import Granularity
+from ..numerics.elements import E5M2
+from .base import register
+from .records import Runtime
+from .families.plain import PlainFormat
+from ..numerics.scales import Granularity
 
 register(PlainFormat(
     name="float8_e5m2", on_disk="float8_e5m2", title="FP8 E5M2 per tensor",

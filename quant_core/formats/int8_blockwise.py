@@ -1,9 +1,9 @@
 """INT8 with one scale per square tile of weights."""
-from ..elements import INT8
-from ..format import register
-from ..format_parts import Runtime
-from ..format_plain import PlainFormat
-from ..scales import Granularity
+from ..numerics.elements import INT8
+from .base import register
+from .records import Runtime
+from .families.plain import PlainFormat
+from ..numerics.scales import Granularity
 
 register(PlainFormat(
     name="int8_blockwise", on_disk="int8_blockwise", title="INT8 per 2-D block",

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..elements import INT8
-from ..format import register
-from ..scales import Granularity
+from ..numerics.elements import INT8
+from .base import register
+from ..numerics.scales import Granularity
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 

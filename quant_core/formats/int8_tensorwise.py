@@ -3,11 +3,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..elements import INT8
-from ..format import register
-from ..format_parts import Runtime
-from ..format_plain import PlainFormat
-from ..scales import Granularity, QParams, SCALE_FLOOR
+from ..numerics.elements import INT8
+from .base import register
+from .records import Runtime
+from .families.plain import PlainFormat
+from ..numerics.scales import Granularity, QParams, SCALE_FLOOR
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..elements import E4M3
-from ..format import register
-from ..format_parts import Runtime, TensorSpec
-from ..format_padded import PaddedBlockFormat
-from ..packing import swizzle_scales, swizzled_shape, unswizzle_scales
-from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
+from ..numerics.elements import E4M3
+from .base import register
+from .records import Runtime, TensorSpec
+from .families.padded import PaddedBlockFormat
+from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
 
 
 @dataclass(frozen=True)

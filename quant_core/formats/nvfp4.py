@@ -4,12 +4,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..elements import E2M1
-from ..format import register
-from ..format_parts import Runtime, TensorSpec
-from ..format_padded import PaddedBlockFormat
-from ..packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
-from ..scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
+from ..numerics.elements import E2M1
+from .base import register
+from .records import Runtime, TensorSpec
+from .families.padded import PaddedBlockFormat
+from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
 
 _LARGEST_SCALE = 448.0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PlanError, counted
-from ..recipe import Recipe
+from .recipe import Recipe
 
 # Longest first: `model.diffusion_model.` must go before `model.`.
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..checkpoint.header import load_json_object
 from ..errors import InputFileError, PlanError, RequestError
-from ..format import Format, all_formats, get_format
-from ..recipe import Recipe
+from ..formats.base import Format, all_formats, get_format
+from .recipe import Recipe
 from .general import Rule
 
 _DEFAULT = "_default"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.layers import StoredLayer, stored_layers
+from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source
 from ..errors import RequestError
-from ..metrics import relative_error
-from ..packing import swizzle_scales
+from ..numerics.metrics import relative_error
+from ..numerics.packing import swizzle_scales
 from .diagnose import MODELOPT, diagnose
 
 # The right layout decodes 4-bit weights within about 0.1; a wrong one gives 0.5 and more.

@@ -11,8 +11,8 @@ import json
 import torch
 from torch import Tensor
 
-from ..checkpoint.bnb_state import STATE_PREFIX
-from ..checkpoint.layers import StoredLayer, stored_layers
+from ..stored.bnb_state import STATE_PREFIX
+from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
 from .canonicalize import canonicalize

@@ -6,11 +6,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..checkpoint.canonical import INPUT_SCALE, steps_to
+from ..stored.canonical import INPUT_SCALE, steps_to
 from ..checkpoint.header import TORCH_TO_CODE
-from ..checkpoint.layers import StoredLayer
+from ..stored.layers import StoredLayer
 from ..checkpoint.metadata import Config
-from ..format_parts import TensorSpec
+from ..formats.records import TensorSpec
 from .rewrite import Draft
 
 _STALE = ("params", "quant_map")         # nested settings, lifted to the root; a codebook that is a tensor now

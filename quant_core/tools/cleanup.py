@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..checkpoint.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
+from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
 from ..checkpoint.source import Source
 from ..errors import RequestError
 from ..policy.general import strip_prefix

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..checkpoint.families import refusal
-from ..checkpoint.layers import stored_layers
+from ..stored.foreign import refusal
+from ..stored.layers import stored_layers
 from ..checkpoint.source import Source
 from ..errors import InputFileError, counted
-from ..plan import linear_layers
+from ..pipeline.plan import linear_layers
 
 OWN_FORM = "comfy_quant"
 

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..checkpoint.canonical import INPUT_SCALE, STEPS, steps_to
-from ..checkpoint.diffusers_names import diffusers_warning
+from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
+from ..names.diffusers import diffusers_warning
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.infer import infer_config
-from ..checkpoint.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
-from ..checkpoint.legacy import CODED, is_modelopt
+from ..stored.inferred import infer_config
+from ..stored.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
+from ..stored.legacy import CODED, is_modelopt
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError, counted
-from ..format import get_format
-from ..verify import Finding, check_file
+from ..formats.base import get_format
+from ..pipeline.verify import Finding, check_file
 from .configs import header_object
 from .prefixes import moved_layers, prefix_changes
 
@@ -207,7 +207,7 @@ def _reason(src: Source, error: InputFileError) -> str:
 
 
 def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
-    from ..packing import swizzled_shape
+    from ..numerics.packing import swizzled_shape
     rows, half = infos["weight"].shape
     if infos["weight_scale"].shape != swizzled_shape(rows, half // 8) or swizzled_shape(rows, half // 8) == (rows, half // 8):
         raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "

@@ -10,7 +10,7 @@ from ..checkpoint.header import load_json_object
 from ..checkpoint.metadata import Config, encode_config, layer_configs
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, RequestError, counted
-from ..verify import Finding, check_layer
+from ..pipeline.verify import Finding, check_layer
 from .configs import HeaderMode, write_configs
 from .migrate import compile_pattern
 from .rewrite import Draft, Rewrite

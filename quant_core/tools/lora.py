@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration.layer_names import TEXT_ENCODER, LayerNames, diffusers_names, strip_prefixes
-from ..calibration.lora_keys import Factor, LoraKey, parse_lora_key
+from ..names.layer_names import TEXT_ENCODER, LayerNames, diffusers_names, strip_prefixes
+from ..names.lora_keys import Factor, LoraKey, parse_lora_key
 from ..checkpoint.header import CODE_TO_TORCH
-from ..checkpoint.layers import stored_layers
+from ..stored.layers import stored_layers
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, counted, some_of
 from .rewrite import Draft, Rewrite

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..checkpoint.families import part_of, refusal
-from ..checkpoint.layers import QUANT_SUFFIXES
+from ..stored.foreign import part_of, refusal
+from ..stored.layers import QUANT_SUFFIXES
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, RequestError, counted, some_of
-from ..report import Progress
+from ..pipeline.report import Progress
 from .configs import header_object
 from .rewrite import Draft, Rewrite
 

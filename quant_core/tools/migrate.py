@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint.diffusers_names import diffusers_warning
-from ..checkpoint.families import refusal
-from ..checkpoint.layers import StoredLayer, stored_layers
-from ..checkpoint.legacy import CODED, LEGACY_NAMES, is_marker
+from ..names.diffusers import diffusers_warning
+from ..stored.foreign import refusal
+from ..stored.layers import StoredLayer, stored_layers
+from ..stored.legacy import CODED, LEGACY_NAMES, is_marker
 from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, RequestError, counted, some_of

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from ..checkpoint.layers import QUANT_SUFFIXES
-from ..checkpoint.legacy import CODED
+from ..stored.layers import QUANT_SUFFIXES
+from ..stored.legacy import CODED
 from ..checkpoint.source import Source
 from ..policy.general import CHECKPOINT_PREFIXES
 

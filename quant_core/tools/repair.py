@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.families import refusal
-from ..checkpoint.layers import StoredLayer
+from ..stored.foreign import refusal
+from ..stored.layers import StoredLayer
 from ..checkpoint.metadata import HEADER_KEY, Config
 from ..checkpoint.source import Source
 from ..errors import RequestError, counted, some_of
-from ..format import get_format
-from ..packing import swizzle_scales
-from ..verify import Finding, check_layer
+from ..formats.base import get_format
+from ..numerics.packing import swizzle_scales
+from ..pipeline.verify import Finding, check_layer
 from .canonicalize import canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
 from .diagnose import BEYOND_REPAIR, MODELOPT, Diagnosis, diagnose

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.layers import stored_layers
+from ..stored.layers import stored_layers
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
 from ..policy.general import Policy
-from ..recipe import Recipe
-from ..report import Progress, RunReport
-from ..run import convert
+from ..policy.recipe import Recipe
+from ..pipeline.report import Progress, RunReport
+from ..pipeline.run import convert
 
 
 @dataclass(frozen=True, slots=True)

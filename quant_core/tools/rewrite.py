@@ -21,8 +21,8 @@ from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, tensor_bytes
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError, VerificationError, counted, some_of
-from ..report import Progress
-from ..verify import check_file
+from ..pipeline.report import Progress
+from ..pipeline.verify import check_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoint.layers import StoredLayer, stored_layers
-from ..checkpoint.legacy import LEGACY_MARKER
+from ..stored.layers import StoredLayer, stored_layers
+from ..stored.legacy import LEGACY_MARKER
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
 from ..policy.general import strip_prefix

@@ -29,8 +29,8 @@ def pack(name):
 
 def watched(model, calls=64, **settings):
     """(the watched model, its capture), as the node makes them."""
-    budget, capturing = pack("quant_core.calibration.budget").Budget, pack("quant_core.calibration.collector").CaptureSettings
-    return pack("nodes._capture").watch(model, "", budget(2**28, 2**28), capturing(**settings), calls, True)
+    budget, capturing = pack("quant_core.calibration.capture.budget").Budget, pack("quant_core.calibration.capture.collector").CaptureSettings
+    return pack("nodes.jobs.capture").watch(model, "", budget(2**28, 2**28), capturing(**settings), calls, True)
 
 
 def sample(model, steps=2):
@@ -119,7 +119,7 @@ def another_model_in_the_captured_ones_place_is_refused():
             sample(sampled)
     assert hooks(model) == hooks(other) == 0
     with refused("the calibration is empty"):
-        capture.collect(pack("nodes._progress").NodeProgress(None, "Collecting"))
+        capture.collect(pack("nodes.shared.progress").NodeProgress(None, "Collecting"))
 
 
 def a_model_compiled_before_or_behind_the_capture_is_refused():
@@ -156,7 +156,7 @@ def collecting_can_be_cancelled_and_loses_nothing():
     model = comfy.sd.load_diffusion_model(file)
     observed, capture = watched(model)
     sample(observed)
-    progress, spool = pack("nodes._progress").NodeProgress(None, "Collecting"), pack("nodes._spool").spool_folder()
+    progress, spool = pack("nodes.shared.progress").NodeProgress(None, "Collecting"), pack("nodes.shared.spool").spool_folder()
     before = set(spool.iterdir())
     comfy.model_management.interrupt_current_processing(True)
     try:

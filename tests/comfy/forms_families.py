@@ -10,7 +10,7 @@ from form import File, Form, plain, with_inputs
 from forms_scales import assuming, row_order
 from torch import Tensor
 
-from comfyui_quantpress.quant_core.format import get_format
+from comfyui_quantpress.quant_core.formats.base import get_format
 
 
 def modelopt_fp8(file: File) -> None:

@@ -8,7 +8,7 @@ from form import ODD, File, Form, bf16, one, plain, repairing, rounded_scales, r
 from torch import Tensor
 
 from comfyui_quantpress.quant_core.checkpoint.source import Source
-from comfyui_quantpress.quant_core.packing import unswizzle_scales
+from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales
 from comfyui_quantpress.quant_core.tools.repair import repair
 from comfyui_quantpress.quant_core.tools.rewrite import Rewrite
 

@@ -39,12 +39,12 @@ def load(name="trained_sd3"):
 
 
 def watched(model, calls=100, accumulate=True):
-    budget, capturing = pack("quant_core.calibration.budget").Budget, pack("quant_core.calibration.collector").CaptureSettings
-    return pack("nodes._capture").watch(model, "", budget(2**28, 2**28, hessians=False), capturing(), calls, accumulate)
+    budget, capturing = pack("quant_core.calibration.capture.budget").Budget, pack("quant_core.calibration.capture.collector").CaptureSettings
+    return pack("nodes.jobs.capture").watch(model, "", budget(2**28, 2**28, hessians=False), capturing(), calls, accumulate)
 
 
 def sample(model, steps=2, seed=0, change=lambda positive: None, **options):
-    conditioning = pack("nodes._conditioning").conditioning
+    conditioning = pack("nodes.jobs.try_conditioning").conditioning
     positive, negative = conditioning(model, "noise", 1), conditioning(model, "zeros", 0)
     change(positive[0][1])
     latent = torch.zeros(1, 16, 1, 8, 8) if "WAN" in type(model.model).__name__ else torch.zeros(1, 16, 8, 8)
@@ -54,8 +54,8 @@ def sample(model, steps=2, seed=0, change=lambda positive: None, **options):
 
 def collected(capture):
     """The recorded calls as Quantize Model gets them: from the file."""
-    handle, rows = capture.collect(pack("nodes._progress").NodeProgress(None, "Collecting"))
-    text = pack("nodes._calibration_text").table(handle.path, rows, capture.plan)
+    handle, rows = capture.collect(pack("nodes.shared.progress").NodeProgress(None, "Collecting"))
+    text = pack("nodes.shared.calibration_text").table(handle.path, rows, capture.plan)
     with pack("quant_core.calibration.storage").open_calibration(handle.path) as reader:
         calls, keys = list(reader.calls()), [kept.key for kept in reader.header.calls.kept]
     handle.path.unlink()
@@ -65,7 +65,7 @@ def collected(capture):
 @contextmanager
 def inputs_of_layers(root, seen):
     """Appends (layer, input) of every linear layer's call to seen(), a list that the call's owner gives."""
-    layers = pack("quant_core.calibration.linear_layers").linear_layers(root)
+    layers = pack("quant_core.calibration.capture.linear_layers").linear_layers(root)
     handles = [module.register_forward_pre_hook(lambda module, args, name=name: seen().append((name, args[0].clone())))
                for name, module in layers.items()]
     try:
@@ -88,7 +88,7 @@ def sampled_with_inputs(observed, **options):
 def replayed_inputs(model, call, device):
     seen = []
     with inputs_of_layers(model.model.diffusion_model, lambda: seen):
-        assert pack("nodes._replay").replay(model, call, device) is None
+        assert pack("nodes.jobs.replay").replay(model, call, device) is None
     return seen
 
 
@@ -121,7 +121,7 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
         assert f"model calls kept: {len(by_call)} of {len(by_call)}, " in text and "could not" not in text, text
         place = {key(run, call): at for at, (run, call) in enumerate([(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])}
         assert len(by_call) == 5 and calls.keys() == place.keys()
-        replay, context = pack("nodes._replay"), capture._context
+        replay, context = pack("nodes.jobs.replay"), capture._context
         for given in (model, observed):     # the capture's own output does as well: it adds nothing to the record
             replay.replayable(given)
             with replay.loaded(given, 10**6) as (root, device):
@@ -142,7 +142,7 @@ def check_a_replay_takes_part_in_what_other_nodes_do_with_calls_once():
         changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"louder {number}", louder)
     by_call = sampled_with_inputs(changed, steps=2)
     calls, _ = collected(capture)
-    with pack("nodes._replay").loaded(changed, 0) as (_, device):
+    with pack("nodes.jobs.replay").loaded(changed, 0) as (_, device):
         for call in range(2):
             assert_same(by_call[call], replayed_inputs(changed, calls[key(1, call)], device))
 
@@ -173,7 +173,7 @@ def check_threads_that_take_turns_at_every_layer_give_the_same_inputs():
             with turn:
                 assert turn.wait_for(lambda: now[0] == number, 60)
             with torch.inference_mode():
-                pack("nodes._replay").replay(model, calls[key(1, number)], device)
+                pack("nodes.jobs.replay").replay(model, calls[key(1, number)], device)
         except BaseException as err:      # to be raised by the main thread
             errors.append(err)
         with turn:
@@ -181,9 +181,9 @@ def check_threads_that_take_turns_at_every_layer_give_the_same_inputs():
             now[0] = 1 - number
             turn.notify_all()
 
-    names = {module: name for name, module in pack("quant_core.calibration.linear_layers").linear_layers(model.model.diffusion_model).items()}
+    names = {module: name for name, module in pack("quant_core.calibration.capture.linear_layers").linear_layers(model.model.diffusion_model).items()}
     handles = [module.register_forward_pre_hook(paused) for module in names]
-    with pack("nodes._replay").loaded(model, 0) as (_, device):
+    with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
         threads = [threading.Thread(target=run, args=(number, device)) for number in (0, 1)]
         for thread in threads:
             thread.start()
@@ -197,7 +197,7 @@ def check_threads_that_take_turns_at_every_layer_give_the_same_inputs():
 
 
 def check_what_would_make_a_replay_wrong_is_refused():
-    replayable = pack("nodes._replay").replayable
+    replayable = pack("nodes.jobs.replay").replayable
     model = load()
     replayable(model)
     patched = model.clone()
@@ -257,9 +257,9 @@ def check_only_calls_of_a_captured_sampling_are_kept_and_as_many_as_asked_for():
     first = list(collected(capture)[0])
     assert first == sorted(key(1, call) for call in range(6))[:3]
     call = collected(capture)[0][first[0]]
-    options = pack("nodes._replay")._own_options(observed)
-    with pack("nodes._replay").loaded(observed, 0):
-        options["wrappers"][WrappersMP.APPLY_MODEL] = {"x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes._capture").KEY)}
+    options = pack("nodes.jobs.replay")._own_options(observed)
+    with pack("nodes.jobs.replay").loaded(observed, 0):
+        options["wrappers"][WrappersMP.APPLY_MODEL] = {"x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.jobs.capture").KEY)}
         model.model.apply_model(call.arguments["x"], call.arguments["t"], c_crossattn=call.arguments["c_crossattn"],
                                 y=call.arguments["y"], transformer_options=options)
     assert capture._calls.offered == 6
@@ -281,7 +281,7 @@ def check_start_over_forgets_the_calls_once_they_are_collected():
 
 
 def check_loading_leaves_the_room_that_is_asked_for_and_ends_like_a_sampling():
-    model, replay = load(), pack("nodes._replay")
+    model, replay = load(), pack("nodes.jobs.replay")
     observed, capture = watched(model)
     sample(observed)
     calls, _ = collected(capture)
@@ -309,9 +309,9 @@ def check_what_a_model_keeps_from_call_to_call_is_forgotten():
     observed, capture = watched(model)
     sample(observed, steps=1)
     model.model.diffusion_model.clear_kv_cache = lambda: cleared.append(1)
-    with pack("nodes._replay").loaded(model, 0) as (_, device):
+    with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
         for _ in range(2):
-            pack("nodes._replay").replay(model, next(capture._calls.calls()), device)
+            pack("nodes.jobs.replay").replay(model, next(capture._calls.calls()), device)
         assert len(cleared) == 2
     assert len(cleared) == 3
 
@@ -327,8 +327,8 @@ def check_the_compiler_of_newer_versions_is_off_while_hooks_must_see_every_call(
     args.disable_comfy_compiler = False
     sample(observed)
     sample(model)
-    with pack("nodes._replay").loaded(model, 0) as (_, device):
-        pack("nodes._replay").replay(model, next(capture._calls.calls()), device)
+    with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
+        pack("nodes.jobs.replay").replay(model, next(capture._calls.calls()), device)
     begin.remove()
     before = args.disable_comfy_compiler
     del args.disable_comfy_compiler

@@ -59,7 +59,7 @@ def model(ops, n, k):
 
 def every_format():
     pack = load_pack()
-    return pack, pack("quant_core.format").all_formats()
+    return pack, pack("quant_core.formats.base").all_formats()
 
 
 def registering_twice_wraps_once():
@@ -188,7 +188,7 @@ def partly_loaded_output(file, full_load):
 def load_clip_gives_a_text_encoder_our_layers():
     """Stock Load CLIP: a Qwen3-0.6B encoder whose first block is quantized, one format of ours for each matrix."""
     pack = load_pack()
-    get_format = pack("quant_core.format").get_format
+    get_format = pack("quant_core.formats.base").get_format
     shapes = {"self_attn.q_proj": (2048, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
               "self_attn.o_proj": (1024, 2048), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
               "mlp.down_proj": (1024, 3072)}

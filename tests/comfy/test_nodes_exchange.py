@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.format import get_format
+from comfyui_quantpress.quant_core.formats.base import get_format
 from comfyui_quantpress.quant_core.policy.general import Policy
-from comfyui_quantpress.quant_core.recipe import Recipe
-from comfyui_quantpress.quant_core.run import convert
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.tools.lora import bake
 
 RECIPE = {"group_size": "automatic", "scales": "absmax", "rounding": "nearest", "seed": 0, "keep": "", "only": "",

@@ -10,8 +10,8 @@ from comfy_server import Graph, WorkflowError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfyui_quantpress.quant_core.format import get_format
-from comfyui_quantpress.quant_core.packing import unswizzle_scales
+from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales
 
 HEADER = "_quantization_metadata"
 LAYERS = ("x_block.attn.qkv", "x_block.attn.proj", "x_block.mlp.fc1", "x_block.mlp.fc2")

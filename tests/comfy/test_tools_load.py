@@ -16,7 +16,7 @@ from comfy_server import missing
 from loading import Loaded, start
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # tool_files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))   # tool_files
 from form import OURS, Form, canonical, decoded  # noqa: E402
 from forms_described import DESCRIPTIONS  # noqa: E402
 from forms_families import FAMILIES, LIBRARY  # noqa: E402

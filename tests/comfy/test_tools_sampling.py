@@ -19,10 +19,10 @@ from loading import Loaded, start
 from safetensors.torch import load_file, save_file
 
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.format import get_format
-from comfyui_quantpress.quant_core.recipe import Recipe
-from comfyui_quantpress.quant_core.report import RunReport
-from comfyui_quantpress.quant_core.run import convert
+from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.pipeline.report import RunReport
+from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.tools.lora import bake
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
 from comfyui_quantpress.quant_core.tools.migrate import migrate

@@ -1,0 +1,242 @@
+"""Watching a model while it samples: the object that travels from Capture Activations to Collect Calibration.
+
+The wrapped MODEL and the wire hold the same Capture, and ComfyUI's cache decides how long it lives. Hooks exist only
+inside a sampling; what was captured survives an error or a cancel.
+"""
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from comfy import cli_args, model_management
+from comfy.patcher_extension import WrappersMP
+
+from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
+from ...quant_core.calibration.calibration import LayerSummary, fingerprint
+from ...quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
+from ...quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
+from ...quant_core.calibration.capture.linear_layers import linear_layers, refuse_compiled
+from ...quant_core.calibration.storage import save_calibration
+from ...quant_core.cancel import cancel_scope
+from ...quant_core.errors import Cancelled, RequestError
+from ..shared.handles import CalibrationHandle
+from ..shared.progress import NodeProgress
+from ..shared.spool import spool_folder, sweep
+
+KEY = "quantpress_capture"
+COMPILE_KEY = "torch.compile"      # ComfyUI's key of the wrapper that puts the compiled model in at each call
+_LABELS = {0: "cond", 1: "uncond"}
+_PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
+_PARAMETERS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+_PATCHES = ("patches", "patches_replace")
+_NO_DATA = frozenset({*_PATCHES, "wrappers", "callbacks", "uuids"})     # the model brings its own; uuids name conditions of a run
+
+
+class Capture:
+    """Made by `watch`. calls: most model calls kept whole. accumulate: False forgets everything once it was collected."""
+
+    def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> None:
+        self._root = model.get_model_object("diffusion_model")
+        modules = linear_layers(self._root, _checked(pattern))
+        self.plan: BudgetPlan = plan_budget({name: module.in_features for name, module in modules.items()}, budget,
+                                            settings.statistics)
+        self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
+        self._calls = CallSample(calls)
+        self._run, self._call, self._note, self._sampling = 0, 0, "", False
+        self._seed, self._accumulate = settings.seed, accumulate
+        self._lock = threading.Lock()
+        self._context, self._counted = CallContext(), False
+        self._collected: tuple[CalibrationHandle, list[LayerSummary]] | None = None
+        self._label = type(model.model.model_config).__name__.lower()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        """Copies of a MODEL go on filling the same capture."""
+        return self
+
+    # ---- while sampling ----------------------------------------------------------------------------------------
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of a whole sampling: (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)."""
+        guider = executor.class_obj
+        if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+            raise compiled()
+        sampled = guider.model_patcher.get_model_object("diffusion_model")      # with what other nodes put in its place
+        refuse_compiled(sampled)
+        if sampled is not self._root:
+            raise RequestError("Capture Activations: another model is being sampled than the one that it was given. Connect its "
+                               "MODEL output to the sampler, with no node between that replaces the model.")
+        if not self._lock.acquire(blocking=False):      # a sampling inside a sampling: the outer one's hooks see it
+            return executor(*args, **kwargs)
+        seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+        patched = len(guider.model_patcher.patches)
+        loras = (f"{patched} patched weights",) if patched else ()
+        try:
+            self._context, self._counted, self._collected = CallContext(step=-1), False, None
+            self._run, self._call, self._sampling = self._run + 1, 0, True
+            self._note = "" if seed is None else f"seed {seed}"
+            with model_compiler_off(), self._collector.capture(self._root, lambda: self._context, self._note, loras):
+                return executor(*args, **kwargs)
+        finally:
+            self._sampling = False
+            self._lock.release()
+
+    def prepare_sampling(self, executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of the loading of the models: room for the record is left on the device."""
+        with _needs_more_memory(model.model, self._collector.missing_device_bytes()):
+            return executor(model, *args, **kwargs)
+
+    def predict_noise(self, executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of one look at the noise, of all conditions: (x, timestep, model_options, seed). Counts steps."""
+        self._counted = True
+        self._context = CallContext(self._context.step + 1, timestep.flatten()[0].clone())      # its value would wait for the GPU
+        return executor(x, timestep, *args, **kwargs)
+
+    def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels.
+
+        Of the calls inside a captured sampling some are kept whole.
+        """
+        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+        labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
+        if not self._counted:       # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
+            sigma = float(t.flatten()[0])
+            self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
+        self._context = replace(self._context, labels=labels)
+        if self._sampling:
+            self._calls.offer(lambda: call_arguments(executor.class_obj, x, t, args, kwargs), call_key(self._seed, self._run, self._call),
+                              call_group(self._seed, self._run, self._note))
+            self._call += 1
+        return executor(x, t, *args, **kwargs)
+
+    # ---- afterwards --------------------------------------------------------------------------------------------
+    def collect(self, progress: NodeProgress) -> tuple[CalibrationHandle, list[LayerSummary]]:
+        """Everything captured so far, as a file in the spool folder, and its table.
+
+        Raises RequestError when that is nothing, and ComfyUI's InterruptProcessingException after Cancel: the capture stays
+        as it was, and no file.
+        """
+        try:
+            with self._lock, cancel_scope(progress.cancelled):
+                return self._collect(progress)
+        except Cancelled:
+            model_management.throw_exception_if_processing_interrupted()
+            raise
+
+    def _collect(self, progress: NodeProgress) -> tuple[CalibrationHandle, list[LayerSummary]]:
+        if self._collected is None or not self._collected[0].path.is_file():
+            calibration = self._collector.result()
+            calibration.require_captured()
+            calibration.calls = self._calls
+            sweep()
+            rows = calibration.table()
+            path = spool_folder() / f"calibration-{self._label}-{secrets.token_hex(6)}.safetensors"
+            save_calibration(calibration, path, progress=progress)
+            self._collected = CalibrationHandle(path, self._label), rows
+            if not self._accumulate:
+                self._collector.reset()
+                self._calls.reset()
+                self._run = 0
+        return self._collected
+
+
+def call_arguments(base: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a call of a BaseModel's apply_model was given, by name; of transformer_options only what is data.
+
+    None when a replay on the model alone would differ: this call's conditioning, or the sampling, brought weights or patches.
+    """
+    arguments = {**dict(zip(_PARAMETERS, (x, t, *args))), **kwargs}
+    options, patcher = arguments.pop("transformer_options", None) or {}, base.current_patcher
+    if patcher is None or patcher.current_hooks is not None:
+        return None
+    own = patcher.model_options.get("transformer_options", {})
+    data = {name: value for name, value in options.items() if name not in _NO_DATA and is_recordable(value)}
+    if _patch_counts(options) != _patch_counts(own) or not options.keys() <= {*data, *own, *_NO_DATA}:
+        return None
+    return {**arguments, "transformer_options": data}
+
+
+def _patch_counts(options: dict[str, Any]) -> dict[tuple[str, Any], int]:
+    return {(kind, name): len(entries) for kind in _PATCHES for name, entries in options.get(kind, {}).items()}
+
+
+@contextmanager
+def model_compiler_off() -> Iterator[None]:
+    """Newer ComfyUI replays a model's allocations, and some of its kernels without running Python: hooks could not see them."""
+    if not hasattr(cli_args.args, "disable_comfy_compiler"):        # added after 0.29
+        yield
+        return
+    before, cli_args.args.disable_comfy_compiler = cli_args.args.disable_comfy_compiler, True
+    try:
+        yield
+    finally:
+        cli_args.args.disable_comfy_compiler = before
+
+
+@contextmanager
+def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
+    """ComfyUI's loader asks the model what it needs beside its weights, and offers nodes no other way to ask for more."""
+    plain, own = base.memory_required, base.__dict__.get("memory_required")
+    base.memory_required = lambda *args, **kwargs: plain(*args, **kwargs) + extra_bytes
+    try:
+        yield
+    finally:
+        del base.memory_required
+        if own is not None:
+            base.memory_required = own
+
+
+def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> tuple[Any, Capture]:
+    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        raise compiled()
+    capture, watched = Capture(model, pattern, budget, settings, calls, accumulate), model.clone()
+    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
+    watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, capture.predict_noise)
+    # Before those of other nodes: what they do to a call, they do to a replay as well.
+    others = watched.wrappers.pop(WrappersMP.APPLY_MODEL, {})
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
+    for key, wrappers in others.items():
+        watched.wrappers[WrappersMP.APPLY_MODEL].setdefault(key, []).extend(wrappers)
+    return watched, capture
+
+
+def device_bytes() -> int:
+    """What a capture may take when nothing is said: a quarter of the GPU's memory; without a GPU the engine's default."""
+    device = model_management.get_torch_device()
+    return Budget().device_bytes if device.type == "cpu" else model_management.get_total_memory(device) // 4
+
+
+def compiled() -> RequestError:
+    """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
+    return RequestError("The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
+                        "node while calibrating; the calibration fits the compiled model as well.")
+
+
+def is_plain_float(weight: Any) -> bool:
+    """Of an unquantized layer."""
+    return str(getattr(weight, "dtype", "")) in _PLAIN_FLOATS and type(weight).__name__ != "QuantizedTensor"
+
+
+def _checked(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as err:
+        raise RequestError(f"layers: {pattern!r} is no regular expression: {err}. Leave it empty to record all layers.") from err
+    return pattern or None
+
+
+def model_fingerprint(model: Any, modules: dict[str, Any]) -> str:
+    """Of the weights as loaded, before any LoRA; "" for a quantized model, whose file has other values."""
+    entries = []
+    for name, module in modules.items():
+        backup = model.backup.get(f"diffusion_model.{name}.weight")
+        weight = module.weight if backup is None else backup.weight
+        if not is_plain_float(weight) or weight.is_meta:
+            return ""
+        entries.append((name, tuple(weight.shape), weight.detach().reshape(-1)[:32]))
+    return fingerprint(entries)

@@ -1,0 +1,51 @@
+"""A MODEL of the graph, written to a spool file with the keys of a saved checkpoint, so that it is a source like a file."""
+from __future__ import annotations
+
+import secrets
+import uuid
+from typing import Any
+
+from comfy import model_management
+
+from ...quant_core.checkpoint.header import TORCH_TO_CODE, OutputTensor
+from ...quant_core.checkpoint.sink import open_sink
+from ...quant_core.errors import RequestError
+from ...quant_core.pipeline.report import Progress
+from ..shared.handles import SourceHandle
+from ..shared.progress import NodeProgress
+from ..shared.spool import spool_folder, sweep
+
+
+def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> SourceHandle:
+    """model: a ModelPatcher. bake_patches: with its LoRAs, merged in float32 and rounded to the weight's dtype.
+
+    One weight is in memory at a time beside the model. A quantized weight is written as it is (requantized where a LoRA
+    changes it); the engine decodes it with its own scales.
+    """
+    if not bake_patches:
+        model = model.clone()
+        # A new id with the empty patches: by it ComfyUI sees that weights patched in place must be restored.
+        model.patches, model.patches_uuid = {}, uuid.uuid4()
+    # As ComfyUI's own savers do: it takes patches of another clone out of the shared weights.
+    model_management.load_models_gpu([model])
+    state = model.state_dict_for_saving()
+    sweep()
+    label = type(model.model.model_config).__name__.lower() if hasattr(model.model, "model_config") else "model"
+    target = spool_folder() / f"source-{label}-{secrets.token_hex(6)}.safetensors"
+    entries = [OutputTensor(name, _code(name, value), tuple(value.shape)) for name, value in state.items()]
+    total = sum(value.numel() * value.element_size() for value in state.values())
+    with open_sink(target, entries, {"format": "pt"}) as sink:
+        written = 0
+        for index, name in enumerate(list(state)):
+            value = state.pop(name)          # popped, so that a baked weight goes as soon as it is written
+            written += value.numel() * value.element_size()
+            sink.write(name, value.to("cpu"))
+            progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
+        sink.commit()
+    return SourceHandle(target, label, "Model from Graph")
+
+
+def _code(name: str, value: Any) -> str:
+    if value.dtype not in TORCH_TO_CODE:
+        raise RequestError(f"{name} is {value.dtype}, which no safetensors file can hold. Quantize the model's file instead.")
+    return TORCH_TO_CODE[value.dtype]

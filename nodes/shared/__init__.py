@@ -1,0 +1,1 @@
+"""What several nodes use: handles, folders, progress, texts."""

@@ -1,0 +1,83 @@
+"""What travels along the wires: frozen descriptions of files, never weights."""
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...quant_core.errors import InputFileError
+
+CATEGORY = "QuantPress"
+SourceType = io.Custom("QUANTPRESS_SOURCE")
+QuantizedType = io.Custom("QUANTPRESS_MODEL")
+CaptureType = io.Custom("QUANTPRESS_CAPTURE")
+CalibrationType = io.Custom("QUANTPRESS_CALIBRATION")
+
+# Spool files that a live handle names; the graph's cache decides how long a handle lives.
+_held: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class SourceHandle:
+    """A model to be quantized. path: a .safetensors file or the index of its shards. label: its name, for file names.
+
+    maker: the node that wrote the spool file; None for a user's file.
+    """
+
+    path: Path
+    label: str
+    maker: str | None = None
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedHandle:
+    """A quantized model in one file: a spool file, or a file of the user's, which no node changes.
+
+    label: the source's name, for file names. maker: the node that wrote the spool file; None for a user's file.
+    lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says so
+    and does not refuse.
+    lora: a spool file with the low-rank part of what quantizing lost; None where none was asked for.
+    """
+
+    path: Path
+    label: str
+    maker: str | None = "Quantize Model"
+    lenient: bool = False
+    lora: Path | None = None
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationHandle:
+    """A calibration: a spool file, or a saved one. label: of the model, or the file's name."""
+
+    path: Path
+    label: str
+
+    def __post_init__(self) -> None:
+        _held.add(self)
+
+
+def spool_of(handle: SourceHandle | QuantizedHandle | CalibrationHandle) -> Path:
+    """The handle's file, which someone may have removed with the temporary folder. Raises InputFileError."""
+    if not handle.path.is_file():
+        maker = "Capture Activations" if isinstance(handle, CalibrationHandle) else handle.maker
+        if maker is None:
+            raise InputFileError(f"{handle.path.name} is not there any more. Press R to refresh the lists, and choose again.")
+        raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
+                             "the seed for example, and run again.")
+    return handle.path
+
+
+def held_files() -> set[Path]:
+    """Every file that some handle of this process still names."""
+    loras = {handle.lora for handle in _held if isinstance(handle, QuantizedHandle) and handle.lora is not None}
+    return {handle.path for handle in _held} | loras

@@ -1,0 +1,90 @@
+"""The two grid points next to every weight, a slice of rows at a time, and which of the two each weight takes.
+
+Kept for the whole layer the points would be two copies of the weight, and what computes them ten; a choice is one bit.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...formats.base import Format
+from ...numerics.scales import Granularity, QParams
+from ...formats.tiles import encode_rows, tile
+
+# Weights in a slice: at least so many, for a GPU's sake, and on a CPU at most so many, which stay in its cache.
+FEWEST, _MOST_ON_CPU = 1 << 18, 1 << 19
+_OWN_CODEBOOK = 3      # a format with a codebook in the file brackets through 16 levels for every weight: smaller slices
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """work: float32 [Np, Kp]. qp: the scales that the grid comes from."""
+
+    fmt: Format
+    work: Tensor
+    qp: QParams
+
+    def slices(self, parts: int) -> list[slice]:
+        """About `parts` slices of whole block rows; fewer in a small layer. They depend on shape and device type only."""
+        n, k = self.work.shape
+        parts = parts if self.qp.codebook is None else parts * _OWN_CODEBOOK
+        weights = max(FEWEST, n * k // parts)
+        weights = weights if self.work.is_cuda else min(weights, _MOST_ON_CPU)
+        unit = self.fmt.block((n, k))[0] if self.fmt.granularity is Granularity.BLOCK else 1
+        step = max(1, weights // (k * unit)) * unit
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+    def _part(self, rows: slice) -> tuple[Tensor, QParams]:
+        shape = (self.work.shape[0], self.work.shape[1])
+        return self.work[rows], tile(self.fmt, self.qp, shape, rows, slice(0, shape[1]))
+
+    def bracket(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(low, high), float32: low <= weight <= high, equal on the grid and beyond its ends."""
+        part, qp = self._part(rows)
+        return self.fmt.bracket_columns(part, qp, 0, (part.shape[0], part.shape[1]))
+
+    def nearest_error(self, rows: slice) -> Tensor:
+        """Round-to-nearest minus weight, float32."""
+        part, qp = self._part(rows)
+        return self.fmt.round(part, qp).sub_(part)
+
+    def rounded(self, choice: Choice) -> Tensor:
+        """float32 [Np, Kp], on the grid."""
+        whole = torch.empty_like(self.work)
+        for rows, bits in zip(choice.slices, choice.bits):
+            whole[rows] = self._chosen(rows, bits)
+        return whole
+
+    def encode(self, choice: Choice | None) -> Tensor:
+        """The codes of a choice; None: those of rounding to nearest."""
+        if choice is None:
+            return encode_rows(self.fmt, self.work, self.qp)
+        return torch.cat([self.fmt.encode(self._chosen(rows, bits), self._part(rows)[1])
+                          for rows, bits in zip(choice.slices, choice.bits)])
+
+    def _chosen(self, rows: slice, bits: Tensor) -> Tensor:
+        low, high = self.bracket(rows)
+        return torch.where(unpack_bits(bits, low.numel()).view(low.shape), high, low)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """bits[i]: for the weights of slices[i], packed by pack_bits; set: the weight takes its upper neighbour."""
+
+    slices: list[slice]
+    bits: list[Tensor]
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """bool, any shape -> uint8 [ceil(numel / 8)]."""
+    flat = flags.flatten()
+    eights = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The inverse of pack_bits: bool [count]."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> places) & 1).flatten()[:count].bool()

@@ -1,0 +1,70 @@
+"""Scales chosen while the columns advance: each group's when its turn comes, for the weights as feedback has moved them.
+
+Groups are taken whole, those with the strongest inputs first. Measured on trained layers against scales chosen
+beforehand and columns in their own order: +0.5 dB for NVFP4 and +0.4 dB for W4A8 (groups of 16), -0.1 to -0.5 dB for
+groups of 32 and more, which lose more by the coarser order; and a search per group costs several times the time.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..choosers.search import refine
+from ...formats.base import Format
+from ...numerics.scales import Granularity, QParams, block_absmax
+from ..task import Task
+from ...formats.tiles import group_columns, tile
+from .feedback import round_block
+
+_REFITS = 2
+
+
+def has_groups(fmt: Format) -> bool:
+    """Whether columns come in groups with scales of their own."""
+    return fmt.granularity in (Granularity.GROUP, Granularity.BLOCK)
+
+
+def group_order(diagonal: Tensor, width: int) -> Tensor:
+    """int64 [K]: groups by falling sum of the diagonal, the columns within each by falling diagonal."""
+    grouped = diagonal.view(-1, width)
+    groups = torch.argsort(grouped.sum(dim=1), descending=True, stable=True)
+    within = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    return (groups[:, None] * width + within[groups]).reshape(-1)
+
+
+def feedback_pass_with_scales(task: Task, qp: QParams, errors: Tensor, order: Tensor,
+                              feedback: Callable[[int, int], Tensor]) -> QParams:
+    """As feedback.feedback_pass, for an order that keeps groups whole; returns the scales chosen on the way.
+
+    qp: what the search of a group starts from, with the parent that stays.
+    """
+    fmt, shape = task.fmt, task.shape
+    result = replace(qp, scale=qp.scale.clone(), zero=None if qp.zero is None else qp.zero.clone())
+    width = group_columns(fmt, shape)
+    for start in range(0, shape[1], width):
+        task.poll()
+        stop = start + width
+        columns, weights = order[start:stop], feedback(start, stop)
+        first = int(columns[0]) // width * width
+        group = slice(first, first + width)
+        original = task.work[:, columns]
+        target = torch.addmm(original, errors[:, :weights.shape[0]], weights)
+        current = tile(fmt, result, shape, slice(0, shape[0]), group)            # views into `result`
+        chosen = _search(task, current, target[:, torch.argsort(columns)].contiguous(), group)
+        current.scale.copy_(chosen.scale)
+        if chosen.zero is not None:
+            current.zero.copy_(chosen.zero)
+        round_block(original, target, errors[:, start:stop], weights[start:stop], fmt.column_grid(result, columns, shape))
+    return result
+
+
+def _search(task: Task, current: QParams, moved: Tensor, group: slice) -> QParams:
+    fmt, weights = task.fmt, None if task.weights is None else task.weights[group]
+    if current.parent is None:
+        start = fmt.absmax(moved)
+    else:
+        start = fmt.qparams(block_absmax(moved, fmt.block(tuple(moved.shape))) / fmt.element.max, like=current)
+    return refine(replace(task, work=moved, weights=weights), start, _REFITS)

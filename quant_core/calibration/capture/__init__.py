@@ -1,0 +1,1 @@
+"""Watching a running model within a budget of memory."""

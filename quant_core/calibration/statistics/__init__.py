@@ -1,0 +1,1 @@
+"""What is kept of a layer's inputs: Hessians, histograms, rows."""

@@ -1,0 +1,1 @@
+"""What formats share: plain tensors, tensors padded to tiles, and codes of a codebook."""

@@ -1,0 +1,34 @@
+"""Formats of the block-scaled matrix units (NVFP4, MXFP8): padded weights, swizzled scales, zero-scale blocks."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import Format
+
+
+@dataclass(frozen=True)
+class PaddedBlockFormat(Format):
+    """N and K are padded with zeros to `pad_to`; a block whose stored scale is 0 has codes 0 and decodes to 0."""
+
+    zero_policy: str = "a block of zeros gets scale 0 and codes 0"
+
+    def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+        config = super().config(shape, dtype)
+        if self.work_shape(shape) != tuple(shape):
+            config["orig_shape"] = list(shape)       # ComfyUI takes it from the module; a reader of the file cannot
+        return config
+
+    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
+        return replace(self)                          # the block size is fixed; a recorded group_size changes nothing
+
+    def _to_units(self, view: Tensor, scale: Tensor) -> Tensor:
+        empty = scale == 0
+        units = view / torch.where(empty, torch.ones_like(scale), scale)
+        return torch.where(empty, torch.zeros_like(units), units)
+
+    def _unpadded_grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return self.scale_grid(self.work_shape(shape))

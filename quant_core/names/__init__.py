@@ -1,0 +1,1 @@
+"""What things are called elsewhere: layers in files, in LoRAs and under diffusers' names."""

@@ -1,0 +1,1 @@
+"""From file to verified file: plan, run, report, verify."""

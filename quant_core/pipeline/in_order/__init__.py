@@ -1,0 +1,1 @@
+"""Quantizing in order of execution: recorded calls that wait for each layer."""

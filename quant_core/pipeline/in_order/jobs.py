@@ -1,0 +1,152 @@
+"""Quantizing in order of execution, beside the running model: every layer sees what the quantized ones before it deliver.
+
+Each recorded call of the model runs twice, side by side and layer by layer (lockstep.py): once as it is, once with the
+layers that are quantized so far. So each layer gets its inputs before and after, for the price of two calls of the model
+per recorded one, and never more than one layer's decoded weight beside the model.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...algorithms.asymmetric import LEAST_GROUPS, InputPairs
+from ...errors import RequestError, counted
+from ...numerics.footprint import following_bytes, needed_bytes
+from .lockstep import Lockstep, Stop, Visits, visits
+from ..plan import LayerPlan
+
+_ENOUGH_ROWS, _ENOUGH_CALLS, _MOST_CALLS = 1 << 15, 8, 64
+_INPUTS_HELD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """modules: the linear layers of the unquantized model, by name. calls: each runs one recorded call to its end.
+
+    They are called under inference mode, side by side. groups: which calls are of one picture or prompt, and so alike; one number
+    per call, () where that is not known. most_calls: None for as many as pay.
+    """
+
+    modules: Mapping[str, nn.Module]
+    calls: Sequence[Callable[[], None]]
+    groups: Sequence[int] = ()
+    most_calls: int | None = None
+
+    def __post_init__(self) -> None:
+        groups = len(set(self.groups or range(len(self.calls))))
+        if groups < LEAST_GROUPS:
+            raise RequestError(f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of twenty; the "
+                               f"calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, with `calls` of "
+                               f"{_MOST_CALLS}, or quantize without a model.")
+
+
+@dataclass(frozen=True, slots=True)
+class OrderedJob:
+    """pairs: None for a layer that no call used."""
+
+    job: LayerPlan
+    pairs: InputPairs | None
+
+
+class InOrder:
+    """Made by in_order. Iterate over it, and `deliver` each layer that came with pairs before the next one is taken.
+
+    calls: how many of the recorded ones are used.
+    """
+
+    def __init__(self, jobs: Sequence[LayerPlan], by_name: Mapping[str, LayerPlan], stops: Iterator[Stop], lockstep: Lockstep,
+                 calls: int, groups: Sequence[int] = ()) -> None:
+        self.calls = calls
+        self._groups = groups or range(calls)
+        self._jobs, self._by_name, self._stops, self._lockstep = jobs, by_name, stops, lockstep
+        self._names = {job.layer: name for name, job in by_name.items()}
+        self._inputs: Tensor | None = None
+
+    def __iter__(self) -> Iterator[OrderedJob]:
+        seen = set()
+        for stop in self._stops:
+            job = self._by_name[stop.layer]
+            seen.add(job.layer)
+            self._inputs = next(iter(stop.inputs.values()))
+            yield OrderedJob(job, self._pairs(stop))
+        self._inputs = None
+        for job in self._jobs:
+            if job.layer not in seen:
+                yield OrderedJob(job, None)
+
+    def _pairs(self, stop: Stop) -> InputPairs:
+        found = [(stop.inputs[call], stop.inputs[self.calls + call], self._groups[call]) for call in range(self.calls)
+                 if call in stop.inputs and self.calls + call in stop.inputs]
+        found = [(x, y, group) for x, y, group in found if x.shape == y.shape and x.numel()]
+        return InputPairs([x for x, _, _ in found], [y for _, y, _ in found], [group for _, _, group in found])
+
+    def deliver(self, layer: str, weight: Tensor, bias: Tensor | None) -> None:
+        """What readers decode of the quantized layer: weight [N, K] and its bias [N]."""
+        if self._inputs is not None:
+            like = self._inputs
+            self._lockstep.replace(self._names[layer], weight.to(like.device, like.dtype),
+                                   None if bias is None else bias.to(like.device, like.dtype))
+
+
+@contextmanager
+def in_order(jobs: Sequence[LayerPlan], name_of: Callable[[str], str | None], live: LiveModel) -> Iterator[InOrder]:
+    """name_of: the model's name of a file's layer. RequestError: the model and the file do not have the same layers."""
+    by_name: dict[str, LayerPlan] = {}
+    for job in jobs:
+        name = name_of(job.layer)
+        module = live.modules.get(name)
+        if module is None or name in by_name or (module.out_features, module.in_features) != job.shape:
+            raise RequestError(f"{job.layer}: the model has no layer of this name and of shape {list(job.shape)}. Connect the model that "
+                               "ComfyUI loads from this very file, or quantize without a model.")
+        by_name[name] = job
+    modules = {name: live.modules[name] for name in by_name}
+    visited = visits(modules, live.calls[0])
+    if not visited.order:
+        raise RequestError("the recorded calls use none of the layers to be quantized. Capture this model again.")
+    used = spread(live.groups or range(len(live.calls)))[:live.most_calls or enough_calls(visited, len(live.calls))]
+    calls = [live.calls[number] for number in used]
+    lockstep = Lockstep(modules, [*calls, *calls], frozenset(range(len(calls), 2 * len(calls))), visited)
+    with lockstep.stops() as stops:
+        yield InOrder(jobs, by_name, stops, lockstep, len(calls), [live.groups[number] for number in used] if live.groups else ())
+
+
+def spread(groups: Sequence[int]) -> list[int]:
+    """The calls' numbers, one of every group first, then a second of every group, and so on: the first few are of many groups."""
+    seen: dict[int, int] = {}
+    turns = []
+    for group in groups:
+        turns.append(seen.get(group, 0))
+        seen[group] = turns[-1] + 1
+    return sorted(range(len(groups)), key=turns.__getitem__)
+
+
+def enough_calls(visited: Visits, recorded: int) -> int:
+    """More calls than give a layer some ten thousand rows cost time and memory, and gain little. Of small models 64, because
+    calls of the same pictures, between them, no longer judge each other fairly.
+    """
+    return min(recorded, max(_ENOUGH_CALLS, min(_MOST_CALLS, -(-_ENOUGH_ROWS // max(1, visited.rows)))))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """calls: how many fit. nbytes: what they and the largest layer's arithmetic take on the device, beside the model."""
+
+    calls: int
+    nbytes: int
+
+
+def room(live: LiveModel, most_bytes: int) -> Room:
+    """Runs one call to see how large it is. most_bytes: what may be taken; at least _ENOUGH_CALLS calls are used in any case."""
+    visited = visits(live.modules, live.calls[0])
+    shapes = [(module.out_features, module.in_features) for module in live.modules.values()]
+    layer = max(max(needed_bytes(shape, "gptq", True), following_bytes(shape)) for shape in shapes)
+    # What a waiting call holds is about a few inputs of a layer; each runs twice.
+    waiting = 2 * _INPUTS_HELD * visited.nbytes // max(1, len(visited.order))
+    fitting = max(_ENOUGH_CALLS, (most_bytes - layer) // max(1, waiting))
+    calls = min(enough_calls(visited, len(live.calls)), fitting)
+    return Room(calls, calls * waiting + layer)
+

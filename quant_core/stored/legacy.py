@@ -1,0 +1,126 @@
+"""Quantized layers without a comfy_quant description: legacy fp8_scaled and INT8, ModelOpt, files that lost theirs."""
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputFileError
+from ..numerics.packing import swizzle_scales, swizzled_shape
+from ..checkpoint.header import TensorInfo
+from .inferred import infer_config
+from ..checkpoint.source import Source
+
+# Legacy fp8_scaled and INT8 files name the same tensors differently.
+LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+LEGACY_MARKER = "scaled_fp8"
+CODED = ("F8_E4M3", "F8_E5M2", "I8", "U8")
+_BARE_SUFFIXES = ("weight_scale", "weight_scale_2", "weight_zeros", "weight_s_rel", "weight_s_channel", "weight_codebook",
+                  "input_scale", "pre_quant_scale")
+_INVERSE = "weight_scale_inv"       # transformers' name for 2-D block scales; they multiply on decode all the same
+
+
+@dataclass(frozen=True, slots=True)
+class Undescribed:
+    """kind: "legacy", "bare" (only the description is missing) or "modelopt". names: {suffix: tensor name}."""
+
+    layer: str
+    kind: str
+    config: dict[str, Any]
+    names: dict[str, str]
+
+
+def undescribed_layers(src: Source, described: Collection[str]) -> Iterator[Undescribed]:
+    """Every layer that its scales show is quantized and that nothing in the file describes.
+
+    The weight's own dtype decides: a scale beside a 16-bit weight is a dummy. Raises InputFileError, naming the layer,
+    when the tensors do not tell the format.
+    """
+    exported = is_modelopt(src)
+    for name, info in src.tensors.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or layer in described or info.dtype not in CODED:
+            continue
+        if f"{layer}.scale_weight" in src.tensors:
+            yield _legacy(src, layer)
+            continue
+        names = {suffix: f"{layer}.{suffix}" for suffix in _BARE_SUFFIXES if f"{layer}.{suffix}" in src.tensors}
+        if f"{layer}.{_INVERSE}" in src.tensors:
+            names.setdefault("weight_scale", f"{layer}.{_INVERSE}")
+        if set(names) & {"weight_scale", "weight_s_rel"}:
+            yield _bare(src, layer, {"weight": name, **names}, exported)
+
+
+def _legacy(src: Source, layer: str) -> Undescribed:
+    names = {"weight": f"{layer}.weight"} | {
+        suffix: f"{layer}.{old}" for old, suffix in LEGACY_NAMES.items() if f"{layer}.{old}" in src.tensors}
+    config = infer_config(layer, _infos(src, names), unrotated=True)
+    return Undescribed(layer, "legacy", config, names)
+
+
+def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Undescribed:
+    infos = _infos(src, names)
+    config = infer_config(layer, infos)
+    if config["format"] != "nvfp4":
+        return Undescribed(layer, "bare", config, names)
+    if exported:
+        return Undescribed(layer, "modelopt", config, names)
+    rows, half = infos["weight"].shape
+    swizzled, plain = swizzled_shape(rows, half // 8), (rows, half // 8)
+    if swizzled == plain or infos["weight_scale"].shape != swizzled:
+        raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
+                             "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
+                             "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
+                             "ModelOpt's hf_quant_config.json beside the file.")
+    return Undescribed(layer, "bare", config, names)
+
+
+def _infos(src: Source, names: dict[str, str]) -> dict[str, TensorInfo]:
+    return {suffix: src.tensors[name] for suffix, name in names.items()}
+
+
+def is_modelopt(src: Source) -> bool:
+    """Whether the file says that NVIDIA ModelOpt exported it: in its header, or in the JSON files beside it."""
+    texts = [src.metadata.get("quantization_config", "")]
+    for name in ("hf_quant_config.json", "config.json"):
+        beside = src.path.parent / name
+        if beside.is_file() and beside.stat().st_size < 1_000_000:
+            texts.append(beside.read_text(encoding="utf-8", errors="replace"))
+    return any(_names_modelopt(text) for text in texts)
+
+
+def _names_modelopt(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(content, dict):
+        return False
+    inner = content.get("quantization_config")
+    method = (inner if isinstance(inner, dict) else content).get("quant_method")
+    producer = content.get("producer")
+    return method == "modelopt" or (isinstance(producer, dict) and producer.get("name") == "modelopt")
+
+
+def modelopt_to_comfy(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """ModelOpt's NVFP4 weight [N, K / 2] and block scales [N, K / 16] in ComfyUI's order. Exact: no value changes.
+
+    ModelOpt puts the even column into the LOW nibble and leaves the scales in row order.
+    Source: TensorRT-Model-Optimizer, quantization/qtensor/nvfp4_tensor.py.
+    """
+    rows, half = weight.shape
+    padded = weight.new_zeros(((rows + 15) // 16 * 16, (half + 7) // 8 * 8))
+    padded[:rows, :half] = (weight << 4) | (weight >> 4)
+    blocks = torch.zeros((padded.shape[0], padded.shape[1] // 8), dtype=torch.uint8)
+    blocks[:rows, :scale.shape[1]] = scale.view(torch.uint8)
+    return padded, swizzle_scales(blocks).view(torch.float8_e4m3fn)
+
+
+def is_marker(name: str) -> bool:
+    return name == LEGACY_MARKER or name.endswith(f".{LEGACY_MARKER}")
+
+

@@ -1,1 +1,0 @@
-"""Invertible changes of basis that a format records and the runtime repeats on its inputs."""
