@@ -1,4 +1,5 @@
 """The command line: the only place that parses arguments, prints, and draws progress."""
+
 import os
 
 # Before torch is imported: OpenMP threads that wait for each other sleep instead of spinning. On a machine that does

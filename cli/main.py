@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the input or the request is wrong, 2 usage, 130 interrupted. Nothing heavy is imported before a
 command runs, so that --help is fast.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from ..quant_core._version import __version__
 from ..quant_core.errors import Cancelled, QuantPressError
+from . import compat
 from .commands import (
     bitsandbytes,
     calibrate,
@@ -28,19 +30,35 @@ from .commands import (
     template,
     verify,
 )
-from . import compat
 from .shared.interrupt import INTERRUPTED, signals_interrupt
 from .shared.wording import message
 
-COMMANDS = (quantize, inspect, verify, dequantize, formats, template, migrate, repair, edit, merge, bitsandbytes, calibrate,
-            calibration, compat, demo)
+COMMANDS = (
+    quantize,
+    inspect,
+    verify,
+    dequantize,
+    formats,
+    template,
+    migrate,
+    repair,
+    edit,
+    merge,
+    bitsandbytes,
+    calibrate,
+    calibration,
+    compat,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Every sub-parser sets `run`, a function of the parsed arguments that returns the exit code."""
-    parser = argparse.ArgumentParser(prog="quantpress", description="Quantize diffusion models for ComfyUI.",
-                                     epilog="Exit codes: 0 done, 1 the input or the request is wrong, 2 usage, "
-                                            "130 interrupted.")
+    parser = argparse.ArgumentParser(
+        prog="quantpress",
+        description="Quantize diffusion models for ComfyUI.",
+        epilog="Exit codes: 0 done, 1 the input or the request is wrong, 2 usage, 130 interrupted.",
+    )
     parser.add_argument("--version", action="version", version=f"quantpress {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -1,4 +1,5 @@
 """The demo's picture decoder: the decoding half of a small autoencoder with TAESD's layout."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,7 +22,9 @@ def _conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Sequential(_conv(_WIDTH, _WIDTH), nn.ReLU(), _conv(_WIDTH, _WIDTH), nn.ReLU(), _conv(_WIDTH, _WIDTH))
+        self.conv = nn.Sequential(
+            _conv(_WIDTH, _WIDTH), nn.ReLU(), _conv(_WIDTH, _WIDTH), nn.ReLU(), _conv(_WIDTH, _WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x) + x)
@@ -40,13 +43,24 @@ def _doubled(blocks: int) -> list[nn.Module]:
 
 def _decoder() -> nn.Sequential:
     return nn.Sequential(
-        SoftClamp(), _conv(LATENT_CHANNELS, _WIDTH), nn.ReLU(), ResidualBlock(), ResidualBlock(), ResidualBlock(),
-        *_doubled(3), *_doubled(3), *_doubled(1), _conv(_WIDTH, 3))
+        SoftClamp(),
+        _conv(LATENT_CHANNELS, _WIDTH),
+        nn.ReLU(),
+        ResidualBlock(),
+        ResidualBlock(),
+        ResidualBlock(),
+        *_doubled(3),
+        *_doubled(3),
+        *_doubled(1),
+        _conv(_WIDTH, 3),
+    )
 
 
 def load_decoder(path: Path) -> nn.Sequential:
     """float32 decoder from an fp16 file; model latents [B, 16, H, W] -> about [0, 1], [B, 3, 8H, 8W]."""
-    tensors = {key[len(_PREFIX):]: tensor.float() for key, tensor in load_file(path).items() if key.startswith(_PREFIX)}
+    tensors = {
+        key[len(_PREFIX) :]: tensor.float() for key, tensor in load_file(path).items() if key.startswith(_PREFIX)
+    }
     with torch.device("meta"):
         decoder = _decoder()
     decoder.load_state_dict(tensors, assign=True)

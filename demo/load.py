@@ -1,4 +1,5 @@
 """A checkpoint file -> the demo's model, its quantized Linears running as they do for a user."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from torch import Tensor, nn
 
 from ..layouts import register_layouts, tensor_of_layer
-from ..quant_core.stored.layers import StoredLayer, stored_layers
 from ..quant_core.checkpoint.source import Source, open_source
 from ..quant_core.errors import InputFileError, some_of
 from ..quant_core.formats.base import Format
+from ..quant_core.stored.layers import StoredLayer, stored_layers
 from .tiny_mmdit import TinyMMDiT
 
 # What multiplies a layer's input: a QuantizedTensor's own F.linear, or a plain float32 weight decoded once.
@@ -40,8 +41,10 @@ def load_model(path: Path) -> LoadedModel:
     model = _empty_model(path, plain)
     missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
     if unexpected or set(missing) != {f"{name}.weight" for name in layers}:
-        raise InputFileError(f"{path}: these tensors are not the demo's model: {some_of([*unexpected, *missing])}. "
-                             "Give a file made from assets/tiny_mmdit_256.safetensors.")
+        raise InputFileError(
+            f"{path}: these tensors are not the demo's model: {some_of([*unexpected, *missing])}. "
+            "Give a file made from assets/tiny_mmdit_256.safetensors."
+        )
     for name, weight in weights.items():
         model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     return LoadedModel(model.eval(), layers, _runs_through(weights))
@@ -52,8 +55,10 @@ def _empty_model(path: Path, plain: Mapping[str, Tensor]) -> TinyMMDiT:
     context = plain.get("context_embedder.bias")
     blocks = {name.split(".")[1] for name in plain if name.startswith("joint_blocks.")}
     if context is None or not blocks:
-        raise InputFileError(f"{path}: no SD3-type MMDiT (context_embedder and joint_blocks are missing). "
-                             "Give a file made from assets/tiny_mmdit_256.safetensors.")
+        raise InputFileError(
+            f"{path}: no SD3-type MMDiT (context_embedder and joint_blocks are missing). "
+            "Give a file made from assets/tiny_mmdit_256.safetensors."
+        )
     with torch.device("meta"):
         return TinyMMDiT(len(blocks))
 

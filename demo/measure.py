@@ -1,4 +1,5 @@
 """How far a quantized model's outputs are from the original's. Signal-to-noise ratios in dB; inf means identical."""
+
 from __future__ import annotations
 
 import math
@@ -34,11 +35,17 @@ def probed_steps(steps: int) -> tuple[int, ...]:
     return tuple(sorted({probe * steps // PROBED_STEPS for probe in range(PROBED_STEPS)}))
 
 
-def make_probe(original: nn.Module, conditioning: Conditioning, seeds: tuple[int, ...], steps: int, cfg: float) -> Probe:
+def make_probe(
+    original: nn.Module, conditioning: Conditioning, seeds: tuple[int, ...], steps: int, cfg: float
+) -> Probe:
     """Every class with every seed, at the probed steps, conditioned on its class."""
     labels = [*range(len(conditioning.names))] * len(seeds)
     noise = torch.cat([starting_noise(seed, range(len(conditioning.names))) for seed in seeds])
-    path, levels, probed = sample(original, conditioning, labels, noise, steps, cfg), simple_sigmas(steps), probed_steps(steps)
+    path, levels, probed = (
+        sample(original, conditioning, labels, noise, steps, cfg),
+        simple_sigmas(steps),
+        probed_steps(steps),
+    )
     x = torch.cat([path[step] for step in probed])
     sigmas = torch.tensor([levels[step] for step in probed]).repeat_interleave(len(labels))
     rows = torch.tensor(labels * len(probed))

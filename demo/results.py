@@ -1,4 +1,5 @@
 """What the demo measures, one row per format, and the two files that hold it."""
+
 from __future__ import annotations
 
 import csv
@@ -52,4 +53,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[FormatRow]) 
 
 
 def _plain(row: FormatRow) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in asdict(row).items()}
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for key, value in asdict(row).items()
+    }

@@ -1,4 +1,5 @@
 """The demo's whole way: quantize the asset to every format, verify, sample, measure, and write sheet, CSV and JSON."""
+
 from __future__ import annotations
 
 import math
@@ -15,9 +16,9 @@ from ..quant_core._version import __version__
 from ..quant_core.errors import OutputError, RequestError
 from ..quant_core.formats.base import Format, all_formats, get_format
 from ..quant_core.numerics.metrics import snr_db
-from ..quant_core.policy.recipe import Recipe
 from ..quant_core.pipeline.run import convert
 from ..quant_core.pipeline.verify import VerifyReport, verify_file
+from ..quant_core.policy.recipe import Recipe
 from .autoencoder import decode, load_decoder
 from .load import LoadedModel, load_model
 from .measure import Probe, make_probe, output_snr_db, picture_psnr_db
@@ -28,7 +29,7 @@ from .sheet import Sheet, SheetRow, draw_sheet
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MODEL = ASSETS / "tiny_mmdit_256.safetensors"
 SHEET, CSV, JSON = "sheet.png", "results.csv", "results.json"
-FEW_BITS = 6.0                  # below it a format stands under the sheet's second heading
+FEW_BITS = 6.0  # below it a format stands under the sheet's second heading
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,13 @@ class Reference:
     sample_seconds: float
 
 
-def run_demo(out_dir: Path, formats: Sequence[str] | None = None, seeds: Sequence[int] = (0, 1),
-             progress: Callable[[DemoProgress], None] = lambda _: None,
-             settings: DemoSettings = DemoSettings()) -> DemoResult:
+def run_demo(
+    out_dir: Path,
+    formats: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    progress: Callable[[DemoProgress], None] = lambda _: None,
+    settings: DemoSettings = DemoSettings(),
+) -> DemoResult:
     """Writes <format>.safetensors, sheet.png, results.csv and results.json into out_dir; files of an earlier run go.
 
     formats: names, None for all. seeds: the first one's pictures are drawn; the one-step error is measured on all of
@@ -97,14 +102,22 @@ def run_demo(out_dir: Path, formats: Sequence[str] | None = None, seeds: Sequenc
     reference = make_reference(tuple(seeds), settings)
     rows, pictures = [], []
     for index, fmt in enumerate(chosen):
-        row, drawn = _one_format(fmt, out_dir, reference,
-                                 lambda stage: progress(DemoProgress(stage, fmt.name, index, len(chosen))))
+        row, drawn = _one_format(
+            fmt, out_dir, reference, lambda stage: progress(DemoProgress(stage, fmt.name, index, len(chosen)))
+        )
         rows.append(row)
         pictures.append(drawn)
         progress(DemoProgress("row", fmt.name, index + 1, len(chosen), row))
     progress(DemoProgress("write", None, len(chosen), len(chosen)))
-    result = DemoResult(tuple(rows), out_dir / SHEET, out_dir / CSV, out_dir / JSON, MODEL.stat().st_size,
-                        reference.sample_seconds, time.monotonic() - started)
+    result = DemoResult(
+        tuple(rows),
+        out_dir / SHEET,
+        out_dir / CSV,
+        out_dir / JSON,
+        MODEL.stat().st_size,
+        reference.sample_seconds,
+        time.monotonic() - started,
+    )
     draw_sheet(make_sheet(chosen, rows, pictures, reference)).save(result.sheet, optimize=True)
     write_csv(result.csv, rows)
     write_json(result.json, _about(result, tuple(seeds), settings), rows)
@@ -129,7 +142,9 @@ def draw(model: nn.Module, conditioning: Conditioning, seed: int, settings: Demo
     return sample(model, conditioning, settings.labels, noise, settings.steps, settings.cfg)[-1]
 
 
-def _one_format(fmt: Format, out_dir: Path, reference: Reference, stage: Callable[[str], None]) -> tuple[FormatRow, Tensor]:
+def _one_format(
+    fmt: Format, out_dir: Path, reference: Reference, stage: Callable[[str], None]
+) -> tuple[FormatRow, Tensor]:
     """The row, and the pictures [B, 3, 128, 128]."""
     path = out_dir / f"{fmt.name}.safetensors"
     stage("quantize")
@@ -145,13 +160,21 @@ def _one_format(fmt: Format, out_dir: Path, reference: Reference, stage: Callabl
     pictures = decode(reference.decoder, latents)
     kept = Counter(layer.reason for layer in report.layers if layer.format is None)
     return FormatRow(
-        format=fmt.name, file=path.name, file_bytes=path.stat().st_size, bits_per_weight=_bits_per_weight(loaded),
+        format=fmt.name,
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        bits_per_weight=_bits_per_weight(loaded),
         weight_snr_db=_weight_snr_db(verified),
         output_snr_db=reference.probe.snr_db(loaded.model, reference.conditioning),
         latent_snr_db=output_snr_db(reference.latents, latents),
         picture_psnr_db=picture_psnr_db(reference.pictures, pictures),
-        quantize_seconds=report.seconds, sample_seconds=seconds, quantized_layers=len(report.quantized),
-        kept_layers=kept.total(), kept=dict(kept.most_common()), runs_through=loaded.runs_through), pictures
+        quantize_seconds=report.seconds,
+        sample_seconds=seconds,
+        quantized_layers=len(report.quantized),
+        kept_layers=kept.total(),
+        kept=dict(kept.most_common()),
+        runs_through=loaded.runs_through,
+    ), pictures
 
 
 def _bits_per_weight(loaded: LoadedModel) -> float:
@@ -167,30 +190,51 @@ def _weight_snr_db(report: VerifyReport) -> float:
     return snr_db(math.sqrt(squares / weights))
 
 
-def make_sheet(chosen: Sequence[Format], rows: Sequence[FormatRow], pictures: Sequence[Tensor],
-               reference: Reference) -> Sheet:
+def make_sheet(
+    chosen: Sequence[Format], rows: Sequence[FormatRow], pictures: Sequence[Tensor], reference: Reference
+) -> Sheet:
     """Rows grouped by size, in a group the closest to the original first."""
+
     def drawn(fmt: Format, row: FormatRow, images: Tensor) -> SheetRow:
         return SheetRow(
             group="Around 4 bits per weight" if row.bits_per_weight < FEW_BITS else "Around 8 bits per weight",
-            name=fmt.name, title=fmt.title, output_snr_db=row.output_snr_db, pictures=images,
-            facts=(f"{row.file_bytes / 1e6:.1f} MB, {row.bits_per_weight:.2f} bits per weight",
-                   f"output SNR {row.output_snr_db:.1f} dB, picture PSNR {row.picture_psnr_db:.1f} dB"))
-    ordered = sorted(zip(chosen, rows, pictures), key=lambda one: (one[1].bits_per_weight < FEW_BITS, -one[1].output_snr_db))
+            name=fmt.name,
+            title=fmt.title,
+            output_snr_db=row.output_snr_db,
+            pictures=images,
+            facts=(
+                f"{row.file_bytes / 1e6:.1f} MB, {row.bits_per_weight:.2f} bits per weight",
+                f"output SNR {row.output_snr_db:.1f} dB, picture PSNR {row.picture_psnr_db:.1f} dB",
+            ),
+        )
+
+    ordered = sorted(
+        zip(chosen, rows, pictures), key=lambda one: (one[1].bits_per_weight < FEW_BITS, -one[1].output_snr_db)
+    )
     settings = reference.settings
     return Sheet(
         title="One model, the same noise" + (f", {len(rows)} formats" if len(rows) > 1 else ""),
         subtitle=f"{MODEL.stem}: a small trained diffusion transformer (SD3 layout, 9.1 million numbers), 128 x 128. "
-                 f"Seed {reference.seed}, Euler, {settings.steps} steps, cfg {settings.cfg:g}. QuantPress {__version__}.",
+        f"Seed {reference.seed}, Euler, {settings.steps} steps, cfg {settings.cfg:g}. QuantPress {__version__}.",
         columns=tuple(reference.conditioning.names[label] for label in settings.labels),
         original_facts=(f"{MODEL.stat().st_size / 1e6:.1f} MB, 16 bits per weight",),
-        original=reference.pictures, rows=tuple(drawn(*one) for one in ordered))
+        original=reference.pictures,
+        rows=tuple(drawn(*one) for one in ordered),
+    )
 
 
 def _about(result: DemoResult, seeds: tuple[int, ...], settings: DemoSettings) -> dict[str, object]:
-    return {"model": MODEL.name, "quantpress": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "seeds": list(seeds), **asdict(settings), "original_bytes": result.original_bytes,
-            "original_sample_seconds": result.original_sample_seconds, "seconds": result.seconds}
+    return {
+        "model": MODEL.name,
+        "quantpress": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seeds": list(seeds),
+        **asdict(settings),
+        "original_bytes": result.original_bytes,
+        "original_sample_seconds": result.original_sample_seconds,
+        "seconds": result.seconds,
+    }
 
 
 def _check_request(chosen: Sequence[Format], seeds: Sequence[int], settings: DemoSettings) -> None:
@@ -204,4 +248,6 @@ def _make_folder(out_dir: Path) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise OutputError(f"{out_dir}: the folder cannot be made ({err.strerror}). Choose another with --out.") from err
+        raise OutputError(
+            f"{out_dir}: the folder cannot be made ({err.strerror}). Choose another with --out."
+        ) from err

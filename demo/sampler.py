@@ -1,4 +1,5 @@
 """Euler sampling as ComfyUI does it for SD3 (sampler euler, scheduler simple), float32, the noise from a CPU generator."""
+
 from __future__ import annotations
 
 import json
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from .tiny_mmdit import LATENT_CHANNELS
 
-SHIFT = 3.0                     # SD3's time shift
+SHIFT = 3.0  # SD3's time shift
 TIME_STEPS = 1000
-LATENT_SIDE = 16                # pictures of 128 x 128
+LATENT_SIDE = 16  # pictures of 128 x 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,9 @@ def picture_seed(seed: int, label: int) -> int:
 def starting_noise(seed: int, labels: Sequence[int]) -> Tensor:
     """float32 [B, 16, 16, 16], each picture from a generator of its own, so a batch changes nothing."""
     shape = (1, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(picture_seed(seed, label)))
-                      for label in labels])
+    return torch.cat(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(picture_seed(seed, label))) for label in labels]
+    )
 
 
 @torch.inference_mode()
@@ -61,8 +63,9 @@ def velocity(model: nn.Module, conditioning: Conditioning, x: Tensor, sigmas: Te
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, conditioning: Conditioning, labels: Sequence[int], noise: Tensor,
-           steps: int, cfg: float) -> Tensor:
+def sample(
+    model: nn.Module, conditioning: Conditioning, labels: Sequence[int], noise: Tensor, steps: int, cfg: float
+) -> Tensor:
     """The whole way: latents [steps + 1, B, 16, H, W], the noise first and the finished latents last."""
     batch = len(labels)
     rows = torch.tensor([*labels, *[conditioning.null_row] * batch])

@@ -1,4 +1,5 @@
 """The contact sheet: the original on top, one row per format, and beside each picture its amplified difference."""
+
 from __future__ import annotations
 
 import math
@@ -47,8 +48,10 @@ class Sheet:
 def sheet_size(columns: int, groups: int, rows: int) -> tuple[int, int]:
     """Pixels (width, height) of a sheet with these many picture columns, headings, and rows below the original."""
     strip = _strip_width(columns)
-    return (2 * _MARGIN + _LABEL + strip + _BETWEEN + strip,
-            _HEADER + _PITCH * (1 + rows) + _HEADING * groups + _FOOTER)
+    return (
+        2 * _MARGIN + _LABEL + strip + _BETWEEN + strip,
+        _HEADER + _PITCH * (1 + rows) + _HEADING * groups + _FOOTER,
+    )
 
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
@@ -96,8 +99,15 @@ def _paste(image: Image.Image, pictures: Tensor, x: int, y: int) -> None:
         image.paste(Image.fromarray(pixels).resize((_THUMB, _THUMB), Image.Resampling.LANCZOS), (left, y))
 
 
-def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: tuple[int, int, int],
-           bold: bool = False, anchor: str = "la") -> None:
+def _write(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    colour: tuple[int, int, int],
+    bold: bool = False,
+    anchor: str = "la",
+) -> None:
     # Pillow's own font is on every machine; it has one weight, so bold is a hair of stroke.
     font = ImageFont.load_default(size)
     pen.text(at, text, fill=colour, font=font, anchor=anchor, stroke_width=0.35 if bold else 0, stroke_fill=colour)
@@ -106,7 +116,10 @@ def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: i
 def _draw_header(pen: ImageDraw.ImageDraw, sheet: Sheet, pictures_x: int, differences_x: int) -> None:
     _write(pen, (_MARGIN, 20), sheet.title, 27, _TEXT, bold=True)
     _write(pen, (_MARGIN, 56), sheet.subtitle, 15, _SOFT)
-    for x, heading in ((pictures_x, "pictures"), (differences_x, f"difference from the original, {AMPLIFICATION} times")):
+    for x, heading in (
+        (pictures_x, "pictures"),
+        (differences_x, f"difference from the original, {AMPLIFICATION} times"),
+    ):
         _write(pen, (x, 84), heading, 15, _TEXT, bold=True)
         for left, name in zip(_columns(x, len(sheet.columns)), sheet.columns):
             _write(pen, (left, 105), name, 13, _SOFT)
@@ -114,10 +127,12 @@ def _draw_header(pen: ImageDraw.ImageDraw, sheet: Sheet, pictures_x: int, differ
 
 def _draw_legend(pen: ImageDraw.ImageDraw, x: int, y: int, width: int) -> None:
     pen.rounded_rectangle([(x, y), (x + width - 1, y + _THUMB - 1)], radius=6, fill=_PANEL)
-    lines = ("Black: nothing changed. Same noise, same steps in every row.",
-             "Output SNR: one step of the model, from the original's own latents.",
-             "Picture PSNR: after all steps, where small errors add up or cancel.",
-             "More dB are better; the bar is the output SNR.")
+    lines = (
+        "Black: nothing changed. Same noise, same steps in every row.",
+        "Output SNR: one step of the model, from the original's own latents.",
+        "Picture PSNR: after all steps, where small errors add up or cancel.",
+        "More dB are better; the bar is the output SNR.",
+    )
     for i, line in enumerate(lines):
         _write(pen, (x + 14, y + 10 + 20 * i), line, 14, _SOFT)
 

@@ -3,6 +3,7 @@
 Forward passes agree with ComfyUI's own MMDiT class to 2e-6 (assets/CARD.md). What a Linear's weight is, a plain tensor
 or a QuantizedTensor, is decided by whoever loads it: the forward pass calls F.linear either way.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,7 @@ LATENT_CHANNELS = 16
 HEAD_SIZE = 64
 PATCH = 2
 CONTEXT_FEATURES = POOLED_FEATURES = 128
-POSITION_SIDE = 16            # side of the stored position table, in patches
+POSITION_SIDE = 16  # side of the stored position table, in patches
 TIME_FEATURES = 256
 
 
@@ -149,7 +150,7 @@ class TinyMMDiT(nn.Module):
         """The middle of the stored table: [1, rows * cols, hidden]."""
         top, left = (POSITION_SIDE - rows) // 2, (POSITION_SIDE - cols) // 2
         table = self.pos_embed.view(POSITION_SIDE, POSITION_SIDE, -1)
-        return table[top:top + rows, left:left + cols].reshape(1, rows * cols, -1)
+        return table[top : top + rows, left : left + cols].reshape(1, rows * cols, -1)
 
 
 def time_features(t: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """QuantizedTensor layouts: how quantized layers run inside torch. Needs comfy-kitchen; never imports nodes."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,4 +12,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import capability, registry
+
     return getattr(capability if hasattr(capability, name) else registry, name)

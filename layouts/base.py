@@ -1,4 +1,5 @@
 """One QuantizedTensor layout for all our formats: everything particular comes from the engine's Format object."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,9 +9,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor
 from torch import Tensor
 
-from ..quant_core.numerics.elements import CodebookElement
 from ..quant_core.errors import RequestError
 from ..quant_core.formats.base import Format
+from ..quant_core.numerics.elements import CodebookElement
 from ..quant_core.numerics.scales import QParams
 from . import linear
 from .params import PlainParams
@@ -27,9 +28,16 @@ class QuantPressLayout(QuantizedLayout):
     Params: ClassVar[type[PlainParams]]
 
     @classmethod
-    def quantize(cls, tensor: Tensor, scale: Tensor | float | str | None = None, stochastic_rounding: int | None = 0,
-                 inplace_ops: bool = False, group_size: int | None = None, codebook: Tensor | None = None,
-                 **kwargs: Any) -> tuple[Tensor, PlainParams]:
+    def quantize(
+        cls,
+        tensor: Tensor,
+        scale: Tensor | float | str | None = None,
+        stochastic_rounding: int | None = 0,
+        inplace_ops: bool = False,
+        group_size: int | None = None,
+        codebook: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, PlainParams]:
         """float [N, K] -> (codes, Params), in the geometry of the group size whatever the values are.
 
         scale: None or "recalculate" takes each group's absmax; a number or a tensor (one value, or one per group in
@@ -65,19 +73,27 @@ class QuantPressLayout(QuantizedLayout):
         grid = fmt.scale_grid(tuple(work.shape))
         given = torch.as_tensor(scale, dtype=torch.float32, device=work.device)
         if given.numel() not in (1, grid[0] * grid[1]):
-            raise RequestError(f"{fmt.name}: a scale of shape {list(given.shape)} was given for a weight of shape "
-                               f"{list(work.shape)}: it needs one value, or {grid[0]} x {grid[1]}.")
+            raise RequestError(
+                f"{fmt.name}: a scale of shape {list(given.shape)} was given for a weight of shape "
+                f"{list(work.shape)}: it needs one value, or {grid[0]} x {grid[1]}."
+            )
         return fmt.qparams(given.reshape(grid if given.numel() > 1 else (1, 1)).expand(grid).contiguous())
 
     @classmethod
-    def params_of(cls, stored: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype,
-                  group_size: int | None) -> PlainParams:
+    def params_of(
+        cls, stored: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, group_size: int | None
+    ) -> PlainParams:
         """Params from a layer's tensors as on disk. float32 contiguous tensors keep their storage."""
         extra = {}
         if "weight_codebook" in stored:
             extra["codebook"] = stored["weight_codebook"].to(torch.float32).contiguous()
-        return cls.Params(scale=stored["weight_scale"].to(torch.float32).contiguous(), orig_dtype=dtype,
-                          orig_shape=tuple(shape), group_size=group_size or 0, **extra)
+        return cls.Params(
+            scale=stored["weight_scale"].to(torch.float32).contiguous(),
+            orig_dtype=dtype,
+            orig_shape=tuple(shape),
+            group_size=group_size or 0,
+            **extra,
+        )
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: PlainParams) -> Tensor:

@@ -1,4 +1,5 @@
 """What a device can run, answered before any kernel is called: never a warning per call, never try-and-fall-back."""
+
 from __future__ import annotations
 
 import logging
@@ -16,12 +17,12 @@ from .kernels.weight import Geometry, geometry_of
 logger = logging.getLogger(__name__)
 
 # Rows of x up to which each kernel is the fastest, read from rows of bench/speed/layouts.py --routes on an H200.
-GEMV_ROWS = 2                     # one program per few weight rows; each row of x reads the weight again
-FEW_ROWS = 16                     # weights decoded inside the matmul; activations stay float
-DECODE_DOT_ROWS = 64              # the same, where decoding first would write DECODE_DOT_WEIGHTS or more
+GEMV_ROWS = 2  # one program per few weight rows; each row of x reads the weight again
+FEW_ROWS = 16  # weights decoded inside the matmul; activations stay float
+DECODE_DOT_ROWS = 64  # the same, where decoding first would write DECODE_DOT_WEIGHTS or more
 DECODE_DOT_WEIGHTS = 1 << 24
-SCALED_MM_ROWS = 64               # above this torch's fp8 matmul beats ours
-SCALED_DOT_ROWS = 256             # up to here it pays to scale every row and group of a weight inside the matmul
+SCALED_MM_ROWS = 64  # above this torch's fp8 matmul beats ours
+SCALED_DOT_ROWS = 256  # up to here it pays to scale every row and group of a weight inside the matmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,13 @@ def judge(capability: tuple[int, int], reason: str, platform: str) -> Ability:
     """The rule itself, from plain facts. reason: quant_core.triton_kernels.obstacle of the device."""
     fp8_dot = not reason and capability >= (8, 9)
     # Row-wise scales: tried on Hopper only; torch's Windows builds lack them. Elsewhere our own fp8 kernel serves.
-    return Ability(triton=not reason, fp8_dot=fp8_dot, scaled_mm=fp8_dot and capability == (9, 0) and platform != "win32",
-                   fast_16bit=not reason and capability in {(8, 0), (9, 0), (10, 0), (10, 3)}, reason=reason)
+    return Ability(
+        triton=not reason,
+        fp8_dot=fp8_dot,
+        scaled_mm=fp8_dot and capability == (9, 0) and platform != "win32",
+        fast_16bit=not reason and capability in {(8, 0), (9, 0), (10, 0), (10, 3)},
+        reason=reason,
+    )
 
 
 def path(fmt: Format, device: torch.device) -> str:
@@ -78,7 +84,7 @@ def kernels_read(geometry: Geometry, able: Ability) -> bool:
 
 @lru_cache(maxsize=4096)
 def linear_path(geometry: Geometry, rows: int, dtype: torch.dtype, able: Ability) -> str:
-    """"dequantize", "gemv", "decode_dot", "decode" (then torch's matmul), "scaled_dot" or "scaled_mm".
+    """ "dequantize", "gemv", "decode_dot", "decode" (then torch's matmul), "scaled_dot" or "scaled_mm".
 
     float32 inputs ask for precision: their activations stay float. So do those of a few rows, where the weight's
     bytes alone cost time.
@@ -91,7 +97,9 @@ def linear_path(geometry: Geometry, rows: int, dtype: torch.dtype, able: Ability
     if dtype is torch.float32:
         return "decode"
     if rows > FEW_ROWS and _multiplies_codes(geometry, rows, able):
-        whole = geometry.kind == "fp8" and geometry.whole_row and geometry.group_rows == 1 and n % 16 == 0 and k % 16 == 0
+        whole = (
+            geometry.kind == "fp8" and geometry.whole_row and geometry.group_rows == 1 and n % 16 == 0 and k % 16 == 0
+        )
         torchs = able.scaled_mm and whole and dtype is torch.bfloat16 and rows > SCALED_MM_ROWS
         return "scaled_mm" if torchs else "scaled_dot"
     fused = rows <= FEW_ROWS or (rows <= DECODE_DOT_ROWS and n * k >= DECODE_DOT_WEIGHTS)

@@ -10,6 +10,7 @@ packed weight that reaches a matmul as a plain uint8 tensor is the "mat1 and mat
 
 Read against ComfyUI 0.29.0 and 0.38.1 (comfy/ops.py @0271a469), where function, class and methods have the same shape.
 """
+
 from __future__ import annotations
 
 import functools
@@ -53,14 +54,17 @@ def register() -> SeamStatus:
     else:
         log.warning("QuantPress: models in its own formats cannot be loaded here: %s", _status.reason)
     if quantops_present():
-        log.warning("QuantPress: ComfyUI-QuantOps is installed too and takes over models in formats that it knows by name; "
-                    "use 'Load Quantized Diffusion Model' for QuantPress files, or disable one of the packs.")
+        log.warning(
+            "QuantPress: ComfyUI-QuantOps is installed too and takes over models in formats that it knows by name; "
+            "use 'Load Quantized Diffusion Model' for QuantPress files, or disable one of the packs."
+        )
     return _status
 
 
 def quantops_present() -> bool:
     """Whether ComfyUI-QuantOps has patched the loaders of `comfy.sd` (it may do so after us: ask when it matters)."""
     import comfy.sd
+
     return bool(getattr(comfy.sd, "_quantops_auto_patch_installed", False))
 
 
@@ -69,10 +73,13 @@ def _install() -> SeamStatus:
     if problem:
         return SeamStatus(False, problem)
     import comfy.ops
+
     try:
         from . import register_layouts
     except ImportError as err:
-        return SeamStatus(False, f"comfy-kitchen is too old for the layouts ({err}). Install ComfyUI's requirements.txt.")
+        return SeamStatus(
+            False, f"comfy-kitchen is too old for the layouts ({err}). Install ComfyUI's requirements.txt."
+        )
     register_layouts()
     formats = register_formats()
     if not getattr(comfy.ops.mixed_precision_ops, _MARKER, False):
@@ -88,6 +95,7 @@ def _missing_support() -> str:
     except ImportError as err:
         return f"comfy-kitchen cannot be imported ({err}). Install ComfyUI's requirements.txt."
     import comfy.ops
+
     try:
         import comfy.quant_ops as quant_ops
     except ImportError as err:
@@ -119,6 +127,7 @@ def _linear_problem(mixed_precision_ops: Any) -> str:
 def native_formats() -> frozenset[str]:
     """Names on disk that this ComfyUI loads by itself."""
     from comfy.quant_ops import QUANT_ALGOS
+
     return frozenset(name for name, entry in QUANT_ALGOS.items() if not entry.get(_MARKER))
 
 
@@ -128,22 +137,36 @@ def our_formats() -> dict[str, Any]:
     from comfy_kitchen.tensor.base import LAYOUTS
 
     from ..quant_core.formats.base import all_formats
+
     native = native_formats()
-    return {fmt.on_disk: fmt for fmt in all_formats() if fmt.runtime.layout in LAYOUTS
-            and (fmt.runtime.native_since is None or fmt.on_disk not in native)}
+    return {
+        fmt.on_disk: fmt
+        for fmt in all_formats()
+        if fmt.runtime.layout in LAYOUTS and (fmt.runtime.native_since is None or fmt.on_disk not in native)
+    }
 
 
 def register_formats() -> tuple[str, ...]:
     """An entry of our own in QUANT_ALGOS for every format the seam loads, since Linear.forward looks there."""
     from comfy.quant_ops import QUANT_ALGOS
+
     ours = our_formats()
     for name, fmt in ours.items():
         specs = fmt.tensor_specs((fmt.group_size or 256, 1024))
-        entry = QUANT_ALGOS.setdefault(name, {
-            "storage_t": specs[0].dtype, "parameters": {spec.suffix for spec in specs} - {"weight"},
-            "comfy_tensor_layout": fmt.runtime.layout, "quantize_input": False, _MARKER: True})
+        entry = QUANT_ALGOS.setdefault(
+            name,
+            {
+                "storage_t": specs[0].dtype,
+                "parameters": {spec.suffix for spec in specs} - {"weight"},
+                "comfy_tensor_layout": fmt.runtime.layout,
+                "quantize_input": False,
+                _MARKER: True,
+            },
+        )
         if not entry.get(_MARKER):
-            log.warning("QuantPress: another pack has registered the format %s; files of it may be run by that pack.", name)
+            log.warning(
+                "QuantPress: another pack has registered the format %s; files of it may be run by that pack.", name
+            )
     return tuple(ours)
 
 
@@ -162,5 +185,3 @@ def _wrap(original: Any) -> Any:
 
     setattr(mixed_precision_ops, _MARKER, True)
     return mixed_precision_ops
-
-

@@ -1,4 +1,5 @@
 """After loading: every layer that the file calls quantized, in a format of ours, must hold a QuantizedTensor."""
+
 from __future__ import annotations
 
 import functools
@@ -14,7 +15,10 @@ _MARKER = "_quantpress_audit"
 def quantized_modules(root: Any) -> set[str]:
     """Names of the modules under `root` (a torch module) whose weight is a QuantizedTensor."""
     from comfy_kitchen.tensor import QuantizedTensor
-    return {name for name, module in root.named_modules() if isinstance(getattr(module, "weight", None), QuantizedTensor)}
+
+    return {
+        name for name, module in root.named_modules() if isinstance(getattr(module, "weight", None), QuantizedTensor)
+    }
 
 
 def audit(root: Any, layers: Iterable[str], what: str) -> None:
@@ -24,12 +28,17 @@ def audit(root: Any, layers: Iterable[str], what: str) -> None:
     architectures are renamed while they load.
     """
     layers, held = list(layers), quantized_modules(root)
-    lost = [layer for layer in layers if layer not in held
-            and not any(layer.endswith("." + name) or name.endswith("." + layer) for name in held)]
+    lost = [
+        layer
+        for layer in layers
+        if layer not in held and not any(layer.endswith("." + name) or name.endswith("." + layer) for name in held)
+    ]
     if lost and len(held) < len(layers):
-        raise InputFileError(f"{what}: {len(lost)} of {len(layers)} quantized layers did not arrive as quantized weights: "
-                             f"{some_of(lost)}. ComfyUI builds them from a class that cannot hold them, or another pack took "
-                             "the model over. Use 'Load Quantized Diffusion Model', or quantize with these layers kept.")
+        raise InputFileError(
+            f"{what}: {len(lost)} of {len(layers)} quantized layers did not arrive as quantized weights: "
+            f"{some_of(lost)}. ComfyUI builds them from a class that cannot hold them, or another pack took "
+            "the model over. Use 'Load Quantized Diffusion Model', or quantize with these layers kept."
+        )
 
 
 def wrap_load_model_weights() -> None:
@@ -42,7 +51,7 @@ def wrap_load_model_weights() -> None:
 
     @functools.wraps(original)
     def load_model_weights(self: Any, sd: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        layers = our_layers(sd)        # before, because loading empties the dict
+        layers = our_layers(sd)  # before, because loading empties the dict
         result = original(self, sd, *args, **kwargs)
         if layers:
             audit(self.diffusion_model, layers, type(self).__name__)
@@ -55,6 +64,7 @@ def wrap_load_model_weights() -> None:
 def our_layers(state_dict: dict[str, Any]) -> list[str]:
     """Layers whose comfy_quant entry names a format that the seam loads."""
     from .comfyui import our_formats
+
     ours, found = our_formats(), []
     for key in list(state_dict):
         layer = key.removesuffix(CONFIG_SUFFIX)

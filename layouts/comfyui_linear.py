@@ -1,14 +1,15 @@
 """The Linear that the seam puts into ComfyUI's mixed-precision operations."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import torch
 
-from ..quant_core.stored.layers import QUANT_SUFFIXES
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
 from ..quant_core.formats.base import format_of_layer
+from ..quant_core.stored.layers import QUANT_SUFFIXES
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")
 
@@ -28,6 +29,7 @@ def linear_class(base: type) -> type:
 
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
             from .comfyui import our_formats
+
             config = _peek(state_dict, prefix)
             if config is not None and config["format"] in our_formats():
                 _load_ours(self, config, state_dict, prefix, *rest)
@@ -35,8 +37,10 @@ def linear_class(base: type) -> type:
                 super()._load_from_state_dict(state_dict, prefix, *rest)
             self._quantpress_config = config
             if config is not None and not isinstance(self.weight, QuantizedTensor):
-                raise InputFileError(f"{prefix}weight: the file calls it {config['format']}, and after loading it is "
-                                     f"{type(self.weight).__name__}. Update QuantPress and ComfyUI.")
+                raise InputFileError(
+                    f"{prefix}weight: the file calls it {config['format']}, and after loading it is "
+                    f"{type(self.weight).__name__}. Update QuantPress and ComfyUI."
+                )
 
         def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
             destination = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
@@ -51,47 +55,67 @@ def linear_class(base: type) -> type:
     return Linear
 
 
-def _load_ours(module: Any, config: dict[str, Any], state_dict: dict[str, torch.Tensor], prefix: str,
-               local_metadata: Any, strict: Any, missing_keys: list[str], unexpected_keys: list[str],
-               error_msgs: list[str]) -> None:
+def _load_ours(
+    module: Any,
+    config: dict[str, Any],
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: Any,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
     """Take the layer's tensors out of state_dict and give the module a QuantizedTensor.
 
     The tensors stay as they were read: a file mapped into memory is read-only, and ComfyUI's fast path from disk to
     the GPU recognises a weight by its storage.
     """
     from . import tensor_of_layer
+
     layer, device, dtype = prefix.rstrip("."), module.factory_kwargs["device"], module.factory_kwargs["dtype"]
     if prefix + "pre_quant_scale" in state_dict:
-        raise InputFileError(f"{layer}: {config['format']} with pre_quant_scale, which scales the inputs, is not run by this "
-                             "pack. Quantize the file again with it: the scale is then folded into the weight.")
+        raise InputFileError(
+            f"{layer}: {config['format']} with pre_quant_scale, which scales the inputs, is not run by this "
+            "pack. Quantize the file again with it: the scale is then folded into the weight."
+        )
     found = {suffix: state_dict.pop(prefix + suffix) for suffix in QUANT_SUFFIXES if prefix + suffix in state_dict}
     tensors = {suffix: tensor.to(device=device) for suffix, tensor in found.items() if suffix != _CONFIG}
     fmt = _checked_format(layer, config, tensors, tuple(module._orig_shape))
-    module.weight = torch.nn.Parameter(tensor_of_layer(fmt, tensors, tuple(module._orig_shape), dtype), requires_grad=False)
+    module.weight = torch.nn.Parameter(
+        tensor_of_layer(fmt, tensors, tuple(module._orig_shape), dtype), requires_grad=False
+    )
     module.quant_format, module.layout_type = config["format"], fmt.runtime.layout
     module._full_precision_mm_config = bool(config.get("full_precision_matrix_mult", False))
     if module._full_precision_mm_config or module.quant_format in module._disabled_formats:
         module._full_precision_mm = True
     if "input_scale" in tensors:
         module.register_parameter("input_scale", torch.nn.Parameter(tensors["input_scale"], requires_grad=False))
-    torch.nn.Module._load_from_state_dict(module, state_dict, prefix, local_metadata, strict, missing_keys,
-                                          unexpected_keys, error_msgs)
+    torch.nn.Module._load_from_state_dict(
+        module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    )
     missing_keys[:] = [key for key in missing_keys if key not in (prefix + "weight", prefix + "input_scale")]
 
 
-def _checked_format(layer: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], shape: tuple[int, int]) -> Any:
+def _checked_format(
+    layer: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], shape: tuple[int, int]
+) -> Any:
     """The layer's Format, after its tensors were found to be what it stores for a weight of this shape."""
     if "weight" not in tensors:
-        raise InputFileError(f"{layer}: the file calls it {config['format']} and has no {layer}.weight. Download it again.")
+        raise InputFileError(
+            f"{layer}: the file calls it {config['format']} and has no {layer}.weight. Download it again."
+        )
     fmt = format_of_layer(layer, config, {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()})
     for spec in fmt.tensor_specs(shape):
         tensor = tensors.get(spec.suffix)
         if tensor is None and spec.suffix in ("input_scale", "weight_codebook"):
-            continue      # files of other tools leave them out, and every reader knows the default
+            continue  # files of other tools leave them out, and every reader knows the default
         if tensor is None or tuple(tensor.shape) != spec.shape:
             what = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-            raise InputFileError(f"{layer}.{spec.suffix} {what}; {fmt.name} of a weight {list(shape)} needs {list(spec.shape)}. "
-                                 "The file belongs to another model, or is damaged: quantize the source again.")
+            raise InputFileError(
+                f"{layer}.{spec.suffix} {what}; {fmt.name} of a weight {list(shape)} needs {list(spec.shape)}. "
+                "The file belongs to another model, or is damaged: quantize the source again."
+            )
     return fmt
 
 
@@ -101,10 +125,13 @@ def refusing_class(base: type) -> type:
     class Refusing(base):
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
             from .comfyui import our_formats
+
             config = _peek(state_dict, prefix)
             if config is not None and config["format"] in our_formats():
-                raise InputFileError(f"{prefix}weight is {config['format']}, and it belongs to a {base.__name__}, which ComfyUI "
-                                     "runs in its native formats only. Quantize the source again with this layer kept.")
+                raise InputFileError(
+                    f"{prefix}weight is {config['format']}, and it belongs to a {base.__name__}, which ComfyUI "
+                    "runs in its native formats only. Quantize the source again with this layer kept."
+                )
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
     Refusing.__name__, Refusing.__qualname__ = base.__name__, base.__qualname__

@@ -4,6 +4,7 @@ On CUDA the fp8 and int8 formats also quantize the activations (per row, or per 
 more than a few rows: that is where their speed comes from, and adds about the error of rounding the inputs to that
 type. comfy-kitchen's int8 and fp8 layouts do the same. float32 inputs, and every other device, stay weight-only.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -64,7 +65,7 @@ def linear(name: str, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tenso
     rows = x.shape[:-1].numel()
     usable = x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k
     chosen = linear_path(weight.geometry, rows, x.dtype, ability(qdata.device)) if usable else "dequantize"
-    if chosen in ("dequantize", "decode"):      # also a mismatch, so that torch words the error
+    if chosen in ("dequantize", "decode"):  # also a mismatch, so that torch words the error
         return float_linear(x, dequantize(name, qdata, params, x.dtype), bias)
     return on_kernel(chosen, x.reshape(rows, k).contiguous(), weight, bias).view(*x.shape[:-1], n)
 

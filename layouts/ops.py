@@ -2,6 +2,7 @@
 
 Every other operation is comfy-kitchen's: it moves and copies a QuantizedTensor as it is, and dequantizes for the rest.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -66,6 +67,10 @@ def _addmm(qt: Any, args: tuple, kwargs: dict) -> Tensor:
 
 def register_ops(layout: type[QuantPressLayout]) -> None:
     """t comes with mm and addmm or not at all: alone it would leave a transposed tensor that nothing multiplies."""
-    for op, handler in ((aten.linear.default, _linear), (aten.t.default, _t), (aten.mm.default, _mm),
-                        (aten.addmm.default, _addmm)):
+    for op, handler in (
+        (aten.linear.default, _linear),
+        (aten.t.default, _t),
+        (aten.mm.default, _mm),
+        (aten.addmm.default, _addmm),
+    ):
         register_layout_op(op, layout)(handler)

@@ -1,4 +1,5 @@
 """The Params of our layouts: what a QuantizedTensor carries beside its codes."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,12 +24,16 @@ class PlainParams(BaseLayoutParams):
     def _validate_tensor_fields(self) -> None:
         if not self.orig_dtype.is_floating_point:
             # Dequantizing to uint8 is what once ended in "mat1 and mat2 to have the same dtype ... unsigned char".
-            raise TypeError(f"orig_dtype is {self.orig_dtype}: it is the dtype of the dequantized weight (bfloat16, "
-                            "float16 or float32), never that of the stored codes.")
+            raise TypeError(
+                f"orig_dtype is {self.orig_dtype}: it is the dtype of the dequantized weight (bfloat16, "
+                "float16 or float32), never that of the stored codes."
+            )
         for name in self._tensor_fields():
             field = getattr(self, name)
             if not isinstance(field, Tensor) or field.dtype is not torch.float32 or not field.is_contiguous():
-                found = f"{field.dtype}, strides {field.stride()}" if isinstance(field, Tensor) else type(field).__name__
+                found = (
+                    f"{field.dtype}, strides {field.stride()}" if isinstance(field, Tensor) else type(field).__name__
+                )
                 raise TypeError(f"{name} is {found}: it must be a contiguous float32 tensor.")
 
 

@@ -1,4 +1,5 @@
 """Which layout runs which format: our classes, made once from the format registry, and comfy-kitchen's for the rest."""
+
 from __future__ import annotations
 
 import sys
@@ -25,13 +26,17 @@ def layout_classes() -> dict[str, type[QuantPressLayout]]:
 def _layout_class(fmt: Format) -> type[QuantPressLayout]:
     square = (fmt.group_size or 1, fmt.group_size or 1)
     has_codebook = any(spec.suffix == "weight_codebook" for spec in fmt.tensor_specs(square))
-    return type(fmt.runtime.layout, (QuantPressLayout,), {
-        "__doc__": f"{fmt.title}, as the format {fmt.name} stores it.",
-        "__module__": __name__,
-        "FORMAT": fmt,
-        "Params": CodebookParams if has_codebook else PlainParams,
-        "MIN_SM_VERSION": fmt.runtime.min_capability,
-    })
+    return type(
+        fmt.runtime.layout,
+        (QuantPressLayout,),
+        {
+            "__doc__": f"{fmt.title}, as the format {fmt.name} stores it.",
+            "__module__": __name__,
+            "FORMAT": fmt,
+            "Params": CodebookParams if has_codebook else PlainParams,
+            "MIN_SM_VERSION": fmt.runtime.min_capability,
+        },
+    )
 
 
 def register_layouts() -> dict[str, type[QuantPressLayout]]:
@@ -42,8 +47,9 @@ def register_layouts() -> dict[str, type[QuantPressLayout]]:
     return layout_classes()
 
 
-def tensor_of_layer(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int],
-                    dtype: torch.dtype) -> QuantizedTensor:
+def tensor_of_layer(
+    fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> QuantizedTensor:
     """A stored layer as the QuantizedTensor that runs it. tensors: {suffix: tensor} as on disk; nothing is copied.
 
     shape: the weight's logical [N, K]. dtype: what it dequantizes to, bfloat16, float16 or float32.
@@ -54,12 +60,16 @@ def tensor_of_layer(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, i
         register_layouts()
         params = ours.params_of(tensors, shape, dtype, fmt.group_size)
         return QuantizedTensor(tensors["weight"].contiguous(), fmt.runtime.layout, params)
-    name = fmt.runtime.layout if "comfy.quant_ops" in sys.modules else _KITCHEN_NAMES.get(fmt.runtime.layout,
-                                                                                          fmt.runtime.layout)
+    name = (
+        fmt.runtime.layout
+        if "comfy.quant_ops" in sys.modules
+        else _KITCHEN_NAMES.get(fmt.runtime.layout, fmt.runtime.layout)
+    )
     if name not in _NATIVE_PARAMS:
         raise RequestError(f"{fmt.name}: no layout {name!r} is known here. Update the pack.")
-    params = get_layout_class(name).Params(orig_dtype=dtype, orig_shape=tuple(shape),
-                                           **_NATIVE_PARAMS[name](fmt, tensors))
+    params = get_layout_class(name).Params(
+        orig_dtype=dtype, orig_shape=tuple(shape), **_NATIVE_PARAMS[name](fmt, tensors)
+    )
     return QuantizedTensor(tensors["weight"].contiguous(), name, params)
 
 
@@ -86,8 +96,13 @@ def _w4a4(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _w4a8(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
     codebook = {"codebook": tensors["weight_codebook"]} if "weight_codebook" in tensors else {}
-    return {"scale": tensors["weight_s_rel"], "s_channel": tensors["weight_s_channel"], "group_size": fmt.group_size,
-            "convrot_groupsize": fmt.rotation, **codebook}
+    return {
+        "scale": tensors["weight_s_rel"],
+        "s_channel": tensors["weight_s_channel"],
+        "group_size": fmt.group_size,
+        "convrot_groupsize": fmt.rotation,
+        **codebook,
+    }
 
 
 def _awq(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -97,7 +112,13 @@ def _awq(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
 # comfy registers one fp8 layout per dtype; comfy-kitchen alone has one for both.
 _KITCHEN_NAMES = {"TensorCoreFP8E4M3Layout": "TensorCoreFP8Layout", "TensorCoreFP8E5M2Layout": "TensorCoreFP8Layout"}
 _NATIVE_PARAMS = {
-    "TensorCoreFP8Layout": _scale_only, "TensorCoreFP8E4M3Layout": _scale_only, "TensorCoreFP8E5M2Layout": _scale_only,
-    "TensorCoreNVFP4Layout": _nvfp4, "TensorCoreMXFP8Layout": _mxfp8, "TensorWiseINT8Layout": _int8,
-    "TensorCoreConvRotW4A4Layout": _w4a4, "AsymW4A8Int8Layout": _w4a8, "TensorCoreAWQW4A16Layout": _awq,
+    "TensorCoreFP8Layout": _scale_only,
+    "TensorCoreFP8E4M3Layout": _scale_only,
+    "TensorCoreFP8E5M2Layout": _scale_only,
+    "TensorCoreNVFP4Layout": _nvfp4,
+    "TensorCoreMXFP8Layout": _mxfp8,
+    "TensorWiseINT8Layout": _int8,
+    "TensorCoreConvRotW4A4Layout": _w4a4,
+    "AsymW4A8Int8Layout": _w4a8,
+    "TensorCoreAWQW4A16Layout": _awq,
 }

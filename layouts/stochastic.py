@@ -1,4 +1,5 @@
 """Stochastic rounding: between the two neighbours on the grid, with the probability that keeps the mean."""
+
 from __future__ import annotations
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from ..quant_core.formats.base import Format
 from ..quant_core.numerics.scales import QParams
 
-_CHUNK_WEIGHTS = 1 << 24      # bounds the temporaries, about six float32 each
+_CHUNK_WEIGHTS = 1 << 24  # bounds the temporaries, about six float32 each
 
 
 def stochastic_codes(fmt: Format, work: Tensor, qp: QParams, seed: int) -> Tensor:
@@ -20,8 +21,8 @@ def stochastic_codes(fmt: Format, work: Tensor, qp: QParams, seed: int) -> Tenso
     chosen = torch.empty_like(work)
     step = max(1, _CHUNK_WEIGHTS // n)
     for start in range(0, k, step):
-        columns = work[:, start:start + step]
+        columns = work[:, start : start + step]
         lo, hi = fmt.bracket_columns(columns, qp, start, (n, k))
         dice = torch.rand(columns.shape, generator=generator, device=work.device)
-        chosen[:, start:start + step] = torch.where(dice * (hi - lo) < columns - lo, hi, lo)
+        chosen[:, start : start + step] = torch.where(dice * (hi - lo) < columns - lo, hi, lo)
     return fmt.encode(chosen, qp)

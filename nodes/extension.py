@@ -1,4 +1,5 @@
 """The nodes, one file each. This module is the list of them; ids never change."""
+
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
@@ -8,6 +9,7 @@ class QuantPressExtension(ComfyExtension):
     async def on_load(self) -> None:
         from .shared.demo_models import offer
         from .shared.folders import add_calibrations_folder
+
         offer()
         add_calibrations_folder()
 
@@ -38,8 +40,30 @@ class QuantPressExtension(ComfyExtension):
         from .split_shards import SplitShards
         from .try_conditioning import TestConditioning
 
-        return [LoadSource, ModelSource, QuantizeModel, LoadQuantizedInGraph, SaveQuantized, LoadQuantizedFile,
-                InspectQuantization, TestConditioning, CaptureActivations, CollectCalibration, SaveCalibration, LoadCalibration,
-                OpenQuantizedFile, Repair, MigrateFile, EditMetadata, CalibrateInputScales,
-                RequantizeModel, DequantizeModel, ConvertBitsandbytes, BakeLora, ExtractModel, ReplaceModel,
-                SplitShards, SaveSource]
+        return [
+            LoadSource,
+            ModelSource,
+            QuantizeModel,
+            LoadQuantizedInGraph,
+            SaveQuantized,
+            LoadQuantizedFile,
+            InspectQuantization,
+            TestConditioning,
+            CaptureActivations,
+            CollectCalibration,
+            SaveCalibration,
+            LoadCalibration,
+            OpenQuantizedFile,
+            Repair,
+            MigrateFile,
+            EditMetadata,
+            CalibrateInputScales,
+            RequantizeModel,
+            DequantizeModel,
+            ConvertBitsandbytes,
+            BakeLora,
+            ExtractModel,
+            ReplaceModel,
+            SplitShards,
+            SaveSource,
+        ]

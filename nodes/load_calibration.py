@@ -13,13 +13,25 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="QuantPressLoadCalibration", display_name="Load Calibration", category=CATEGORY,
+            node_id="QuantPressLoadCalibration",
+            display_name="Load Calibration",
+            category=CATEGORY,
             description="Names a saved calibration from models/calibrations. Only its header is read here.",
             has_intermediate_output=True,
-            inputs=[io.Combo.Input("file", options=list_models(CALIBRATIONS), tooltip=(
-                "A file of Save Calibration, or of `quantpress calibration merge`. It must belong to the model that you quantize."))],
-            outputs=[CalibrationType.Output("calibration", tooltip="For Quantize Model."),
-                     io.String.Output("info", tooltip="Runs, layers and rows as text.")])
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_models(CALIBRATIONS),
+                    tooltip=(
+                        "A file of Save Calibration, or of `quantpress calibration merge`. It must belong to the model that you quantize."
+                    ),
+                )
+            ],
+            outputs=[
+                CalibrationType.Output("calibration", tooltip="For Quantize Model."),
+                io.String.Output("info", tooltip="Runs, layers and rows as text."),
+            ],
+        )
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -13,14 +13,27 @@ class LoadSource(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="QuantPressLoadSource", display_name="Load Model to Quantize", category=CATEGORY,
+            node_id="QuantPressLoadSource",
+            display_name="Load Model to Quantize",
+            category=CATEGORY,
             description="Names a model file to be quantized. Only its header is read, so this takes no time and no memory.",
-            has_intermediate_output=True, search_aliases=["quantize", "convert", "fp8", "nvfp4", "int8"],
-            inputs=[io.Combo.Input("file", options=list_models(*SOURCE_FOLDERS), tooltip=(
-                "A .safetensors file, or the index of a model in shards, from diffusion_models, checkpoints or text_encoders. "
-                "Take the 16-bit model where you can: quantizing a quantized file again loses more."))],
-            outputs=[SourceType.Output("source", tooltip="For Quantize Model."),
-                     io.String.Output("info", tooltip="Architecture, dtypes and size as text.")])
+            has_intermediate_output=True,
+            search_aliases=["quantize", "convert", "fp8", "nvfp4", "int8"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_models(*SOURCE_FOLDERS),
+                    tooltip=(
+                        "A .safetensors file, or the index of a model in shards, from diffusion_models, checkpoints or text_encoders. "
+                        "Take the 16-bit model where you can: quantizing a quantized file again loses more."
+                    ),
+                )
+            ],
+            outputs=[
+                SourceType.Output("source", tooltip="For Quantize Model."),
+                io.String.Output("info", tooltip="Architecture, dtypes and size as text."),
+            ],
+        )
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -3,9 +3,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from .jobs.save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
 from .shared.folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
-from .jobs.save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
 from .shared.schema import schema
 
 _WARNED = 5
@@ -15,23 +15,55 @@ class SaveQuantized(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="QuantPressSave", display_name="Save Quantized Model", category=CATEGORY, is_output_node=True,
+            node_id="QuantPressSave",
+            display_name="Save Quantized Model",
+            category=CATEGORY,
+            is_output_node=True,
             description="Saves the quantized model as a file. It is verified before it appears under its name.",
             inputs=[
-                QuantizedType.Input("quantized", tooltip="From Quantize Model, Open Quantized File, or any tool behind them."),
-                io.Combo.Input("folder", options=[*SOURCE_FOLDERS, OUTPUT], default=SOURCE_FOLDERS[0], tooltip=(
-                    "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing.")),
-                io.String.Input("name", default=DEFAULT_PATTERN, tooltip=(
-                    "File name; / makes a subfolder. Tokens: {model} {format} {group_size} {rounding} {seed} {bits} {date} "
-                    "{time}. With {time} every run makes a new file.")),
-                io.Boolean.Input("overwrite", default=False, tooltip=(
-                    "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step.")),
+                QuantizedType.Input(
+                    "quantized", tooltip="From Quantize Model, Open Quantized File, or any tool behind them."
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=[*SOURCE_FOLDERS, OUTPUT],
+                    default=SOURCE_FOLDERS[0],
+                    tooltip=(
+                        "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing."
+                    ),
+                ),
+                io.String.Input(
+                    "name",
+                    default=DEFAULT_PATTERN,
+                    tooltip=(
+                        "File name; / makes a subfolder. Tokens: {model} {format} {group_size} {rounding} {seed} {bits} {date} "
+                        "{time}. With {time} every run makes a new file."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip=(
+                        "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step."
+                    ),
+                ),
             ],
-            outputs=[io.AnyType.Output("file_name", tooltip=(
-                "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run.")),
-                io.AnyType.Output("lora_name", tooltip=(
-                    "With residual_lora in Quantize Model: its LoRA as the loaders list it. Connect it to Load LoRA (Bypass, Model "
-                    "Only). Without: nothing comes out."))])
+            outputs=[
+                io.AnyType.Output(
+                    "file_name",
+                    tooltip=(
+                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."
+                    ),
+                ),
+                io.AnyType.Output(
+                    "lora_name",
+                    tooltip=(
+                        "With residual_lora in Quantize Model: its LoRA as the loaders list it. Connect it to Load LoRA (Bypass, Model "
+                        "Only). Without: nothing comes out."
+                    ),
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, quantized: QuantizedHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from .jobs.merge import one_file
+from .jobs.save import expand, publish
 from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
 from .shared.handles import CATEGORY, SourceHandle, SourceType
-from .jobs.merge import one_file
 from .shared.progress import NodeProgress
-from .jobs.save import expand, publish
 from .shared.schema import schema
 
 
@@ -14,23 +14,53 @@ class SaveSource(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="QuantPressSaveSource", display_name="Save Model", category=CATEGORY, is_output_node=True,
-            description=("Saves a model that is not quantized as one file: a dequantized one, one with baked LoRAs, a diffusion model out "
-                         "of a checkpoint. Shards become one file. It is checked before it appears under its name."),
+            node_id="QuantPressSaveSource",
+            display_name="Save Model",
+            category=CATEGORY,
+            is_output_node=True,
+            description=(
+                "Saves a model that is not quantized as one file: a dequantized one, one with baked LoRAs, a diffusion model out "
+                "of a checkpoint. Shards become one file. It is checked before it appears under its name."
+            ),
             search_aliases=["join shards", "save"],
             inputs=[
-                SourceType.Input("source", tooltip="From Dequantize, Bake LoRA, Extract Diffusion Model, or Load Model to Quantize."),
-                io.Combo.Input("folder", options=[*SOURCE_FOLDERS, OUTPUT], default=SOURCE_FOLDERS[0], tooltip=(
-                    "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing.")),
-                io.String.Input("name", default="{model}", tooltip=(
-                    "File name; / makes a subfolder. {model} is the source's name with what was done to it; {date} and {time} are "
-                    "those of the run.")),
-                io.Boolean.Input("overwrite", default=False, tooltip=(
-                    "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step.")),
+                SourceType.Input(
+                    "source", tooltip="From Dequantize, Bake LoRA, Extract Diffusion Model, or Load Model to Quantize."
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=[*SOURCE_FOLDERS, OUTPUT],
+                    default=SOURCE_FOLDERS[0],
+                    tooltip=(
+                        "A models folder: the file can be loaded at once. 'output': beside your pictures, for sharing."
+                    ),
+                ),
+                io.String.Input(
+                    "name",
+                    default="{model}",
+                    tooltip=(
+                        "File name; / makes a subfolder. {model} is the source's name with what was done to it; {date} and {time} are "
+                        "those of the run."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip=(
+                        "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step."
+                    ),
+                ),
             ],
-            outputs=[io.AnyType.Output("file_name", tooltip=(
-                "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."))],
-            hidden=[io.Hidden.unique_id])
+            outputs=[
+                io.AnyType.Output(
+                    "file_name",
+                    tooltip=(
+                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."
+                    ),
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, source: SourceHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
@@ -38,4 +68,6 @@ class SaveSource(io.ComfyNode):
         target = write_target(folder, expanded)
         publish(one_file(source, NodeProgress(cls.hidden.unique_id, "Joining shards")), target, overwrite)
         listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
-        return io.NodeOutput(listed, ui=ui.PreviewText(f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"))
+        return io.NodeOutput(
+            listed, ui=ui.PreviewText(f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB")
+        )

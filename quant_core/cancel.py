@@ -3,6 +3,7 @@
 The caller opens a scope with its own question ("was Cancel pressed?"); every long loop calls `poll`, which asks it at
 most twenty times a second and raises Cancelled. Without a scope polling costs a context lookup.
 """
+
 from __future__ import annotations
 
 import time

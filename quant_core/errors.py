@@ -3,6 +3,7 @@
 A message says which file or tensor, what was found, what is needed, and what to do. Mistakes in OUR code (a format
 registered twice, a closed file used again) stay ValueError and the like: no user can act on them.
 """
+
 from __future__ import annotations
 
 import difflib

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core.pipeline import run as run_module
-from comfyui_quantpress.quant_core.checkpoint.header import build_header
 from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.pipeline import run as run_module
+from safetensors.torch import load_file, save_file
 
 FORMATS = [fmt.name for fmt in all_formats()]
 SAME = "same file as the source"
@@ -53,8 +51,11 @@ def model(tmp_path) -> Path:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """{relative path: sha256} of every file below the folder, hidden ones too."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def messages(err: str) -> list[str]:
@@ -83,8 +84,12 @@ def raw_file(header: bytes, data: bytes = b"", length: int | None = None) -> byt
 
 
 def header_of(**tensors: tuple[str, list[int], list[int]]) -> bytes:
-    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-                       for name, (dtype, shape, offsets) in tensors.items()}).encode()
+    return json.dumps(
+        {
+            name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            for name, (dtype, shape, offsets) in tensors.items()
+        }
+    ).encode()
 
 
 ONE = header_of(a=("F32", [2], [0, 8]))
@@ -97,7 +102,10 @@ BAD_FILES = {
     "header length beyond the file": (raw_file(ONE, bytes(8), length=5000), "5000"),
     "huge header length": (raw_file(ONE, bytes(8), length=2**62), str(2**62)),
     "header length 0": (raw_file(b"", bytes(8)), "header of 0 bytes"),
-    "overlapping tensors": (raw_file(header_of(a=("F32", [2], [0, 8]), b=("F32", [2], [4, 12])), bytes(12)), "overlap"),
+    "overlapping tensors": (
+        raw_file(header_of(a=("F32", [2], [0, 8]), b=("F32", [2], [4, 12])), bytes(12)),
+        "overlap",
+    ),
     "a hole": (raw_file(header_of(a=("F32", [2], [0, 8]), b=("F32", [1], [12, 16])), bytes(16)), "hole"),
     "offsets out of range": (raw_file(header_of(a=("F32", [2], [100, 108])), bytes(8)), "'a'"),
     "offsets that do not fit the shape": (raw_file(header_of(a=("F32", [3], [0, 8])), bytes(8)), "size mismatch"),
@@ -114,9 +122,13 @@ BAD_FILES = {
 
 def command_lines(path: Path, folder: Path) -> dict[str, list]:
     out = folder / "out.safetensors"
-    return {"quantize": ["quantize", path, out, "--format", "int8_rowwise"],
-            "dry run": ["quantize", path, out, "--format", "int8_rowwise", "--dry-run"],
-            "dequantize": ["dequantize", path, out], "inspect": ["inspect", path], "verify": ["verify", path]}
+    return {
+        "quantize": ["quantize", path, out, "--format", "int8_rowwise"],
+        "dry run": ["quantize", path, out, "--format", "int8_rowwise", "--dry-run"],
+        "dequantize": ["dequantize", path, out],
+        "inspect": ["inspect", path],
+        "verify": ["verify", path],
+    }
 
 
 @pytest.mark.parametrize("command", ["quantize", "dry run", "dequantize", "inspect", "verify"])
@@ -201,17 +213,28 @@ def outputs(source: Path) -> dict[str, tuple[Path, str]]:
     (folder / "folder.safetensors").mkdir()
     (folder / "link.safetensors").symlink_to(source)
     os.link(source, folder / "hardlink.safetensors")
-    return {"the input": (source, SAME), "another spelling of the input": (folder / ".." / folder.name / source.name, SAME),
-            "a symlink to the input": (folder / "link.safetensors", SAME),
-            "a hard link to the input": (folder / "hardlink.safetensors", SAME),
-            "an existing file": (folder / "taken.safetensors", "exists"),
-            "a folder": (folder / "folder.safetensors", "directory"),
-            "in a missing folder": (folder / "no" / "out.safetensors", "missing"),
-            "another suffix": (folder / "out.pt", ".safetensors")}
+    return {
+        "the input": (source, SAME),
+        "another spelling of the input": (folder / ".." / folder.name / source.name, SAME),
+        "a symlink to the input": (folder / "link.safetensors", SAME),
+        "a hard link to the input": (folder / "hardlink.safetensors", SAME),
+        "an existing file": (folder / "taken.safetensors", "exists"),
+        "a folder": (folder / "folder.safetensors", "directory"),
+        "in a missing folder": (folder / "no" / "out.safetensors", "missing"),
+        "another suffix": (folder / "out.pt", ".safetensors"),
+    }
 
 
-OUTPUTS = ["the input", "another spelling of the input", "a symlink to the input", "a hard link to the input", "an existing file",
-           "a folder", "in a missing folder", "another suffix"]
+OUTPUTS = [
+    "the input",
+    "another spelling of the input",
+    "a symlink to the input",
+    "a hard link to the input",
+    "an existing file",
+    "a folder",
+    "in a missing folder",
+    "another suffix",
+]
 
 
 @pytest.mark.parametrize("command", ["quantize", "dequantize"])
@@ -229,7 +252,12 @@ def quantized(tmp_path) -> Path:
     folder = tmp_path / "quantized"
     folder.mkdir()
     save_file(model_tensors(), folder / "model.safetensors")
-    assert main(["quantize", str(folder / "model.safetensors"), str(folder / "q.safetensors"), "--format", "int8_rowwise"]) == 0
+    assert (
+        main(
+            ["quantize", str(folder / "model.safetensors"), str(folder / "q.safetensors"), "--format", "int8_rowwise"]
+        )
+        == 0
+    )
     return folder / "q.safetensors"
 
 
@@ -239,7 +267,9 @@ def test_a_read_only_folder_is_refused(model, tmp_path, capsys):
     folder.chmod(0o555)
     if os.access(folder, os.W_OK):
         pytest.skip("this user (root) may write into read-only folders; the next test simulates it")
-    assert_refused(capsys, tmp_path, ["quantize", model, folder / "out.safetensors", "--format", "int8_rowwise"], "permission")
+    assert_refused(
+        capsys, tmp_path, ["quantize", model, folder / "out.safetensors", "--format", "int8_rowwise"], "permission"
+    )
 
 
 def test_a_folder_that_the_system_refuses_to_write_is_refused(model, tmp_path, capsys, monkeypatch):
@@ -279,9 +309,13 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(model, tmp_path, caps
     assert_refused(capsys, tmp_path, args, "No space left")
 
 
-REPORTS = {"the input": ("model.safetensors", "input"), "the output": ("out.safetensors", "output"),
-           "an existing file": ("taken.json", "exists"), "in a missing folder": ("no/report.json", "missing"),
-           "a folder": ("folder", "folder")}
+REPORTS = {
+    "the input": ("model.safetensors", "input"),
+    "the output": ("out.safetensors", "output"),
+    "an existing file": ("taken.json", "exists"),
+    "in a missing folder": ("no/report.json", "missing"),
+    "a folder": ("folder", "folder"),
+}
 
 
 @pytest.mark.parametrize("case", REPORTS)
@@ -313,7 +347,9 @@ def test_nan_and_inf_in_a_weight_are_named_and_counted(fmt, nonfinite, tmp_path,
 
 def test_allow_nonfinite_keeps_exactly_that_layer_as_it_is(nonfinite, tmp_path, capsys):
     target = tmp_path / "out.safetensors"
-    assert main(["quantize", str(nonfinite), str(target), "--format", "int8_rowwise", "--allow-nonfinite", "--json"]) == 0
+    assert (
+        main(["quantize", str(nonfinite), str(target), "--format", "int8_rowwise", "--allow-nonfinite", "--json"]) == 0
+    )
     report = json.loads(capsys.readouterr().out)
     kept = {row["layer"]: row["reason"] for row in report["layers"] if row["format"] is None}
     assert "3 values are NaN or Inf" in kept["blocks.1.attn.qkv"]
@@ -331,14 +367,16 @@ def odd_weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     huge = torch.randn(256, 256, generator=generator)
     huge[5, 7], huge[100, 200] = 3e38, -3e38
-    return {"blocks.0.plain.weight": torch.randn(256, 256, generator=generator),
-            "blocks.1.zero.weight": torch.zeros(256, 256),
-            "blocks.2.subnormal.weight": torch.randn(256, 256, generator=generator) * 1e-40,
-            "blocks.3.huge.weight": huge,
-            "blocks.4.one_row.weight": torch.randn(1, 256, generator=generator),
-            "blocks.5.one_column.weight": torch.randn(256, 1, generator=generator),
-            "blocks.6.odd.weight": torch.randn(129, 257, generator=generator),
-            "blocks.7.small.weight": torch.randn(3, 5, generator=generator)}
+    return {
+        "blocks.0.plain.weight": torch.randn(256, 256, generator=generator),
+        "blocks.1.zero.weight": torch.zeros(256, 256),
+        "blocks.2.subnormal.weight": torch.randn(256, 256, generator=generator) * 1e-40,
+        "blocks.3.huge.weight": huge,
+        "blocks.4.one_row.weight": torch.randn(1, 256, generator=generator),
+        "blocks.5.one_column.weight": torch.randn(256, 1, generator=generator),
+        "blocks.6.odd.weight": torch.randn(129, 257, generator=generator),
+        "blocks.7.small.weight": torch.randn(3, 5, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -352,7 +390,9 @@ def test_odd_weights_go_through_every_format_without_nan(fmt, tmp_path, capsys):
     assert main(["verify", str(target), "--against", str(source)]) == 0
     assert main(["dequantize", str(target), str(back), "--dtype", "fp32"]) == 0
     decoded = load_file(back)
-    assert {name: tuple(w.shape) for name, w in decoded.items()} == {n: tuple(w.shape) for n, w in odd_weights().items()}
+    assert {name: tuple(w.shape) for name, w in decoded.items()} == {
+        n: tuple(w.shape) for n, w in odd_weights().items()
+    }
     assert [name for name, w in decoded.items() if not torch.isfinite(w).all()] == []
     assert decoded["blocks.1.zero.weight"].abs().max() < 1e-30  # awq_w4a16's zero_policy: 1e-30 steps around zero
 
@@ -363,6 +403,7 @@ def test_odd_weights_go_through_every_format_without_nan(fmt, tmp_path, capsys):
 @pytest.fixture
 def hooked(monkeypatch):
     """Calls a function when the conversion reaches a moment."""
+
     def hook(moment: str, action) -> None:
         real = getattr(run_module, moment)
 
@@ -371,6 +412,7 @@ def hooked(monkeypatch):
             return real(*args, **named)
 
         monkeypatch.setattr(run_module, moment, hooked_function)
+
     return hook
 
 
@@ -419,8 +461,9 @@ def test_a_process_stopped_in_the_middle_leaves_no_output(number, tmp_path, caps
     save_file(model_tensors(30), source)
     before = snapshot(tmp_path)
     args = [sys.executable, "-c", SLOW, "quantize", source, target, "--format", "int8_rowwise", "--device", "cpu"]
-    process = subprocess.Popen(list(map(str, args)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, args)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".out.safetensors.*.part")):

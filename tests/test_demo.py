@@ -7,9 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-
 from comfyui_quantpress.demo.autoencoder import decode, load_decoder
 from comfyui_quantpress.demo.load import DEQUANTIZED, LAYOUT, PLAIN, load_model
 from comfyui_quantpress.demo.measure import make_probe, output_snr_db, picture_psnr_db, probed_steps
@@ -18,9 +15,11 @@ from comfyui_quantpress.demo.sampler import load_conditioning, sample, simple_si
 from comfyui_quantpress.demo.sheet import difference, sheet_size
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
-from comfyui_quantpress.quant_core.pipeline.run import convert
+from PIL import Image
+from safetensors.torch import save_file
 
 SETTINGS = DemoSettings(labels=(0, 6), steps=4)
 FORMATS = ("nvfp4", "int8_rowwise")

@@ -11,9 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import comfyui_quantpress
+import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +26,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 QUANT_CORE_MAY_IMPORT = (sys.stdlib_module_names - {"argparse"}) | {
-    "torch", "safetensors", "numpy", "comfy_kitchen", "greenlet", "triton",  # triton: optional, imported where a CUDA tensor needs it
+    "torch",
+    "safetensors",
+    "numpy",
+    "comfy_kitchen",
+    "greenlet",
+    "triton",  # triton: optional, imported where a CUDA tensor needs it
 }
 LAYOUTS_MAY_NOT_IMPORT = {"nodes", "cli", "demo"}
 MAY_NOT_PRINT = {"quant_core", "layouts", "nodes"}
@@ -54,7 +58,12 @@ def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, bool
             climbs = node.level - 1
             base = package[: len(package) - climbs] if climbs <= len(package) else ("..",)
             for alias in node.names:
-                yield node.lineno, True, "." * node.level + ".".join((*module, alias.name)), (*base, *module, alias.name)
+                yield (
+                    node.lineno,
+                    True,
+                    "." * node.level + ".".join((*module, alias.name)),
+                    (*base, *module, alias.name),
+                )
         elif isinstance(node, ast.Call) and node.args and _called_name(node) in {"import_module", "__import__"}:
             name = node.args[0]
             if isinstance(name, ast.Constant) and isinstance(name.value, str) and not name.value.startswith("."):
@@ -115,7 +124,10 @@ BAD = [
     ("nodes/load.py", "if True: print()"),
 ]
 GOOD = [
-    ("quant_core/run.py", "import json, torch\nfrom safetensors.torch import save\nimport comfy_kitchen as ck\nimport numpy"),
+    (
+        "quant_core/run.py",
+        "import json, torch\nfrom safetensors.torch import save\nimport comfy_kitchen as ck\nimport numpy",
+    ),
     ("quant_core/run.py", "from . import plan\nfrom .formats import registry\nfrom .fit.loop import fit"),
     ("quant_core/fit/loop.py", "from .. import format\nfrom ..format import Format\nfrom ...quant_core import plan"),
     ("quant_core/run.py", "def f(printer):\n    printer.print('x')"),
@@ -154,7 +166,11 @@ def test_module_keeps_the_house_rules(path):
 def run_python(code: str, cwd: Path) -> str:
     """Standard output of `code` in a fresh interpreter; fails with its standard error."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

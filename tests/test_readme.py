@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from comfyui_quantpress.cli.commands.formats import _cells, describe
 from comfyui_quantpress.cli.main import build_parser, main
 from comfyui_quantpress.demo.load import load_model
@@ -94,7 +93,7 @@ def test_options_and_commands_named_in_the_text_exist():
     while parsers:
         parser = parsers.pop()
         known |= set(parser._option_string_actions)
-        for action in parser._actions:       # `merge` has commands of its own
+        for action in parser._actions:  # `merge` has commands of its own
             parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + JSON_DOC))
     assert {"--format", "--fallback", "--against"} <= named
@@ -102,7 +101,10 @@ def test_options_and_commands_named_in_the_text_exist():
 
 
 def test_the_format_table_is_the_registrys():
-    rows = [f"| `{fmt.name}` | {fmt.title} | " + " | ".join(_cells(describe(fmt))[i] for i in (2, 4, 5, 6)) + " |" for fmt in FORMATS]
+    rows = [
+        f"| `{fmt.name}` | {fmt.title} | " + " | ".join(_cells(describe(fmt))[i] for i in (2, 4, 5, 6)) + " |"
+        for fmt in FORMATS
+    ]
     assert [row for row in rows if row not in README] == []
     assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == [fmt.name for fmt in FORMATS]
 
@@ -132,11 +134,28 @@ def test_every_json_field_is_documented(command, tmp_path, capsys):
     source, target = ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "out.safetensors"
     calibration = tmp_path / "calibration.safetensors"
     capture_calibration(calibration)
-    quantize = ["quantize", str(source), str(target), "--format", "bnb_nf4", "--only", r"blocks\.0", "--json",
-                "--calibration", str(calibration), "--rounding", "nearest"]
-    args = {"quantize": quantize, "dry-run": [*quantize, "--dry-run"], "inspect": ["inspect", str(target), "--json"],
-            "verify": ["verify", str(target), "--against", str(source), "--json"], "formats": ["formats", "--json"],
-            "calibration": ["calibration", "inspect", str(calibration), "--json"]}
+    quantize = [
+        "quantize",
+        str(source),
+        str(target),
+        "--format",
+        "bnb_nf4",
+        "--only",
+        r"blocks\.0",
+        "--json",
+        "--calibration",
+        str(calibration),
+        "--rounding",
+        "nearest",
+    ]
+    args = {
+        "quantize": quantize,
+        "dry-run": [*quantize, "--dry-run"],
+        "inspect": ["inspect", str(target), "--json"],
+        "verify": ["verify", str(target), "--against", str(source), "--json"],
+        "formats": ["formats", "--json"],
+        "calibration": ["calibration", "inspect", str(calibration), "--json"],
+    }
     if command in ("inspect", "verify"):
         assert main(quantize) == 0
         capsys.readouterr()

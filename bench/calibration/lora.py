@@ -4,6 +4,7 @@ The LoRA is a real one, trained here in a minute: guidance distillation. With it
 give what two passes with CFG 3 give without it, on points of the model's own paths. Rank 8, A drawn at random and
 trained as B is, as every trainer does. How well it learned its task is in the rows (`distilled_db` against `base_db`).
 """
+
 from __future__ import annotations
 
 import copy
@@ -11,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from model import CFG, CLASSES, STEPS, Bench
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from comfyui_quantpress.demo.sampler import simple_sigmas
 from comfyui_quantpress.quant_core.input_scales.synthesise import Directions
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, layer_generator
+from model import CFG, CLASSES, STEPS, Bench
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 RANK, TRAINING_STEPS, LEARNING_RATE, SHARES = 8, 400, 2e-3, (0.1, 0.5, 0.9)
 
@@ -29,7 +29,7 @@ class WithLora(nn.Module):
     def __init__(self, layer: nn.Linear, name: str) -> None:
         super().__init__()
         self.layer = layer
-        a = torch.randn(RANK, layer.in_features, generator=layer_generator(0, name)) / layer.in_features ** 0.5
+        a = torch.randn(RANK, layer.in_features, generator=layer_generator(0, name)) / layer.in_features**0.5
         self.a, self.b = nn.Parameter(a), nn.Parameter(torch.zeros(layer.out_features, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,14 +78,20 @@ def train_lora(bench: Bench, pictures: int = 4) -> TrainedLora:
         x, rows = paths_[path][step].clone(), torch.arange(CLASSES, device=bench.device)
         t = torch.full((CLASSES,), 1000.0 * simple_sigmas(STEPS)[step], device=bench.device)
         with torch.no_grad():
-            wanted, unwanted = bench.call(bench.model, x, t, rows), bench.call(bench.model, x, t, torch.full_like(rows, bench.null))
+            wanted, unwanted = (
+                bench.call(bench.model, x, t, rows),
+                bench.call(bench.model, x, t, torch.full_like(rows, bench.null)),
+            )
         return bench.call(student, x, t, rows), unwanted + CFG * (wanted - unwanted)
 
     def judged() -> float:
         held = [path for seed, path in bench.paths.items()][:1]
         with torch.no_grad():
             found = [error(held, 0, step) for step in (0, 5, 10, 15)]
-        return snr_db(relative_error(torch.stack([target for _, target in found]), torch.stack([out for out, _ in found])))
+        return snr_db(
+            relative_error(torch.stack([target for _, target in found]), torch.stack([out for out, _ in found]))
+        )
+
     before = judged()
     for _ in range(TRAINING_STEPS):
         path, step = (int(torch.randint(n, (), generator=generator)) for n in (pictures, STEPS))
@@ -102,18 +108,33 @@ def measure_lora(bench: Bench, row: Callable[..., None], formats: Sequence[str])
     about = {"base_db": lora.base_db, "distilled_db": lora.distilled_db, "rank": RANK, "seeds": len(bench.seeds)}
     sources: dict[str, dict[str, Evidence] | None] = {"captured": captured}
     for share in SHARES:
-        sources[f"LoRA, share {share}"] = {name: directions_evidence(lora.directions(name), share) for name in bench.names}
-    sources["random directions, share 0.5"] = {name: directions_evidence(_random(name, len(captured[name].absmax)), 0.5)
-                                               for name in bench.names}
-    sources["captured, 8 main directions, share 0.5"] = {name: directions_evidence(_main(evidence.hessian), 0.5)
-                                                         for name, evidence in captured.items()}
+        sources[f"LoRA, share {share}"] = {
+            name: directions_evidence(lora.directions(name), share) for name in bench.names
+        }
+    sources["random directions, share 0.5"] = {
+        name: directions_evidence(_random(name, len(captured[name].absmax)), 0.5) for name in bench.names
+    }
+    sources["captured, 8 main directions, share 0.5"] = {
+        name: directions_evidence(_main(evidence.hessian), 0.5) for name, evidence in captured.items()
+    }
     for fmt in formats:
         for method in ("nearest", "search"):
-            row(format=fmt, method=method, hessian=None, one_step_db=bench.one_step_db(bench.quantized(fmt, method, None)), **about)
+            row(
+                format=fmt,
+                method=method,
+                hessian=None,
+                one_step_db=bench.one_step_db(bench.quantized(fmt, method, None)),
+                **about,
+            )
         for name, evidence in sources.items():
             for method in ("gptq", "weighted search + gptq"):
-                row(format=fmt, method=method, hessian=name,
-                    one_step_db=bench.one_step_db(bench.quantized(fmt, method, evidence)), **about)
+                row(
+                    format=fmt,
+                    method=method,
+                    hessian=name,
+                    one_step_db=bench.one_step_db(bench.quantized(fmt, method, evidence)),
+                    **about,
+                )
 
 
 def _random(name: str, in_features: int) -> Directions:
@@ -125,4 +146,6 @@ def _main(hessian: Tensor) -> Directions:
     """The strongest directions of the true Hessian: more than any LoRA can know."""
     values, vectors = torch.linalg.eigh(hessian.double())
     rows = vectors[:, -RANK:].T.float()
-    return Directions(rows / rows.square().mean(dim=1, keepdim=True).sqrt(), (values[-RANK:] / values[-RANK:].sum()).float())
+    return Directions(
+        rows / rows.square().mean(dim=1, keepdim=True).sqrt(), (values[-RANK:] / values[-RANK:].sum()).float()
+    )

@@ -3,6 +3,7 @@
 Calibration samples with seeds from 0, judging with seeds from 1000. One step: SNR of the conditional velocity over
 steps 1, 6, 11, 16 of the unquantized model's own path. Latents: SNR after 20 steps, mean over seeds and its spread.
 """
+
 from __future__ import annotations
 
 import copy
@@ -11,33 +12,36 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from comfyui_quantpress.demo.sampler import load_conditioning, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.tiny_mmdit import TinyMMDiT
-from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.calibration import Calibration
+from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import (
     CallContext,
     CaptureSettings,
     Collector,
     Weighting,
 )
-from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.formats.base import get_format
-from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
+from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-LAYERS = r"joint_blocks\..*\.(attn|mlp)\."          # the block Linears without adaLN
+LAYERS = r"joint_blocks\..*\.(attn|mlp)\."  # the block Linears without adaLN
 STEPS, CFG, CLASSES = 20, 3.0, 10
 JUDGED_FROM, PROBED = 1000, (0, 5, 10, 15)
-METHODS = {"nearest": ("absmax", "nearest", False), "search": ("search", "nearest", False),
-           "weighted search": ("search", "nearest", True), "gptq": ("absmax", "gptq", True),
-           "weighted search + gptq": ("search", "gptq", True)}
+METHODS = {
+    "nearest": ("absmax", "nearest", False),
+    "search": ("search", "nearest", False),
+    "weighted search": ("search", "nearest", True),
+    "gptq": ("absmax", "gptq", True),
+    "weighted search + gptq": ("search", "gptq", True),
+}
 
 
 class Bench:
@@ -46,7 +50,9 @@ class Bench:
     def __init__(self, device: str, seeds: int) -> None:
         self.device = device
         weights = {name: tensor.float() for name, tensor in load_file(ASSETS / "tiny_mmdit_256.safetensors").items()}
-        self.model = TinyMMDiT(1 + max(int(name.split(".")[1]) for name in weights if name.startswith("joint_blocks.")))
+        self.model = TinyMMDiT(
+            1 + max(int(name.split(".")[1]) for name in weights if name.startswith("joint_blocks."))
+        )
         self.model.load_state_dict(weights)
         self.model = self.model.eval().requires_grad_(False).to(device)
         table = load_conditioning(ASSETS / "conditioning.safetensors")
@@ -59,8 +65,14 @@ class Bench:
         return model(x, t, self.context[rows], self.pooled[rows])
 
     @torch.inference_mode()
-    def sample(self, model: nn.Module, seed: int, labels: Sequence[int], steps: int = STEPS,
-               look: Callable[[int, float], None] | None = None) -> Tensor:
+    def sample(
+        self,
+        model: nn.Module,
+        seed: int,
+        labels: Sequence[int],
+        steps: int = STEPS,
+        look: Callable[[int, float], None] | None = None,
+    ) -> Tensor:
         """Latents [steps + 1, B, 16, 16, 16]. look: told the step and sigma before each call of the model."""
         rows = torch.tensor([*labels, *[self.null] * len(labels)], device=self.device)
         path, sigmas = [starting_noise(seed, labels).to(self.device)], simple_sigmas(steps)
@@ -91,21 +103,39 @@ class Bench:
 
     def latents_db(self, model: nn.Module) -> Tensor:
         """By seed, of its ten pictures."""
-        return torch.tensor([snr_db(relative_error(path[-1], self.sample(model, seed, range(CLASSES))[-1]))
-                             for seed, path in self.paths.items()])
+        return torch.tensor(
+            [
+                snr_db(relative_error(path[-1], self.sample(model, seed, range(CLASSES))[-1]))
+                for seed, path in self.paths.items()
+            ]
+        )
 
-    def calibrate(self, prompts: int = 40, steps: int = STEPS, rows: int = 512, weighting: Weighting | None = None,
-                  name: str = "uniform", first: int = 0, absmax_stride: int = 1, classes: int = CLASSES) -> Calibration:
+    def calibrate(
+        self,
+        prompts: int = 40,
+        steps: int = STEPS,
+        rows: int = 512,
+        weighting: Weighting | None = None,
+        name: str = "uniform",
+        first: int = 0,
+        absmax_stride: int = 1,
+        classes: int = CLASSES,
+    ) -> Calibration:
         """Pictures 0, 1, 2 ... of class 0, 1, 2 ..., as many at once as there are `classes`. first: of the seeds."""
         modules = linear_layers(self.model, LAYERS)
-        collector = Collector(modules, plan_budget({n: m.in_features for n, m in modules.items()}),
-                              CaptureSettings(seed=first, rows_per_step=rows, weighting=weighting, weighting_name=name,
-                                              absmax_stride=absmax_stride))
+        collector = Collector(
+            modules,
+            plan_budget({n: m.in_features for n, m in modules.items()}),
+            CaptureSettings(
+                seed=first, rows_per_step=rows, weighting=weighting, weighting_name=name, absmax_stride=absmax_stride
+            ),
+        )
         for start in range(0, prompts, classes):
             now = [CallContext()]
 
             def look(step: int, sigma: float) -> None:
                 now[0] = CallContext(step, sigma, ("cond", "uncond"))
+
             with collector.capture(self.model, lambda: now[0]):
                 self.sample(self.model, first + start // classes, range(min(classes, prompts - start)), steps, look)
         return collector.result()

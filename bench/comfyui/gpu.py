@@ -9,6 +9,7 @@ curve    the gain by the number of prompts and steps
 floor    the unquantized model in bf16 against float32
 Parts are independent; one that fails leaves a row and the log's end, and the next goes on. --small: a quick look that it runs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,11 @@ import timing  # noqa: E402
 from rig import Row  # noqa: E402
 
 PARTS = ("modes", "timing", "proof", "curve", "floor")
-CURVE, CURVE_STEPS, CURVE_FORMATS = (1, 2, 4, 8, 16, 40, 80), (1, 2, 4, 8), ("nvfp4", "bnb_nf4", "int8_blockwise", "float8_e4m3fn")
+CURVE, CURVE_STEPS, CURVE_FORMATS = (
+    (1, 2, 4, 8, 16, 40, 80),
+    (1, 2, 4, 8),
+    ("nvfp4", "bnb_nf4", "int8_blockwise", "float8_e4m3fn"),
+)
 
 
 def main() -> int:
@@ -38,7 +43,9 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--formats", nargs="+", default=list(proof.FORMATS))
     parser.add_argument("--prompts", type=int, default=40, help="of the proof's calibration")
-    parser.add_argument("--methods", nargs="+", default=[], choices=list(proof.METHODS), help="of the proof; nearest first")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], choices=list(proof.METHODS), help="of the proof; nearest first"
+    )
     parser.add_argument("--modes", nargs="+", default=list(modes.MODES), choices=list(modes.MODES))
     parser.add_argument("--jobs", default="", help="regular expression: only these jobs of modes")
     parser.add_argument("--small", action="store_true")
@@ -79,11 +86,14 @@ def run(part: str, args: argparse.Namespace, row: Row) -> list[BaseException]:
     if part == "timing":
         return timing.measure(args.work, row, args.small)
     if part == "proof":
-        return [error for precision in args.precision
-                for error in proof.prove(args.work, row, precision, args.formats, args.servers, size, args.methods)]
+        return [
+            error
+            for precision in args.precision
+            for error in proof.prove(args.work, row, precision, args.formats, args.servers, size, args.methods)
+        ]
     if part == "curve":
         counts, steps = ((1, 2), (1,)) if args.small else (CURVE, CURVE_STEPS)
-        return proof.curve(args.work, row, CURVE_FORMATS[:2 if args.small else 4], size, counts, steps)
+        return proof.curve(args.work, row, CURVE_FORMATS[: 2 if args.small else 4], size, counts, steps)
     return proof.floor(args.work, row, size)
 
 

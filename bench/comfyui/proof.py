@@ -4,6 +4,7 @@ Every picture is drawn by ComfyUI's KSampler; one step is a KSamplerAdvanced fro
 start from the same ones. Velocity SNR: over all pictures and probed steps together. Latent SNR: per picture after all
 steps, mean and spread. Calibration uses seeds below 1000, judging seeds from 1000 on.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -15,18 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from rig import CLASSES, MODEL, Drawing, Row, Server, in_parallel, latents, make_base, one_by_one, snr_each
 from comfyui_quantpress.demo.sampler import simple_sigmas
+from rig import CLASSES, MODEL, Drawing, Row, Server, in_parallel, latents, make_base, one_by_one, snr_each
 
-FORMATS = ("float8_e4m3fn", "float8_e4m3fn_blockwise", "int8_blockwise", "int8_rowwise", "int8_convrot", "nvfp4", "bnb_nf4",
-           "convrot_w4a4")
-SEEN = (0, 1, 2, 3, 5, 6, 7, 8)      # classes of the calibration; 4 and 9 are held out
+FORMATS = (
+    "float8_e4m3fn",
+    "float8_e4m3fn_blockwise",
+    "int8_blockwise",
+    "int8_rowwise",
+    "int8_convrot",
+    "nvfp4",
+    "bnb_nf4",
+    "convrot_w4a4",
+)
+SEEN = (0, 1, 2, 3, 5, 6, 7, 8)  # classes of the calibration; 4 and 9 are held out
 AUTO = {"scales": "auto", "rounding": "auto", "bias_correction": True}
 METHODS: dict[str, dict[str, Any]] = {
-    "nearest": {}, "search": {"scales": "search"}, "gptq": AUTO, "gptq, no bias": {**AUTO, "bias_correction": False},
-    "gptq + input scales": {**AUTO, "input_scales": True}, "gptq in order": AUTO}
-SCALE, SHIFT = 1.5305, 0.0609      # of SD3's latent format
+    "nearest": {},
+    "search": {"scales": "search"},
+    "gptq": AUTO,
+    "gptq, no bias": {**AUTO, "bias_correction": False},
+    "gptq + input scales": {**AUTO, "input_scales": True},
+    "gptq in order": AUTO,
+}
+SCALE, SHIFT = 1.5305, 0.0609  # of SD3's latent format
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +68,10 @@ class Judge:
     def graph(self, count: int, steps: int) -> tuple[Drawing, str]:
         """A graph that begins with the capture of `count` prompts; and the node of its calibration."""
         graph = Drawing(self.info)
-        capture = graph.capture(rows_per_step=128, seed=steps)      # another number of steps: another capture
-        return graph, graph.calibration(capture, graph.captured(capture, prompts(count), steps), f"cal_{steps}_{count}")
+        capture = graph.capture(rows_per_step=128, seed=steps)  # another number of steps: another capture
+        return graph, graph.calibration(
+            capture, graph.captured(capture, prompts(count), steps), f"cal_{steps}_{count}"
+        )
 
     def reference(self) -> None:
         graph, size = Drawing(self.info), self.size
@@ -74,7 +89,10 @@ class Judge:
                 latent, at = graph.part(graph.original, label, 1000 + label, size.steps, latent, at, start, 3.0), start
                 if name == "ref":
                     graph.save(latent, f"at/{label}-{start}")
-            graph.save(graph.part(model, label, 1000 + label, size.steps, latent, start, start + 1, 1.0), f"{name}/{label}-{start}")
+            graph.save(
+                graph.part(model, label, 1000 + label, size.steps, latent, start, start + 1, 1.0),
+                f"{name}/{label}-{start}",
+            )
 
     def model(self, name: str, fmt: str, method: str, count: int, steps: int) -> float:
         """Quantize in the graph that captured, draw every class, look at single steps. Returns the seconds."""
@@ -101,7 +119,9 @@ class Judge:
         for label in range(self.size.classes):
             for start in self.size.probed:
                 before = self.model_latent(f"at/{label}-{start}", start) if start else self.noise(label)
-                reference, found = (self.model_latent(f"{which}/{label}-{start}", start + 1) for which in ("ref", name))
+                reference, found = (
+                    self.model_latent(f"{which}/{label}-{start}", start + 1) for which in ("ref", name)
+                )
                 error += float((reference - found).square().sum())
                 power += float((reference - before).square().sum())
         return float(10 * torch.log10(torch.tensor(power / max(error, 1e-30))))
@@ -117,20 +137,35 @@ class Judge:
     def row(self, row: Row, name: str, nearest: str | None, **about: Any) -> None:
         """One row: SNR of the model, and its gain over the model `nearest`."""
         each = [self.pictures(name, label) for label in range(self.size.classes)]
-        values: dict[str, Any] = {"velocity_db": self.velocity_db(name), "latent_db": float(torch.cat(each).mean()),
-                                  "latent_db_std": float(torch.cat(each).std()), "pictures": torch.cat(each).numel()}
+        values: dict[str, Any] = {
+            "velocity_db": self.velocity_db(name),
+            "latent_db": float(torch.cat(each).mean()),
+            "latent_db_std": float(torch.cat(each).std()),
+            "pictures": torch.cat(each).numel(),
+        }
         if nearest:
             gains = [mine - self.pictures(nearest, label) for label, mine in enumerate(each)]
             every, unseen = torch.cat(gains), [gain for label, gain in enumerate(gains) if label not in SEEN]
-            values |= {"velocity_gain_db": values["velocity_db"] - self.velocity_db(nearest), "latent_gain_db": float(every.mean()),
-                       "latent_gain_std": float(every.std()), "worse_than_nearest": float((every < 0).double().mean()),
-                       "latent_gain_unseen_db": float(torch.cat(unseen).mean()) if unseen else None,
-                       "latent_gain_by_class_std": statistics.pstdev(float(gain.mean()) for gain in gains)}
+            values |= {
+                "velocity_gain_db": values["velocity_db"] - self.velocity_db(nearest),
+                "latent_gain_db": float(every.mean()),
+                "latent_gain_std": float(every.std()),
+                "worse_than_nearest": float((every < 0).double().mean()),
+                "latent_gain_unseen_db": float(torch.cat(unseen).mean()) if unseen else None,
+                "latent_gain_by_class_std": statistics.pstdev(float(gain.mean()) for gain in gains),
+            }
         row(**about, **values)
 
 
-def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], servers: int, size: Size,
-          chosen: Sequence[str] = ()) -> list[BaseException]:
+def prove(
+    folder: Path,
+    row: Row,
+    precision: str,
+    formats: Sequence[str],
+    servers: int,
+    size: Size,
+    chosen: Sequence[str] = (),
+) -> list[BaseException]:
     """chosen: methods, the format's own where none are. precision: bf16, as users run it; or fp32, computed in float32 with decoded weights, so that only the weights differ."""
     shards = {f"proof-{precision}-{i}": tuple(formats[i::servers]) for i in range(min(servers, len(formats)))}
 
@@ -138,8 +173,11 @@ def prove(folder: Path, row: Row, precision: str, formats: Sequence[str], server
         with server_of(folder / name, precision) as server:
             judge = Judge(server, size, decoded=precision == "fp32")
             judge.reference()
-            jobs = {f"{fmt}, {method}": partial(measured, judge, row, fmt, method, size.prompts, size.steps, precision)
-                    for fmt in mine for method in chosen or methods(fmt)}
+            jobs = {
+                f"{fmt}, {method}": partial(measured, judge, row, fmt, method, size.prompts, size.steps, precision)
+                for fmt in mine
+                for method in chosen or methods(fmt)
+            }
             errors.extend(one_by_one(jobs, row))
 
     errors: list[BaseException] = []
@@ -153,18 +191,34 @@ def methods(fmt: str) -> tuple[str, ...]:
 
 def server_of(base: Path, precision: str) -> Server:
     arguments = ("--force-fp32", "--disable-dynamic-vram") if precision == "fp32" else ()
-    return Server(make_base(base, {MODEL: Path(__file__).resolve().parents[2] / "assets/tiny_mmdit_256.safetensors"}), *arguments)
+    return Server(
+        make_base(base, {MODEL: Path(__file__).resolve().parents[2] / "assets/tiny_mmdit_256.safetensors"}), *arguments
+    )
 
 
-def measured(judge: Judge, row: Row, fmt: str, method: str, count: int, steps: int, precision: str, part: str = "proof") -> None:
+def measured(
+    judge: Judge, row: Row, fmt: str, method: str, count: int, steps: int, precision: str, part: str = "proof"
+) -> None:
     name = f"{fmt}-{method}-{count}-{steps}".replace(" ", "_").replace(",", "").replace("+", "and")
     seconds = judge.model(name, fmt, method, count, steps)
     nearest = f"{fmt}-nearest-{count}-{steps}" if part == "proof" else f"{fmt}-nearest-0-0"
-    judge.row(row, name, None if method == "nearest" else nearest, part=part, precision=precision, format=fmt, method=method,
-              prompts=count if "gptq" in method else 0, capture_steps=steps if "gptq" in method else 0, seconds=seconds)
+    judge.row(
+        row,
+        name,
+        None if method == "nearest" else nearest,
+        part=part,
+        precision=precision,
+        format=fmt,
+        method=method,
+        prompts=count if "gptq" in method else 0,
+        capture_steps=steps if "gptq" in method else 0,
+        seconds=seconds,
+    )
 
 
-def curve(folder: Path, row: Row, formats: Sequence[str], size: Size, counts: Sequence[int], steps: Sequence[int]) -> list[BaseException]:
+def curve(
+    folder: Path, row: Row, formats: Sequence[str], size: Size, counts: Sequence[int], steps: Sequence[int]
+) -> list[BaseException]:
     """gptq's gain by the number of prompts, and with size.prompts prompts by that of steps; float32, decoded weights."""
     errors: list[BaseException] = []
 
@@ -174,7 +228,9 @@ def curve(folder: Path, row: Row, formats: Sequence[str], size: Size, counts: Se
             judge.reference()
             jobs = {f"curve {fmt} nearest": partial(measured, judge, row, fmt, "nearest", 0, 0, "fp32", "curve")}
             for count, of in [*((count, size.steps) for count in counts), *((size.prompts, of) for of in steps)]:
-                jobs[f"curve {fmt} {count} x {of}"] = partial(measured, judge, row, fmt, "gptq", count, of, "fp32", "curve")
+                jobs[f"curve {fmt} {count} x {of}"] = partial(
+                    measured, judge, row, fmt, "gptq", count, of, "fp32", "curve"
+                )
             errors.extend(one_by_one(jobs, row))
 
     return errors + in_parallel({fmt: partial(shard, fmt) for fmt in formats}, row)
@@ -182,6 +238,7 @@ def curve(folder: Path, row: Row, formats: Sequence[str], size: Size, counts: Se
 
 def floor(folder: Path, row: Row, size: Size) -> list[BaseException]:
     """What computing in bf16 alone changes: the unquantized model in bf16 against itself in float32, same noise."""
+
     def job() -> None:
         judges = {}
         for precision in ("fp32", "bf16"):
@@ -189,13 +246,22 @@ def floor(folder: Path, row: Row, size: Size) -> list[BaseException]:
                 judges[precision] = Judge(server, size, decoded=False)
                 judges[precision].reference()
         one, other = judges["fp32"], judges["bf16"]
-        each = torch.cat([snr_each(latents(one.server, f"ref/{label}"), latents(other.server, f"ref/{label}"))
-                          for label in range(size.classes)])
+        each = torch.cat(
+            [
+                snr_each(latents(one.server, f"ref/{label}"), latents(other.server, f"ref/{label}"))
+                for label in range(size.classes)
+            ]
+        )
         error = power = 0.0
         for label in range(size.classes):
             reference, found = (judge.model_latent(f"ref/{label}-0", 1) for judge in (one, other))
             error += float((reference - found).square().sum())
             power += float((reference - one.noise(label)).square().sum())
-        row(part="floor", latent_db=float(each.mean()), latent_db_std=float(each.std()),
-            first_step_velocity_db=float(10 * torch.log10(torch.tensor(power / max(error, 1e-30)))))
+        row(
+            part="floor",
+            latent_db=float(each.mean()),
+            latent_db_std=float(each.std()),
+            first_step_velocity_db=float(10 * torch.log10(torch.tensor(power / max(error, 1e-30)))),
+        )
+
     return one_by_one({"floor": job}, row)

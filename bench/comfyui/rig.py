@@ -1,4 +1,5 @@
 """Servers and graphs for comfy_gpu.py: a real ComfyUI with this pack, on whatever device COMFYUI_ARGS says."""
+
 from __future__ import annotations
 
 import shutil
@@ -16,10 +17,10 @@ sys.path.insert(0, str(ROOT / "tests/comfy"))
 import comfy_server  # noqa: E402
 from comfy_server import Graph, Server  # noqa: E402
 
-comfy_server.RUN_S = 150      # a workflow of this bench takes seconds; one that hangs must not take the lease
+comfy_server.RUN_S = 150  # a workflow of this bench takes seconds; one that hangs must not take the lease
 
 MODEL = "trained_sd3"
-CLASSES, SIDE = 10, 128      # the trained model's; its pictures are SIDE x SIDE
+CLASSES, SIDE = 10, 128  # the trained model's; its pictures are SIDE x SIDE
 Row = Callable[..., None]
 
 # Two nodes for the bench alone: a model with its quantized weights decoded, so that only the weights differ; and waiting for
@@ -51,7 +52,15 @@ NODE_CLASS_MAPPINGS = {c.__name__: c for c in (QuantPressBenchDecode, QuantPress
 def make_base(folder: Path, models: Mapping[str, Path]) -> Path:
     """A base folder with the pack, the bench's nodes, and links to the models (name without ending -> file)."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("custom_nodes/bench_nodes", "models/diffusion_models", "models/loras", "input", "output", "temp", "user"):
+    for name in (
+        "custom_nodes/bench_nodes",
+        "models/diffusion_models",
+        "models/loras",
+        "input",
+        "output",
+        "temp",
+        "user",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "custom_nodes" / "ComfyUI-QuantPress").symlink_to(ROOT)
     (folder / "custom_nodes/bench_nodes/__init__.py").write_text(NODES, "utf-8")
@@ -64,7 +73,9 @@ class Drawing(Graph):
     """Graphs of the trained model, whose node ids agree as long as they begin with the same calls, so that ComfyUI's cache
     keeps what an earlier graph of the same beginning made. info: /object_info, for the defaults of our nodes' inputs."""
 
-    def __init__(self, info: Mapping[str, Any], model: str = MODEL, side: int = SIDE, kind: str = "demo shapes") -> None:
+    def __init__(
+        self, info: Mapping[str, Any], model: str = MODEL, side: int = SIDE, kind: str = "demo shapes"
+    ) -> None:
         super().__init__()
         self.info, self.side, self.kind = info, side, kind
         self.original = self.unet(f"{model}.safetensors")
@@ -87,20 +98,46 @@ class Drawing(Graph):
 
     def positive(self, label: int) -> str:
         if label not in self._positive:
-            self._positive[label] = self.add("QuantPressTestConditioning", model=(self.original, 0), kind=self.kind, seed=label)
+            self._positive[label] = self.add(
+                "QuantPressTestConditioning", model=(self.original, 0), kind=self.kind, seed=label
+            )
         return self._positive[label]
 
     def draw(self, model: str, label: int, seed: int, steps: int, batch: int = 1) -> str:
-        return self.add("KSampler", model=(model, 0), positive=(self.positive(label), 0), negative=(self.negative, 0),
-                        latent_image=(self.empty(batch), 0), seed=seed, steps=steps, cfg=3.0, sampler_name="euler",
-                        scheduler="simple", denoise=1.0)
+        return self.add(
+            "KSampler",
+            model=(model, 0),
+            positive=(self.positive(label), 0),
+            negative=(self.negative, 0),
+            latent_image=(self.empty(batch), 0),
+            seed=seed,
+            steps=steps,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
 
-    def part(self, model: str, label: int, seed: int, steps: int, latent: str, start: int, end: int, cfg: float) -> str:
+    def part(
+        self, model: str, label: int, seed: int, steps: int, latent: str, start: int, end: int, cfg: float
+    ) -> str:
         """Steps start to end - 1 of `steps`, from a latent that earlier steps left."""
-        return self.add("KSamplerAdvanced", model=(model, 0), positive=(self.positive(label), 0), negative=(self.negative, 0),
-                        latent_image=(latent, 0), add_noise="disable" if start else "enable", noise_seed=seed, steps=steps,
-                        cfg=cfg, sampler_name="euler", scheduler="simple", start_at_step=start, end_at_step=end,
-                        return_with_leftover_noise="enable")
+        return self.add(
+            "KSamplerAdvanced",
+            model=(model, 0),
+            positive=(self.positive(label), 0),
+            negative=(self.negative, 0),
+            latent_image=(latent, 0),
+            add_noise="disable" if start else "enable",
+            noise_seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler_name="euler",
+            scheduler="simple",
+            start_at_step=start,
+            end_at_step=end,
+            return_with_leftover_noise="enable",
+        )
 
     def save(self, latent: str, name: str) -> str:
         return self.add("SaveLatent", samples=(latent, 0), filename_prefix=name)
@@ -122,7 +159,9 @@ class Drawing(Graph):
         return collected
 
     def quantized(self, source: str, **recipe: Any) -> str:
-        return self.add("QuantPressQuantize", source=(source, 0), **{"scales": "absmax", "rounding": "nearest", **recipe})
+        return self.add(
+            "QuantPressQuantize", source=(source, 0), **{"scales": "absmax", "rounding": "nearest", **recipe}
+        )
 
     def load(self, quantized: str, decoded: bool = False) -> str:
         model = self.add("QuantPressLoadQuantized", quantized=(quantized, 0))
@@ -166,6 +205,7 @@ def one_by_one(jobs: Mapping[str, Callable[[], None]], row: Row) -> list[BaseExc
 def _said(name: str, error: BaseException | None, row: Row) -> BaseException | None:
     if error is not None:
         import traceback
+
         traceback.print_exception(error, file=sys.stderr)
         row(failed=name, error=f"{type(error).__name__}: {str(error)[:600]}")
     return error

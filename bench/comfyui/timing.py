@@ -1,4 +1,5 @@
 """How much slower a sampling is while it is watched, in ComfyUI: a Flux of real widths with random weights, 1024 x 1024."""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,14 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rig import MODEL, ROOT, Drawing, Row, Server, make_base, one_by_one
 from comfy_server import COMFYUI, PYTHON
+from rig import MODEL, ROOT, Drawing, Row, Server, make_base, one_by_one
 
 LARGE = "random_large"
 WAYS: dict[str, dict[str, Any] | None] = {
-    "plain": None, "no Hessians": {"hessians": False, "device_gb": 16.0}, "Hessians": {"hessians": True, "device_gb": 16.0},
+    "plain": None,
+    "no Hessians": {"hessians": False, "device_gb": 16.0},
+    "Hessians": {"hessians": True, "device_gb": 16.0},
     "Hessians, 32 rows": {"hessians": True, "device_gb": 16.0, "rows_per_step": 32},
-    "Hessians, defaults": {"hessians": True}, "plain again": None}
+    "Hessians, defaults": {"hessians": True},
+    "plain again": None,
+}
 MODES = {"default": (), "no dynamic vram": ("--disable-dynamic-vram",)}
 
 BUILD = """
@@ -43,8 +48,14 @@ print(sum(v.numel() for v in state.values()))
 
 def build(target: Path, width: int, single: int) -> int:
     """Numbers in the model."""
-    done = subprocess.run([str(PYTHON), "-c", BUILD, str(COMFYUI), str(target), str(width), str(single)], cwd=COMFYUI, check=False,
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [str(PYTHON), "-c", BUILD, str(COMFYUI), str(target), str(width), str(single)],
+        cwd=COMFYUI,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     if done.returncode:
         raise RuntimeError(f"building the large model failed:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
@@ -61,33 +72,54 @@ def measure(folder: Path, row: Row, small: bool) -> list[BaseException]:
     return one_by_one(jobs, row)
 
 
-def _mode(folder: Path, row: Row, mode: str, arguments: tuple[str, ...], target: Path, side: int, steps: tuple[int, int]) -> None:
-    base = make_base(folder / f"timing-{mode.replace(' ', '-')}", {LARGE: target, MODEL: ROOT / "assets/tiny_mmdit_256.safetensors"})
+def _mode(
+    folder: Path, row: Row, mode: str, arguments: tuple[str, ...], target: Path, side: int, steps: tuple[int, int]
+) -> None:
+    base = make_base(
+        folder / f"timing-{mode.replace(' ', '-')}", {LARGE: target, MODEL: ROOT / "assets/tiny_mmdit_256.safetensors"}
+    )
     with Server(base, *arguments) as server:
         info = server.call("/object_info")
         for model, edge, kind in ((LARGE, side, "noise"), (MODEL, 128, "demo shapes")):
             _ways(server, info, row, mode, model, edge, kind, steps)
 
 
-def _ways(server: Server, info: Any, row: Row, mode: str, model: str, side: int, kind: str, steps: tuple[int, int]) -> None:
+def _ways(
+    server: Server, info: Any, row: Row, mode: str, model: str, side: int, kind: str, steps: tuple[int, int]
+) -> None:
     """Whole runs, and per step that of a long run less a short one; medians of three; the ways take turns."""
     drawn: dict[str, list[float]] = {way: [] for way in WAYS}
     whole: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(4):      # the first one loads and warms up
+    for turn in range(4):  # the first one loads and warms up
         for way, settings in WAYS.items():
-            seconds = [_sample(server, info, model, side, kind, settings, count, 100 * turn + count + list(WAYS).index(way))
-                       for count in steps]
+            seconds = [
+                _sample(server, info, model, side, kind, settings, count, 100 * turn + count + list(WAYS).index(way))
+                for count in steps
+            ]
             if turn:
                 drawn[way].append((seconds[1] - seconds[0]) / (steps[1] - steps[0]) * 1e3)
                 whole[way].append(seconds[1])
     plain, plain_run = (median(times["plain"] + times["plain again"]) for times in (drawn, whole))
     for way, times in drawn.items():
-        row(what="timing", mode=mode, model=model, side=side, way=way, ms_per_step=median(times), least=min(times), most=max(times),
-            slowdown_percent=(median(times) / plain - 1) * 100, steps=steps[1], run_s=median(whole[way]),
-            run_slowdown_percent=(median(whole[way]) / plain_run - 1) * 100)
+        row(
+            what="timing",
+            mode=mode,
+            model=model,
+            side=side,
+            way=way,
+            ms_per_step=median(times),
+            least=min(times),
+            most=max(times),
+            slowdown_percent=(median(times) / plain - 1) * 100,
+            steps=steps[1],
+            run_s=median(whole[way]),
+            run_slowdown_percent=(median(whole[way]) / plain_run - 1) * 100,
+        )
 
 
-def _sample(server: Server, info: Any, model: str, side: int, kind: str, settings: dict[str, Any] | None, steps: int, seed: int) -> float:
+def _sample(
+    server: Server, info: Any, model: str, side: int, kind: str, settings: dict[str, Any] | None, steps: int, seed: int
+) -> float:
     """Seconds that the sampler ran; another seed each time, so that nothing is cached."""
     graph = Drawing(info, model, side, kind)
     node = graph.original if settings is None else graph.capture(**settings)

@@ -4,6 +4,7 @@ Synthetic layers: Student-t weights (5 degrees of freedom) with outlier rows and
 Student-t factors plus noise, with 8 strong channels; the share of noise decides how much any error feedback can gain.
 Trained models: every Linear that runs, with the inputs it sees. Calibration and judging never share a text or a seed.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import minilm as encoder
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from comfyui_quantpress.demo.sampler import load_conditioning, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.tiny_mmdit import TinyMMDiT
 from comfyui_quantpress.quant_core.policy.recipe import Evidence
-
-import minilm as encoder
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-NOISE = 0.15     # with it plain GPTQ gains what it does on the inputs of the project's reference measurements, about 0.3 x
+NOISE = (
+    0.15  # with it plain GPTQ gains what it does on the inputs of the project's reference measurements, about 0.3 x
+)
 JUDGED_ROWS, BIAS_ROWS, ROWS_PER_CALL = 1024, 256, 64
-_PASSAGES = {"calibrate": (False, 192), "tune": (True, 32), "judge": (True, 64)}     # odd topics?, how many
+_PASSAGES = {"calibrate": (False, 192), "tune": (True, 32), "judge": (True, 64)}  # odd topics?, how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def synthetic(n: int, k: int, rows: int, device: str, seed: int = 0) -> Layer:
     """A layer of the setting above; the same for the same seed and device."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
-    some = lambda count, of: torch.randperm(of, generator=generator, device=device)[:max(1, count)]  # noqa: E731
+    some = lambda count, of: torch.randperm(of, generator=generator, device=device)[: max(1, count)]  # noqa: E731
 
     def student(*size: int) -> Tensor:
         return normal(*size) / (sum(normal(*size).square_() for _ in range(5)) / 5).sqrt_()
@@ -84,6 +85,7 @@ def _by_seed(sample: Callable[[int], Any]) -> Callable[[str], None]:
     def run(purpose: str) -> None:
         for seed in seeds[purpose]:
             sample(seed)
+
     return run
 
 
@@ -103,7 +105,7 @@ def demo_model(device: str) -> Trained:
         sigmas = simple_sigmas(20)
         for now, after in zip(sigmas, sigmas[1:]):
             t = torch.full((len(labels),), now * 1000, device=device)
-            with torch.device(device):                                   # the model's constants
+            with torch.device(device):  # the model's constants
                 wanted, plain = model(x, t, context[labels], pooled[labels]), model(x, t, context[null], pooled[null])
             x = x + (after - now) * (plain + 3.0 * (wanted - plain))
 
@@ -118,8 +120,15 @@ def other_model(folder: Path, name: str, device: str) -> Trained:
     model = code.load_mmdit(str(folder / f"{name}.safetensors")).to(device)
     decoder = code.load_autoencoder(str(folder / "tiny_taesd.safetensors")).to(device)
     table = load_file(folder / "conditioning.safetensors")
-    return Trained(name, model, _by_seed(lambda seed: code.sample(
-        model, decoder, (table["pooled"], table["context"]), device, per_class=1, seed=seed, cfg=3)))
+    return Trained(
+        name,
+        model,
+        _by_seed(
+            lambda seed: code.sample(
+                model, decoder, (table["pooled"], table["context"]), device, per_class=1, seed=seed, cfg=3
+            )
+        ),
+    )
 
 
 def minilm(folder: Path, device: str) -> Trained:
@@ -134,7 +143,7 @@ def minilm(folder: Path, device: str) -> Trained:
         odd, count = _PASSAGES[purpose]
         # Of the odd topics the first passages tune, the last judge.
         tokens = encoder.passages(home, odd)
-        tokens = tokens[:len(tokens) // 2] if purpose == "tune" else tokens[len(tokens) // 2 * odd:]
+        tokens = tokens[: len(tokens) // 2] if purpose == "tune" else tokens[len(tokens) // 2 * odd :]
         encoder.read(model, tokens[torch.linspace(0, len(tokens) - 1, count).long()])
 
     return Trained("minilm", model, run)
@@ -163,8 +172,11 @@ def observed(model: nn.Module, run: Callable[[], None]) -> dict[str, Seen]:
         now.parts.append(x[torch.randperm(len(x), generator=generator)[:ROWS_PER_CALL].to(x.device)])
         now.count += len(x)
 
-    handles = [module.register_forward_pre_hook(lambda m, args, name=name: watch(name, m, args))
-               for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: watch(name, m, args))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     run()
     for handle in handles:
         handle.remove()
@@ -183,7 +195,16 @@ def layers_of(trained: Trained, stride: int = 1) -> Iterator[Layer]:
     for index, (name, seen) in enumerate(looks["calibrate"].items()):
         if index % stride == 0:
             module = trained.model.get_submodule(name)
-            evidence = Evidence(hessian=seen.total / seen.count, mean=seen.mean / seen.count, count=seen.count,
-                                rows=rows(name, "tune", BIAS_ROWS))
-            yield Layer(f"{trained.name}.{name}", module.weight.detach(), evidence, rows(name, "judge", JUDGED_ROWS),
-                        None if module.bias is None else module.bias.detach())
+            evidence = Evidence(
+                hessian=seen.total / seen.count,
+                mean=seen.mean / seen.count,
+                count=seen.count,
+                rows=rows(name, "tune", BIAS_ROWS),
+            )
+            yield Layer(
+                f"{trained.name}.{name}",
+                module.weight.detach(),
+                evidence,
+                rows(name, "judge", JUDGED_ROWS),
+                None if module.bias is None else module.bias.detach(),
+            )

@@ -8,6 +8,7 @@ The text is Python's own language reference, which every installation carries. E
 Architecture: BERT, arXiv 1810.04805; six layers, 384 wide, 12 heads. Words are split by WordPiece with the package's
 own vocabulary.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-LENGTH, BATCH = 128, 4          # tokens per passage, passages read at once
-_LONGEST_WORD = 100              # characters; longer ones are unknown
+LENGTH, BATCH = 128, 4  # tokens per passage, passages read at once
+_LONGEST_WORD = 100  # characters; longer ones are unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,18 @@ class BertLayer(nn.Module):
     def __init__(self, size: BertSize) -> None:
         super().__init__()
         self.heads, width = size.heads, size.hidden
-        projection = lambda: nn.ModuleDict({"dense": nn.Linear(width, width),  # noqa: E731
-                                            "LayerNorm": nn.LayerNorm(width, size.eps)})
-        self.attention = nn.ModuleDict({
-            "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
-            "output": projection()})
+        projection = lambda: nn.ModuleDict(
+            {
+                "dense": nn.Linear(width, width),  # noqa: E731
+                "LayerNorm": nn.LayerNorm(width, size.eps),
+            }
+        )
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
+                "output": projection(),
+            }
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, size.inner)})
         self.output = projection()
         self.output["dense"] = nn.Linear(size.inner, width)
@@ -66,16 +74,20 @@ class Encoder(nn.Module):
 
     def __init__(self, size: BertSize, vocabulary: int, positions: int) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(vocabulary, size.hidden),
-            "position_embeddings": nn.Embedding(positions, size.hidden),
-            "token_type_embeddings": nn.Embedding(2, size.hidden), "LayerNorm": nn.LayerNorm(size.hidden, size.eps)})
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(vocabulary, size.hidden),
+                "position_embeddings": nn.Embedding(positions, size.hidden),
+                "token_type_embeddings": nn.Embedding(2, size.hidden),
+                "LayerNorm": nn.LayerNorm(size.hidden, size.eps),
+            }
+        )
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(size) for _ in range(size.layers))})
 
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.embeddings
         x = table["word_embeddings"](tokens) + table["token_type_embeddings"].weight[0]
-        x = table["LayerNorm"](x + table["position_embeddings"].weight[:tokens.shape[1]])
+        x = table["LayerNorm"](x + table["position_embeddings"].weight[: tokens.shape[1]])
         for layer in self.encoder["layer"]:
             x = layer(x)
         return x
@@ -84,8 +96,13 @@ class Encoder(nn.Module):
 def load_encoder(folder: Path) -> Encoder:
     """float32, from the folder that holds config.json and model.safetensors. The pooler, which is never run, is left out."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    size = BertSize(config["hidden_size"], config["intermediate_size"], config["num_attention_heads"],
-                    config["num_hidden_layers"], config["layer_norm_eps"])
+    size = BertSize(
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_attention_heads"],
+        config["num_hidden_layers"],
+        config["layer_norm_eps"],
+    )
     model = Encoder(size, config["vocab_size"], config["max_position_embeddings"])
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict({name: weights[name].float() for name in model.state_dict()})
@@ -130,10 +147,14 @@ def passages(folder: Path, odd: bool) -> Tensor:
     """int64 [P, LENGTH]: every second topic cut into full passages, so that none needs padding."""
     names = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocabulary = {name: index for index, name in enumerate(names) if name}
-    stream = [piece for topic in sorted(topics.topics)[odd::2] for word in words(topics.topics[topic])
-              for piece in pieces(word, vocabulary)]
+    stream = [
+        piece
+        for topic in sorted(topics.topics)[odd::2]
+        for word in words(topics.topics[topic])
+        for piece in pieces(word, vocabulary)
+    ]
     inner = LENGTH - 2
-    whole = torch.tensor(stream[:len(stream) // inner * inner]).view(-1, inner)
+    whole = torch.tensor(stream[: len(stream) // inner * inner]).view(-1, inner)
     edge = lambda name: torch.full((len(whole), 1), vocabulary[name])  # noqa: E731
     return torch.cat([edge("[CLS]"), whole, edge("[SEP]")], dim=1)
 

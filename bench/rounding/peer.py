@@ -8,6 +8,7 @@ Each layer becomes a file with this one weight, which the tool's own command con
 prodigy, 4000 iterations). `seconds` is the conversion alone, file to file, in a process that has converted a small
 layer to the same format before. Its bias correction is left out: the weight is judged, as all the others are.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
+from comfyui_quantpress.quant_core.stored.layers import stored_layers
+from layers import Layer, errors_of
 from safetensors.torch import save_file
 from torch import Tensor
-
-from comfyui_quantpress.quant_core.stored.layers import stored_layers
-from comfyui_quantpress.quant_core.checkpoint.source import open_source
-
-from layers import Layer, errors_of
 
 # Our format: the options with which its command writes it.
 OPTIONS = {
@@ -38,7 +37,7 @@ OPTIONS = {
     "nvfp4": ["--nvfp4"],
 }
 METHOD = "peer learned"
-_SMALL = 256             # side of the layer that warms up
+_SMALL = 256  # side of the layer that warms up
 # Runs in a process of its own, with the peer on its path. One line of JSON jobs comes in, one file of seconds goes out.
 _DRIVER = """
 import json, sys, time
@@ -72,18 +71,35 @@ def measure_peer(layer: Layer, formats: list[str], peer: Path) -> Iterator[dict[
         folder = Path(scratch)
         save_file({"layer.weight": layer.weight.float().cpu().contiguous()}, folder / "input.safetensors")
         save_file({"layer.weight": torch.randn(_SMALL, _SMALL)}, folder / "small.safetensors")
-        jobs = [(_arguments(folder / "small.safetensors", folder / "warm.safetensors", name) + ["--num_iter", "20"],
-                 _arguments(folder / "input.safetensors", folder / f"{name}.safetensors", name)) for name in known]
+        jobs = [
+            (
+                _arguments(folder / "small.safetensors", folder / "warm.safetensors", name) + ["--num_iter", "20"],
+                _arguments(folder / "input.safetensors", folder / f"{name}.safetensors", name),
+            )
+            for name in known
+        ]
         path = os.pathsep.join(filter(None, [str(peer.resolve()), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run([sys.executable, "-c", _DRIVER, json.dumps(jobs), str(folder / "seconds.json")],
-                              env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", _DRIVER, json.dumps(jobs), str(folder / "seconds.json")],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         timings = folder / "seconds.json"
         seconds = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else []
         for name, took in zip(known, [*seconds, *[None] * len(known)]):
-            row: dict[str, Any] = {"layer": layer.name, "shape": list(layer.weight.shape), "format": name, "method": METHOD}
+            row: dict[str, Any] = {
+                "layer": layer.name,
+                "shape": list(layer.weight.shape),
+                "format": name,
+                "method": METHOD,
+            }
             output = folder / f"{name}.safetensors"
             if took is None or not output.exists():
-                last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+                last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[
+                    -1
+                ]
                 yield row | {"failed": last}
             else:
                 yield row | {"seconds": took, "notes": [], **_judged(layer, output)}
@@ -97,5 +113,7 @@ def _judged(layer: Layer, path: Path) -> dict[str, float]:
     with open_source(path) as src:
         decoded: Tensor = stored_layers(src)["layer"].decode(src).to(layer.weight.device)
     output, error = errors_of(layer, decoded)
-    return {"weight_error": float((decoded - layer.weight).norm() / layer.weight.norm()),
-            "output_error": float(error / output)}
+    return {
+        "weight_error": float((decoded - layer.weight).norm() / layer.weight.norm()),
+        "output_error": float(error / output),
+    }

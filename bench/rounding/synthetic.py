@@ -9,6 +9,7 @@
 Where the layers come from: layers.py. The public tool's learned rounding on the same layers: peer.py.
 `output_error` is |X (W - Wq)^T| / |X W^T| on held-out rows; `ratio` compares it with round-to-nearest in the same run.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,15 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
-
 from layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic
 from peer import measure_peer
 from summary import table
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,15 @@ METHODS = {
 }
 QUICK = ("nearest", "search", "weighted search", "gptq plain", "gptq")
 # A 12-billion-parameter DiT of FLUX's shape: 19 double and 38 single blocks, 3072 wide (fused qkv and mlp).
-FLUX = {(9216, 3072): 38, (3072, 3072): 38, (12288, 3072): 38, (3072, 12288): 38, (18432, 3072): 38,
-        (21504, 3072): 38, (3072, 15360): 38}
+FLUX = {
+    (9216, 3072): 38,
+    (3072, 3072): 38,
+    (12288, 3072): 38,
+    (3072, 12288): 38,
+    (18432, 3072): 38,
+    (21504, 3072): 38,
+    (3072, 15360): 38,
+}
 
 
 def synchronize(device: str) -> None:
@@ -95,12 +101,21 @@ def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, 
     peak = _peak_bytes(layer, recipe, evidence, bias) if device.startswith("cuda") else 0
     decoded = recipe.format.for_shape(shape).dequantize(result.tensors, shape)
     output, error = errors_of(layer, decoded, None if result.bias is None else result.bias - layer.bias)
-    return {"layer": layer.name, "shape": list(shape), "format": fmt_name, "method": method, "data": how.data, "seconds": min(seconds),
-            "weight_error": float((decoded - layer.weight).norm() / layer.weight.norm()),
-            "output_error": float(error / output), "notes": list(result.notes),
-            "objective": result.judgement.objective, "fell_back": result.judgement.fell_back,
-            "learned_ratio": _own_ratio(result.judgement),
-            "peak_weight_copies": peak / (4 * layer.weight.numel()) if peak else None}
+    return {
+        "layer": layer.name,
+        "shape": list(shape),
+        "format": fmt_name,
+        "method": method,
+        "data": how.data,
+        "seconds": min(seconds),
+        "weight_error": float((decoded - layer.weight).norm() / layer.weight.norm()),
+        "output_error": float(error / output),
+        "notes": list(result.notes),
+        "objective": result.judgement.objective,
+        "fell_back": result.judgement.fell_back,
+        "learned_ratio": _own_ratio(result.judgement),
+        "peak_weight_copies": peak / (4 * layer.weight.numel()) if peak else None,
+    }
 
 
 def _peak_bytes(layer: Layer, recipe: Recipe, evidence: Evidence, bias: Tensor | None) -> int:
@@ -119,10 +134,20 @@ def _own_ratio(judgement: Any) -> float | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parents[1]).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    ).stdout.strip()
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"machine": name, "torch": torch.__version__, "commit": commit or "unknown", "threads": torch.get_num_threads()}
+    return {
+        "machine": name,
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def run(layers: Iterator[Layer], args: argparse.Namespace, about: dict[str, Any]) -> list[dict]:
@@ -131,12 +156,19 @@ def run(layers: Iterator[Layer], args: argparse.Namespace, about: dict[str, Any]
     for layer in layers:
         formats = [name for name in args.formats if get_format(name).problem(tuple(layer.weight.shape)) is None]
         nearest = {name: measure(layer, name, "nearest", args.repeat) for name in formats}
-        others = (measure(layer, name, method, args.repeat) for name in formats for method in args.methods if method != "nearest")
+        others = (
+            measure(layer, name, method, args.repeat)
+            for name in formats
+            for method in args.methods
+            if method != "nearest"
+        )
         for row in chain(nearest.values(), others, measure_peer(layer, formats, args.peer) if args.peer else ()):
             base = nearest[row["format"]]
             if "failed" not in row:
-                row |= {f"{key}_ratio": row[f"{key}_error"] / base[f"{key}_error"] if base[f"{key}_error"] else None
-                        for key in ("output", "weight")} | {"nearest_output_error": base["output_error"]}
+                row |= {
+                    f"{key}_ratio": row[f"{key}_error"] / base[f"{key}_error"] if base[f"{key}_error"] else None
+                    for key in ("output", "weight")
+                } | {"nearest_output_error": base["output_error"]}
                 rows.append(row)
             print(json.dumps(about | row), flush=True)
     return rows
@@ -181,9 +213,13 @@ def main() -> None:
     else:
         if args.what == "minilm" and args.minilm is None:
             parser.error("minilm needs --minilm FOLDER")
-        models = ([minilm(args.minilm, args.device)] if args.what == "minilm" else
-                  [other_model(args.models, name, args.device) for name in args.names] if args.models else
-                  [demo_model(args.device)])
+        models = (
+            [minilm(args.minilm, args.device)]
+            if args.what == "minilm"
+            else [other_model(args.models, name, args.device) for name in args.names]
+            if args.models
+            else [demo_model(args.device)]
+        )
         layers = (layer for model in models for layer in layers_of(model, args.stride))
     table(run(layers, args, about), args.what == "synthetic")
 

@@ -9,6 +9,7 @@ the cache. relative_error: against the float32 product with the same stored weig
 
     python bench/speed/layouts.py [--out rows.jsonl] [--routes]
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,20 +23,29 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
-
 from comfyui_quantpress.layouts import ability, register_layouts, tensor_of_layer
 from comfyui_quantpress.layouts import linear as maths
 from comfyui_quantpress.layouts.capability import kernels_read
 from comfyui_quantpress.quant_core.formats.base import Format, all_formats
+from torch import Tensor
+from torch.nn.functional import linear
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-SHAPES = [(1, 3072, 3072), (16, 3072, 3072), (256, 12288, 3072), (4096, 3072, 3072), (4096, 12288, 3072),
-          (16384, 12288, 3072)] if CUDA else [(1, 256, 256), (64, 512, 256)]
+SHAPES = (
+    [
+        (1, 3072, 3072),
+        (16, 3072, 3072),
+        (256, 12288, 3072),
+        (4096, 3072, 3072),
+        (4096, 12288, 3072),
+        (16384, 12288, 3072),
+    ]
+    if CUDA
+    else [(1, 256, 256), (64, 512, 256)]
+)
 NATIVE = ("float8_e4m3fn", "int8_rowwise", "convrot_w4a4")
-CACHE_BYTES = 128 << 20      # twice an H200's L2
+CACHE_BYTES = 128 << 20  # twice an H200's L2
 
 
 def median_ms(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> float:
@@ -68,12 +78,15 @@ def inputs_of(m: int, k: int) -> list[Tensor]:
     count = max(2, min(16, CACHE_BYTES // (m * k * 2) + 1))
     generator = torch.Generator(device=DEVICE).manual_seed(0)
     strong = torch.ones(k, device=DEVICE)
-    strong[::k // 8] = 8.0
-    return [(torch.randn((m, k), generator=generator, device=DEVICE) * strong).to(torch.bfloat16) for _ in range(count)]
+    strong[:: k // 8] = 8.0
+    return [
+        (torch.randn((m, k), generator=generator, device=DEVICE) * strong).to(torch.bfloat16) for _ in range(count)
+    ]
 
 
-def our_routes(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int], m: int,
-               every: bool) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def our_routes(
+    fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int], m: int, every: bool
+) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     qt = tensor_of_layer(fmt, tensors, shape, torch.bfloat16)
     weight = maths.weight_of(fmt.name, qt._qdata, qt._params)
     able = ability(qt._qdata.device)
@@ -92,6 +105,7 @@ def our_routes(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int], 
 
 def kitchen_route(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     from comfy_kitchen.tensor import QuantizedTensor
+
     qt = tensor_of_layer(fmt, tensors, shape, torch.bfloat16)
     if fmt.name != "float8_e4m3fn":
         return lambda x: linear(x, qt)
@@ -101,6 +115,7 @@ def kitchen_route(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, int
 
 def bitsandbytes_route(w: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     import bitsandbytes as bnb
+
     packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
     stored = bnb.functional.dequantize_4bit(packed, state).float()
     return lambda x: bnb.matmul_4bit(x, packed.t(), quant_state=state), stored
@@ -108,15 +123,21 @@ def bitsandbytes_route(w: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
 
 def measure(shape: tuple[int, int, int], every: bool) -> Iterator[dict[str, object]]:
     m, n, k = shape
-    w = (torch.randn((n, k), generator=torch.Generator(device=DEVICE).manual_seed(1), device=DEVICE) * 0.02).to(torch.bfloat16)
+    w = (torch.randn((n, k), generator=torch.Generator(device=DEVICE).manual_seed(1), device=DEVICE) * 0.02).to(
+        torch.bfloat16
+    )
     inputs = inputs_of(m, k)
     probe = inputs[0][:256]
 
     def row(name: str, route: str, call: Callable[[Tensor], Tensor], stored: Tensor) -> dict[str, object]:
         want = probe.float() @ stored.float().t()
         got = call(inputs[0])[:256].float()
-        return {"format": name, "route": route, "ms": round(median_ms(call, inputs), 4),
-                "relative_error": round(float((got - want).norm() / want.norm()), 5)}
+        return {
+            "format": name,
+            "route": route,
+            "ms": round(median_ms(call, inputs), 4),
+            "relative_error": round(float((got - want).norm() / want.norm()), 5),
+        }
 
     yield row("bfloat16", "F.linear", lambda x: linear(x, w), w)
     for fmt in all_formats():
@@ -149,7 +170,9 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the rows to this file too")
-    parser.add_argument("--routes", action="store_true", help="time every kernel that can run the shape, not only the chosen one")
+    parser.add_argument(
+        "--routes", action="store_true", help="time every kernel that can run the shape, not only the chosen one"
+    )
     parser.add_argument("--commit", help="the commit to record, where this copy has no git history")
     arguments = parser.parse_args()
     register_layouts()

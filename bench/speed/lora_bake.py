@@ -7,6 +7,7 @@ to the weight. Each row: how far the weight that runs is from weight + LoRA, as 
   beside     decode(quantize(w)) + lora: a loader that keeps the sum in 16 bits, slower and larger
 Run: python bench/speed/lora_bake.py
 """
+
 import json
 import math
 import subprocess
@@ -23,14 +24,30 @@ RANK = 16
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     with open_source(MODEL) as src:
-        weights = {name: src.read(name).float() for name, info in src.tensors.items()
-                   if len(info.shape) == 2 and name_rule(name.removesuffix(".weight")) is None}
+        weights = {
+            name: src.read(name).float()
+            for name, info in src.tensors.items()
+            if len(info.shape) == 2 and name_rule(name.removesuffix(".weight")) is None
+        }
     for size in (0.02, 0.1):
         for fmt in all_formats():
-            print(json.dumps({"bench": "lora_bake", "commit": commit, "model": MODEL.name, "format": fmt.name,
-                              "lora_size": size, **compare(fmt, weights, size)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "bench": "lora_bake",
+                        "commit": commit,
+                        "model": MODEL.name,
+                        "format": fmt.name,
+                        "lora_size": size,
+                        **compare(fmt, weights, size),
+                    }
+                ),
+                flush=True,
+            )
 
 
 def compare(fmt, weights: dict[str, torch.Tensor], size: float) -> dict[str, float]:
@@ -42,7 +59,9 @@ def compare(fmt, weights: dict[str, torch.Tensor], size: float) -> dict[str, flo
             continue
         fitting = fmt.for_shape(tuple(w.shape))
         generator = torch.Generator().manual_seed(seed)
-        change = torch.randn(w.shape[0], RANK, generator=generator) @ torch.randn(RANK, w.shape[1], generator=generator)
+        change = torch.randn(w.shape[0], RANK, generator=generator) @ torch.randn(
+            RANK, w.shape[1], generator=generator
+        )
         change *= size * w.norm() / change.norm()
         target = w + change
 
@@ -54,7 +73,10 @@ def compare(fmt, weights: dict[str, torch.Tensor], size: float) -> dict[str, flo
             errors[way] += float((got - target).double().square().sum())
         total += float(target.double().square().sum())
         layers += 1
-    return {"layers": layers, **{f"{way}_db": round(10 * math.log10(total / error), 2) for way, error in errors.items()}}
+    return {
+        "layers": layers,
+        **{f"{way}_db": round(10 * math.log10(total / error), 2) for way, error in errors.items()},
+    }
 
 
 if __name__ == "__main__":

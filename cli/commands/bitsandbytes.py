@@ -1,4 +1,5 @@
 """`quantpress bitsandbytes` and `quantpress requantize`: other tools' structures, and other formats."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,12 +15,18 @@ from ..shared.wording import named_flag
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("bitsandbytes", help="write NF4 and FP4 layers as bitsandbytes does, or read them",
-                                 description="export: NF4 and FP4 layers in bitsandbytes' structure, byte for byte as it writes "
-                                             "them. import: the way back.", epilog=rewriting.EXIT_CODES)
+    parser = commands.add_parser(
+        "bitsandbytes",
+        help="write NF4 and FP4 layers as bitsandbytes does, or read them",
+        description="export: NF4 and FP4 layers in bitsandbytes' structure, byte for byte as it writes "
+        "them. import: the way back.",
+        epilog=rewriting.EXIT_CODES,
+    )
     parser.add_argument("direction", choices=("export", "import"))
     rewriting.add_arguments(parser)
-    parser.add_argument("--nested", action="store_true", help="export: quantize the scales as well (compress_statistics)")
+    parser.add_argument(
+        "--nested", action="store_true", help="export: quantize the scales as well (compress_statistics)"
+    )
     parser.set_defaults(run=run)
     _add_requantize(commands)
 
@@ -36,22 +43,35 @@ def run(args: argparse.Namespace) -> int:
         if args.direction == "import" and not holds_bitsandbytes(src):
             raise RequestError(f"{args.input}: {nothing_to_import(src)} Nothing was written.")
         rewrite = migrate(src) if args.direction == "import" else export_bitsandbytes(src, nested=args.nested)
-        return rewriting.finish(rewrite, args, f"{args.direction}ing",
-                                nothing="its layers are stored in bitsandbytes' way already; use it as it is.")
+        return rewriting.finish(
+            rewrite,
+            args,
+            f"{args.direction}ing",
+            nothing="its layers are stored in bitsandbytes' way already; use it as it is.",
+        )
 
 
 def _add_requantize(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("requantize", help="turn a quantized file into another format",
-                                 description="Decode each quantized layer with its own scales and quantize it again. The error "
-                                             "shown is against the decoded source; quantizing the 16-bit model loses less.")
+    parser = commands.add_parser(
+        "requantize",
+        help="turn a quantized file into another format",
+        description="Decode each quantized layer with its own scales and quantize it again. The error "
+        "shown is against the decoded source; quantizing the 16-bit model loses less.",
+    )
     parser.add_argument("input", metavar="INPUT", type=Path)
     parser.add_argument("output", metavar="OUTPUT", type=Path)
     parser.add_argument("--format", required=True, metavar="NAME", help="see `quantpress formats`")
     parser.add_argument("--group-size", type=int, metavar="N")
-    parser.add_argument("--scales", default="absmax", metavar="NAME", help="how scales are chosen (default: %(default)s)")
-    parser.add_argument("--rounding", default="nearest", metavar="NAME", help="how weights are rounded (default: %(default)s)")
+    parser.add_argument(
+        "--scales", default="absmax", metavar="NAME", help="how scales are chosen (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounding", default="nearest", metavar="NAME", help="how weights are rounded (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--worst", type=int, default=5, metavar="N", help="layers to list, by error (default: %(default)s)")
+    parser.add_argument(
+        "--worst", type=int, default=5, metavar="N", help="layers to list, by error (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_requantize)
@@ -67,16 +87,27 @@ def _requantize(args: argparse.Namespace) -> int:
     fmt = fmt.with_options(args.group_size)
     recipe = Recipe(fmt, args.scales, args.rounding)
     with stop_on_signal() as cancel, show_progress("requantizing") as progress:
-        report = requantize(args.input, args.output, recipe, device=args.device, overwrite=args.overwrite, progress=progress,
-                            cancel=cancel)
+        report = requantize(
+            args.input,
+            args.output,
+            recipe,
+            device=args.device,
+            overwrite=args.overwrite,
+            progress=progress,
+            cancel=cancel,
+        )
     if args.json:
         print_json(report.to_json())
         return 0
     run = report.run
     before = ", ".join(f"{count} {name}" for name, count in report.formats_before.items())
-    print(f"{run.target}: {before} -> {len(run.quantized)} {args.format}, {size_text(run.source_bytes)} -> "
-          f"{size_text(run.output_bytes)}; written and verified")
-    print(f"  added error  {run.weight_error:.5f} relative to the decoded source; {counted(report.lossless_layers, 'layer')} lossless")
+    print(
+        f"{run.target}: {before} -> {len(run.quantized)} {args.format}, {size_text(run.source_bytes)} -> "
+        f"{size_text(run.output_bytes)}; written and verified"
+    )
+    print(
+        f"  added error  {run.weight_error:.5f} relative to the decoded source; {counted(report.lossless_layers, 'layer')} lossless"
+    )
     print("\n".join(_worst(run.quantized, args.worst)))
     return 0
 

@@ -1,4 +1,5 @@
 """`quantpress inspect`: what a file is, from its header, its metadata and its scales; no weight is read."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,14 +12,17 @@ from ..shared.console import print_json, size_text, table_lines
 from ..shared.groups import collapse
 
 if TYPE_CHECKING:
-    from ...quant_core.stored.layers import StoredLayer
     from ...quant_core.checkpoint.source import Source
+    from ...quant_core.stored.layers import StoredLayer
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("inspect", help="show what a file holds",
-                                 description="Show a model's layers by format, its recipe, and problems in its metadata. "
-                                             "Reads the header, the metadata and the scales only.")
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a file holds",
+        description="Show a model's layers by format, its recipe, and problems in its metadata. "
+        "Reads the header, the metadata and the scales only.",
+    )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--json", action="store_true", help="print it as JSON (see docs/json.md)")
     parser.set_defaults(run=run)
@@ -35,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
 
 def summarize(path: Path) -> dict[str, Any]:
     """The object that --json prints; docs/json.md describes it. Raises InputFileError: no safetensors file."""
-    from ...quant_core.stored.foreign import refusal
-    from ...quant_core.stored.layers import stored_layers
     from ...quant_core.checkpoint.source import open_source
     from ...quant_core.pipeline.verify import check_file
+    from ...quant_core.stored.foreign import refusal
+    from ...quant_core.stored.layers import stored_layers
 
     findings = [finding.to_json() for finding in check_file(path).findings]
     with open_source(path) as src:
@@ -52,10 +56,18 @@ def summarize(path: Path) -> dict[str, Any]:
             findings.append({"code": "foreign", "severity": "error", "layer": "", "message": foreign})
         taken = {name for layer in stored.values() for name in layer.names.values()}
         rest = [info for info in src.tensors.values() if info.name not in taken]
-        return {"path": str(src.path), "files": [file.name for file in src.files], "bytes": src.nbytes,
-                "tensors": len(src.tensors), "quantized_layers": len(stored),
-                "groups": _groups(src, stored), "other": _by_dtype([i for i in rest if not _is_linear(i)]),
-                "recipe": _recipe(src), "metadata_keys": sorted(src.metadata), "findings": findings}
+        return {
+            "path": str(src.path),
+            "files": [file.name for file in src.files],
+            "bytes": src.nbytes,
+            "tensors": len(src.tensors),
+            "quantized_layers": len(stored),
+            "groups": _groups(src, stored),
+            "other": _by_dtype([i for i in rest if not _is_linear(i)]),
+            "recipe": _recipe(src),
+            "metadata_keys": sorted(src.metadata),
+            "findings": findings,
+        }
 
 
 def _is_linear(info: Any) -> bool:
@@ -72,8 +84,11 @@ def _groups(src: Source, stored: dict[str, StoredLayer]) -> list[dict[str, Any]]
             alike.setdefault((stored[layer].format.name, stored[layer].shape, count), []).append(layer)
         elif _is_linear(info):
             alike.setdefault((info.dtype, info.shape, info.nbytes), []).append(layer)
-    return [{"layers": pattern, "count": count, "shape": list(shape), "format": fmt, "bytes": count * nbytes}
-            for (fmt, shape, nbytes), layers in alike.items() for pattern, count in collapse(layers)]
+    return [
+        {"layers": pattern, "count": count, "shape": list(shape), "format": fmt, "bytes": count * nbytes}
+        for (fmt, shape, nbytes), layers in alike.items()
+        for pattern, count in collapse(layers)
+    ]
 
 
 def _by_dtype(infos: list[Any]) -> list[dict[str, Any]]:
@@ -98,16 +113,25 @@ def _recipe(src: Source) -> dict[str, Any] | None:
 
 def _lines(content: dict[str, Any]) -> list[str]:
     shards = f" in {len(content['files'])} files" if len(content["files"]) > 1 else ""
-    lines = [f"{content['path']}: {size_text(content['bytes'])}, {counted(content['tensors'], 'tensor')}{shards}, "
-             f"{counted(content['quantized_layers'], 'quantized layer')}", ""]
-    rows = [(group["layers"], f"{group['count']}x", str(group["shape"]), group["format"], size_text(group["bytes"]))
-            for group in content["groups"]]
+    lines = [
+        f"{content['path']}: {size_text(content['bytes'])}, {counted(content['tensors'], 'tensor')}{shards}, "
+        f"{counted(content['quantized_layers'], 'quantized layer')}",
+        "",
+    ]
+    rows = [
+        (group["layers"], f"{group['count']}x", str(group["shape"]), group["format"], size_text(group["bytes"]))
+        for group in content["groups"]
+    ]
     lines += table_lines(rows, ("linear layers", "count", "shape", "format", "size"), right=(1, 4))
     if content["other"]:
-        others = ", ".join(f"{other['count']}x {other['dtype']} {size_text(other['bytes'])}" for other in content["other"])
+        others = ", ".join(
+            f"{other['count']}x {other['dtype']} {size_text(other['bytes'])}" for other in content["other"]
+        )
         lines += [f"other tensors: {others}"]
     lines += ["", f"recipe: {json.dumps(content['recipe']) if content['recipe'] else 'none recorded'}"]
     if content["metadata_keys"]:
         lines += [f"header metadata: {', '.join(content['metadata_keys'])}"]
-    return lines + ([f"{f['severity']}: {f['message']} [{f['code']}]" for f in content["findings"]]
-                    or ["metadata: no problems found"])
+    return lines + (
+        [f"{f['severity']}: {f['message']} [{f['code']}]" for f in content["findings"]]
+        or ["metadata: no problems found"]
+    )

@@ -1,4 +1,5 @@
 """`quantpress merge`: the diffusion model out of a checkpoint and back, shards and one file, LoRAs baked in."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,8 +14,11 @@ _GB = 10**9
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("merge", help="put files together and take them apart; bake LoRAs in",
-                                 description="Every tensor that is not named is copied byte for byte.")
+    parser = commands.add_parser(
+        "merge",
+        help="put files together and take them apart; bake LoRAs in",
+        description="Every tensor that is not named is copied byte for byte.",
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_lora(actions)
     extract = actions.add_parser("extract", help="the diffusion model out of a full checkpoint")
@@ -26,27 +30,41 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     insert.add_argument("model", metavar="MODEL", type=Path)
     insert.add_argument("output", metavar="OUTPUT", type=Path, nargs="?")
     rewriting.add_common(insert)
-    insert.add_argument("--prefix", default="model.diffusion_model.", help="of the tensors replaced (default: %(default)s)")
+    insert.add_argument(
+        "--prefix", default="model.diffusion_model.", help="of the tensors replaced (default: %(default)s)"
+    )
     insert.add_argument("--force", action="store_true", help="even if the two differ in their weights' names")
     insert.set_defaults(run=_insert)
-    join = actions.add_parser("join", help="shards as one file", description="INPUT: the *.safetensors.index.json or its folder.")
+    join = actions.add_parser(
+        "join", help="shards as one file", description="INPUT: the *.safetensors.index.json or its folder."
+    )
     rewriting.add_arguments(join)
     join.set_defaults(run=_join)
     split = actions.add_parser("split", help="one file as shards with an index")
     split.add_argument("input", metavar="INPUT", type=Path)
-    split.add_argument("output", metavar="INDEX", type=Path, help="the index, *.safetensors.index.json; shards lie beside it")
+    split.add_argument(
+        "output", metavar="INDEX", type=Path, help="the index, *.safetensors.index.json; shards lie beside it"
+    )
     split.add_argument("--max-gb", type=float, default=5.0, metavar="GB", help="data per shard (default: %(default)s)")
     split.add_argument("--overwrite", action="store_true", help="replace INDEX and its shards if they exist")
     split.set_defaults(run=_split)
 
 
 def _add_lora(actions: argparse._SubParsersAction) -> None:
-    lora = actions.add_parser("lora", help="LoRAs into the weights of a 16-bit model",
-                              description="Baking before quantizing rounds once. A LoRA applied to quantized weights rounds "
-                                          "twice, and measured up to 3 dB worse (bench/speed/lora_bake.py).")
+    lora = actions.add_parser(
+        "lora",
+        help="LoRAs into the weights of a 16-bit model",
+        description="Baking before quantizing rounds once. A LoRA applied to quantized weights rounds "
+        "twice, and measured up to 3 dB worse (bench/speed/lora_bake.py).",
+    )
     rewriting.add_arguments(lora)
-    lora.add_argument("--lora", action="append", required=True, metavar="FILE[:STRENGTH]",
-                      help="kohya, diffusers, peft or LyCORIS-LoRA names; strength 1 if not given; may be repeated")
+    lora.add_argument(
+        "--lora",
+        action="append",
+        required=True,
+        metavar="FILE[:STRENGTH]",
+        help="kohya, diffusers, peft or LyCORIS-LoRA names; strength 1 if not given; may be repeated",
+    )
     lora.add_argument("--skip-unmatched", action="store_true", help="leave out a LoRA's layers that the model has not")
     lora.set_defaults(run=_lora)
 
@@ -66,7 +84,7 @@ def _lora(args: argparse.Namespace) -> int:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """"style.safetensors:0.8" -> its path and strength. A colon without a number behind it belongs to the path."""
+    """ "style.safetensors:0.8" -> its path and strength. A colon without a number behind it belongs to the path."""
     path, _, strength = text.rpartition(":")
     try:
         return (Path(path), float(strength)) if path else (Path(text), 1.0)
@@ -103,6 +121,8 @@ def _split(args: argparse.Namespace) -> int:
     from ...quant_core.tools.merge import split
 
     with open_source(args.input) as src, stop_on_signal() as cancel, show_progress("splitting") as progress:
-        shards = split(src, args.output, int(args.max_gb * _GB), overwrite=args.overwrite, progress=progress, cancel=cancel)
+        shards = split(
+            src, args.output, int(args.max_gb * _GB), overwrite=args.overwrite, progress=progress, cancel=cancel
+        )
     print(f"{args.output}: {counted(len(shards), 'shard')}, written and verified")
     return 0

@@ -1,4 +1,5 @@
 """`quantpress quantize`: one file in, one verified file out; or, with --dry-run, the plan."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,40 +17,68 @@ from ..shared.progress import show_progress
 from ..shared.wording import named_flag
 
 if TYPE_CHECKING:
-    from ...quant_core.pipeline.plan import Plan
+    from ...quant_core.pipeline.report import LayerReport, RunReport
     from ...quant_core.policy.general import Policy
     from ...quant_core.policy.recipe import Recipe
-    from ...quant_core.pipeline.report import LayerReport, RunReport
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("quantize", help="quantize a model into a new file",
-                                 description="Quantize the linear layers of a safetensors model into a new file. The input "
-                                             "stays as it is; the output appears only when it is complete and verified.")
-    parser.add_argument("input", metavar="INPUT", type=Path,
-                        help="a .safetensors file, a *.safetensors.index.json, or a folder with one of them")
+    parser = commands.add_parser(
+        "quantize",
+        help="quantize a model into a new file",
+        description="Quantize the linear layers of a safetensors model into a new file. The input "
+        "stays as it is; the output appears only when it is complete and verified.",
+    )
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        type=Path,
+        help="a .safetensors file, a *.safetensors.index.json, or a folder with one of them",
+    )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="the new file, *.safetensors")
     parser.add_argument("--format", required=True, metavar="NAME", help="see `quantpress formats`")
-    parser.add_argument("--group-size", type=int, metavar="N", help="weights per scale, for formats that offer a choice")
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="weights per scale, for formats that offer a choice"
+    )
     parser.add_argument("--rotation", type=int, metavar="N", help="rotation group, for the rotated formats")
-    parser.add_argument("--keep", action="append", default=[], metavar="REGEX",
-                        help="keep layers whose name matches in their dtype; may be repeated")
-    parser.add_argument("--only", action="append", default=[], metavar="REGEX",
-                        help="quantize only layers whose name matches, sensitive ones too; may be repeated")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="keep layers whose name matches in their dtype; may be repeated",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="quantize only layers whose name matches, sensitive ones too; may be repeated",
+    )
     parser.add_argument("--fallback", metavar="FORMAT", help="the format for layers whose shape NAME cannot take")
-    parser.add_argument("--scales", metavar="NAME", help="how scales are chosen (default: absmax; auto with --calibration)")
-    parser.add_argument("--rounding", metavar="NAME",
-                        help="how weights are rounded (default: nearest; auto with --calibration)")
+    parser.add_argument(
+        "--scales", metavar="NAME", help="how scales are chosen (default: absmax; auto with --calibration)"
+    )
+    parser.add_argument(
+        "--rounding", metavar="NAME", help="how weights are rounded (default: nearest; auto with --calibration)"
+    )
     calibration_options.add_arguments(parser)
     recipe_options.add_arguments(parser)
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for methods that use chance (default: 0)")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report of every layer here")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and the report, if they exist")
-    parser.add_argument("--allow-nonfinite", action="store_true",
-                        help="keep layers that hold NaN or Inf in their dtype; by default they are an error")
-    parser.add_argument("--json", action="store_true", help="print the report, or the plan, as JSON (see docs/json.md)")
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="keep layers that hold NaN or Inf in their dtype; by default they are an error",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report, or the plan, as JSON (see docs/json.md)"
+    )
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -62,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     report = _convert(args, recipe, policy)
     if args.report:
         from ..shared.report_file import write_report
+
         write_report(args.report, report.to_json())
     if args.json:
         print_json(report.to_json())
@@ -69,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         _print_report(report)
         if args.residual_lora:
             from ...quant_core.algorithms.residual import HOW_TO_LOAD
+
             print(f"{args.residual_lora}: {HOW_TO_LOAD}")
     return 0
 
@@ -123,12 +154,24 @@ def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunRep
         _check_report(args)
     try:
         with stop_on_signal() as cancel, show_progress("quantizing") as progress:
-            return convert(args.input, args.output, recipe, policy, device=args.device, overwrite=args.overwrite,
-                           allow_nonfinite=args.allow_nonfinite, calibration=use, residual_lora=args.residual_lora,
-                           progress=progress, cancel=cancel)
+            return convert(
+                args.input,
+                args.output,
+                recipe,
+                policy,
+                device=args.device,
+                overwrite=args.overwrite,
+                allow_nonfinite=args.allow_nonfinite,
+                calibration=use,
+                residual_lora=args.residual_lora,
+                progress=progress,
+                cancel=cancel,
+            )
     except torch.OutOfMemoryError as err:
-        raise RequestError(f"--device {args.device}: the GPU's memory is too small for a layer, or taken by something "
-                           "else. Free it, or use --device cpu. Nothing was written.") from err
+        raise RequestError(
+            f"--device {args.device}: the GPU's memory is too small for a layer, or taken by something "
+            "else. Free it, or use --device cpu. Nothing was written."
+        ) from err
 
 
 def _check_report(args: argparse.Namespace) -> None:
@@ -146,17 +189,23 @@ def _print_report(report: RunReport) -> None:
         print(f"quantpress: warning: {warning}", file=sys.stderr)
     layers = report.quantized
     share = report.output_bytes / report.source_bytes
-    print(f"{report.target}: {counted(len(layers), 'layer')} quantized to {report.recipe['format']}, "
-          f"{len(report.layers) - len(layers)} kept")
-    print(f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
-          f"{report.bits_per_weight:.2f} bits per quantized weight")
+    print(
+        f"{report.target}: {counted(len(layers), 'layer')} quantized to {report.recipe['format']}, "
+        f"{len(report.layers) - len(layers)} kept"
+    )
+    print(
+        f"  size    {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} ({share:.0%}), "
+        f"{report.bits_per_weight:.2f} bits per quantized weight"
+    )
     print(f"  error   {report.weight_error:.4f} relative, over all quantized weights")
     for line in against_nearest(layer.to_json() for layer in layers):
         print(f"          {line}")
     if any(layer.rows for layer in layers):
         print(f"  data    {_used(layers)}")
-    print(f"  time    {duration_text(report.seconds)} on {report.device}, "
-          f"{size_text(report.source_bytes / max(report.seconds, 1e-9))}/s; written and verified")
+    print(
+        f"  time    {duration_text(report.seconds)} on {report.device}, "
+        f"{size_text(report.source_bytes / max(report.seconds, 1e-9))}/s; written and verified"
+    )
 
 
 def _used(layers: Sequence[LayerReport]) -> str:

@@ -1,4 +1,5 @@
 """`quantpress repair`: what is wrong with a quantized file, and the same file put right; `cleanup` for legacy ones."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,18 +17,32 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("repair", help="find and repair what keeps a quantized file from loading",
-                                 description="List what is wrong with a quantized file, each with a code, and write a repaired "
-                                             "one. Only what has one exact answer is changed. Without OUTPUT it only lists.",
-                                 epilog="Exit code 0: the file has no error, or OUTPUT has none; a sound file is not copied. "
-                                        "Exit code 1: an error stays, in OUTPUT too.")
+    parser = commands.add_parser(
+        "repair",
+        help="find and repair what keeps a quantized file from loading",
+        description="List what is wrong with a quantized file, each with a code, and write a repaired "
+        "one. Only what has one exact answer is changed. Without OUTPUT it only lists.",
+        epilog="Exit code 0: the file has no error, or OUTPUT has none; a sound file is not copied. "
+        "Exit code 1: an error stays, in OUTPUT too.",
+    )
     rewriting.add_arguments(parser)
-    parser.add_argument("--assume", metavar="FORMAT", help="the format of layers without metadata whose tensors fit several: "
-                                                           "int8_rowwise, int8_convrot, nvfp4, modelopt ...")
-    parser.add_argument("--unswizzled", action="store_true",
-                        help="the block scales of NVFP4 and MXFP8 are in row order, even where their shape does not show it")
-    parser.add_argument("--against", metavar="SOURCE", help="the model that the file was made from: finds out by itself what "
-                                                           "--assume and --unswizzled would have to say")
+    parser.add_argument(
+        "--assume",
+        metavar="FORMAT",
+        help="the format of layers without metadata whose tensors fit several: "
+        "int8_rowwise, int8_convrot, nvfp4, modelopt ...",
+    )
+    parser.add_argument(
+        "--unswizzled",
+        action="store_true",
+        help="the block scales of NVFP4 and MXFP8 are in row order, even where their shape does not show it",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="SOURCE",
+        help="the model that the file was made from: finds out by itself what "
+        "--assume and --unswizzled would have to say",
+    )
     parser.set_defaults(run=run)
     _add_cleanup(commands)
 
@@ -51,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
     stay = sum(finding.severity == "error" for finding in result.unfixed)
     if stay:
         where = f"{args.output} was written, and" if changes and not args.dry_run else f"{args.input}:"
-        print(f"quantpress: error: {where} {counted(stay, 'error remains', 'errors remain')} that no exact repair exists for; the list "
-              "above says what to do", file=sys.stderr)
+        print(
+            f"quantpress: error: {where} {counted(stay, 'error remains', 'errors remain')} that no exact repair exists for; the list "
+            "above says what to do",
+            file=sys.stderr,
+        )
     return int(stay > 0)
 
 
@@ -68,7 +86,9 @@ def _look_at_source(args: argparse.Namespace, src: Source) -> None:
     args.assume, args.unswizzled = layout.assume, layout.unswizzled
     if not args.json:
         words = [f"--assume {layout.assume}"] * bool(layout.assume) + ["--unswizzled"] * layout.unswizzled
-        print(f"against the source: {layout.layer} is {layout.error:.4f} off{' with ' + ' '.join(words) if words else ''}")
+        print(
+            f"against the source: {layout.layer} is {layout.error:.4f} off{' with ' + ' '.join(words) if words else ''}"
+        )
 
 
 def _lines(result: Repair, args: argparse.Namespace, changes: bool) -> list[str]:
@@ -78,30 +98,49 @@ def _lines(result: Repair, args: argparse.Namespace, changes: bool) -> list[str]
     preview = args.dry_run
     fixed = [finding for finding in result.findings if finding not in result.unfixed]
     lines = [] if result.findings else [f"{args.input}: no problems found; {describe(result.rewrite.sources[0])}"]
-    for found, title in ((fixed, "can be put right" if preview else "put right"),
-                         (result.unfixed, "would remain" if preview and changes else "remaining")):
+    for found, title in (
+        (fixed, "can be put right" if preview else "put right"),
+        (result.unfixed, "would remain" if preview and changes else "remaining"),
+    ):
         if found:
             texts = collapse_sentences(f"{finding.severity}: {finding.message} [{finding.code}]" for finding in found)
             lines += [f"{title}: {counted(len(found), 'problem')}", *(f"  {text}" for text in texts)]
     if not changes:
-        why = "none of it can be put right exactly." if result.findings else "there is nothing to put right. Use the file as it is."
+        why = (
+            "none of it can be put right exactly."
+            if result.findings
+            else "there is nothing to put right. Use the file as it is."
+        )
         return lines + ([] if preview else [f"nothing was written: {why}"])
     done = "written and read back; not all is put right" if result.unfixed else "written and verified"
     return lines + rewriting.lines(result.rewrite, None if preview else args.output, done)
 
 
 def _add_cleanup(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("cleanup", help="tidy a legacy fp8_scaled file that stays legacy",
-                                 description="Drop scales beside weights that are not FP8, set the marker, and make scales of "
-                                             "one element plain numbers. To leave the legacy form use `quantpress migrate`.",
-                                 epilog=rewriting.EXIT_CODES)
+    parser = commands.add_parser(
+        "cleanup",
+        help="tidy a legacy fp8_scaled file that stays legacy",
+        description="Drop scales beside weights that are not FP8, set the marker, and make scales of "
+        "one element plain numbers. To leave the legacy form use `quantpress migrate`.",
+        epilog=rewriting.EXIT_CODES,
+    )
     rewriting.add_arguments(parser)
-    parser.add_argument("--marker", type=int, choices=(0, 2), default=0,
-                        help="elements of the scaled_fp8 marker; 2 asks for full precision (default: %(default)s)")
+    parser.add_argument(
+        "--marker",
+        type=int,
+        choices=(0, 2),
+        default=0,
+        help="elements of the scaled_fp8 marker; 2 asks for full precision (default: %(default)s)",
+    )
     parser.add_argument("--scale-input", action="store_true", help="add scale_input 1.0 where an FP8 layer has none")
-    parser.add_argument("--keep-shapes", action="store_true", help="leave scales of one element in the shape they have")
-    parser.add_argument("--only-scale-input", action="store_true",
-                        help="only add scale_input 1.0 and a marker of one element; all else stays")
+    parser.add_argument(
+        "--keep-shapes", action="store_true", help="leave scales of one element in the shape they have"
+    )
+    parser.add_argument(
+        "--only-scale-input",
+        action="store_true",
+        help="only add scale_input 1.0 and a marker of one element; all else stays",
+    )
     parser.set_defaults(run=_cleanup)
 
 
@@ -110,6 +149,11 @@ def _cleanup(args: argparse.Namespace) -> int:
     from ...quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 
     with open_source(args.input) as src:
-        rewrite = add_legacy_input(src) if args.only_scale_input else cleanup_legacy(
-            src, marker=args.marker, scale_input=args.scale_input, normalise=not args.keep_shapes)
-        return rewriting.finish(rewrite, args, "cleaning up", nothing="it is tidy in this way already; use it as it is.")
+        rewrite = (
+            add_legacy_input(src)
+            if args.only_scale_input
+            else cleanup_legacy(src, marker=args.marker, scale_input=args.scale_input, normalise=not args.keep_shapes)
+        )
+        return rewriting.finish(
+            rewrite, args, "cleaning up", nothing="it is tidy in this way already; use it as it is."
+        )

@@ -1,4 +1,5 @@
 """`quantpress verify`: does a loader read this file, and how far is it from its source?"""
+
 from __future__ import annotations
 
 import argparse
@@ -21,9 +22,12 @@ _FINDINGS_SHOWN = 30
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("verify", help="check a quantized file",
-                                 description="Check a file by the rules of the loaders that will read it, and with --against "
-                                             "compare every layer with the file it was made from. Exit code 1 on errors.")
+    parser = commands.add_parser(
+        "verify",
+        help="check a quantized file",
+        description="Check a file by the rules of the loaders that will read it, and with --against "
+        "compare every layer with the file it was made from. Exit code 1 on errors.",
+    )
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--against", metavar="SOURCE", type=Path, help="the file it was made from")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON (see docs/json.md)")
@@ -33,8 +37,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...quant_core.cancel import cancel_scope
     from ...quant_core.checkpoint.source import open_source
-    from ...quant_core.tools.contents import require_model
     from ...quant_core.pipeline.verify import verify_file
+    from ...quant_core.tools.contents import require_model
 
     if args.against is not None:
         with open_source(args.against) as source:
@@ -52,14 +56,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_report(report: VerifyReport) -> None:
-    texts = collapse_sentences(f"{finding.severity}: {finding.message} [{finding.code}]" for finding in report.findings)
+    texts = collapse_sentences(
+        f"{finding.severity}: {finding.message} [{finding.code}]" for finding in report.findings
+    )
     for text in texts[:_FINDINGS_SHOWN]:
         print(text)
     if len(texts) > _FINDINGS_SHOWN:
         print(f"and {len(texts) - _FINDINGS_SHOWN} more lines like these (--json lists every finding)")
     verdict = "not ok" if report.errors else "ok"
-    print(f"{report.path}: {verdict}, {counted(len(report.layers), 'quantized layer')}, {counted(len(report.errors), 'error')}, "
-          f"{counted(len(report.findings) - len(report.errors), 'warning')}")
+    print(
+        f"{report.path}: {verdict}, {counted(len(report.layers), 'quantized layer')}, {counted(len(report.errors), 'error')}, "
+        f"{counted(len(report.findings) - len(report.errors), 'warning')}"
+    )
     if not report.layers:
         print("  nothing in it is described as quantized, so there was nothing to check but that the file can be read")
     formats = list(dict.fromkeys(layer.format for layer in report.layers))
@@ -69,7 +77,9 @@ def _print_report(report: VerifyReport) -> None:
     measured = [layer for layer in report.layers if layer.relative_error is not None]
     if measured:
         worst = sorted(measured, key=_badness, reverse=True)[:_WORST_SHOWN]
-        cells = [(layer.layer, layer.format, f"{layer.relative_error:.4f}", f"{layer.snr_db:.1f} dB") for layer in worst]
+        cells = [
+            (layer.layer, layer.format, f"{layer.relative_error:.4f}", f"{layer.snr_db:.1f} dB") for layer in worst
+        ]
         print("\n".join(table_lines(cells, ("worst layers", "format", "error", "SNR"), right=(2, 3), indent="  ")))
 
 

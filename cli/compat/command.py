@@ -1,4 +1,5 @@
 """`quantpress compat`: the older tool's command line, run by ours."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +13,13 @@ from .translate import Translation, translate
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compat", help="take the options of convert_to_quant", add_help=False, allow_abbrev=False,
-                                 argument_default=argparse.SUPPRESS)
+    parser = commands.add_parser(
+        "compat",
+        help="take the options of convert_to_quant",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     for section, flags in HELP_FLAGS.items():
         parser.add_argument(*flags, dest="help_section", action="store_const", const=section)
     for option in OPTIONS:
@@ -37,10 +43,13 @@ def section_help(section: str) -> str:
     """One section as text, and where the others are."""
     lines = [f"quantpress compat: {SECTIONS[section]}", ""]
     if section == "standard":
-        lines += ["Takes the options of convert_to_quant (- and _ are the same), runs the commands of ours that do it, and",
-                  "prints them. Options that have no effect are named.", "",
-                  "  --overwrite                          replace the output if it exists",
-                  "  --print-only                         print the commands and run nothing"]
+        lines += [
+            "Takes the options of convert_to_quant (- and _ are the same), runs the commands of ours that do it, and",
+            "prints them. Options that have no effect are named.",
+            "",
+            "  --overwrite                          replace the output if it exists",
+            "  --print-only                         print the commands and run nothing",
+        ]
     for option in OPTIONS:
         if option.section == section:
             shown = ", ".join(option.names) + ("" if option.kind is bool else f" {option.kind.__name__.upper()}")
@@ -90,5 +99,8 @@ def _linear_layers(path: str | None) -> list[str]:
     from ...quant_core.checkpoint.source import open_source
 
     with open_source(path) as src:
-        return [name.removesuffix(".weight") for name, info in src.tensors.items()
-                if name.endswith(".weight") and len(info.shape) == 2]
+        return [
+            name.removesuffix(".weight")
+            for name, info in src.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2
+        ]

@@ -1,4 +1,5 @@
 """Which formats the older tool's options ask for, in our words."""
+
 from __future__ import annotations
 
 import re
@@ -11,12 +12,28 @@ from ...quant_core.policy.presets import AVOID, PRESETS
 _FLAGS = ("nvfp4", "mxfp8", "nf4", "fp4", "af4", "int8")
 _NAMES = {"nvfp4": "nvfp4", "mxfp8": "mxfp8", "nf4": "bnb_nf4", "fp4": "bnb_fp4", "af4": "bnb_af4"}
 _BY_MODE = {
-    "fp8": {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block": "float8_e4m3fn_blockwise",
-            "block3d": "float8_e4m3fn_block3d"},
-    "int8": {"tensor": "int8_tensorwise", "row": "int8_rowwise", "block": "int8_blockwise", "block3d": "int8_blockwise"},
+    "fp8": {
+        "tensor": "float8_e4m3fn",
+        "row": "float8_e4m3fn_rowwise",
+        "block": "float8_e4m3fn_blockwise",
+        "block3d": "float8_e4m3fn_block3d",
+    },
+    "int8": {
+        "tensor": "int8_tensorwise",
+        "row": "int8_rowwise",
+        "block": "int8_blockwise",
+        "block3d": "int8_blockwise",
+    },
 }
-_GROUPED = ("float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_blockwise", "int8_lodewise", "bnb_nf4", "bnb_fp4",
-            "bnb_af4")
+_GROUPED = (
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_blockwise",
+    "int8_lodewise",
+    "bnb_nf4",
+    "bnb_fp4",
+    "bnb_af4",
+)
 
 
 class Given:
@@ -57,8 +74,10 @@ class Formats:
         self._given = given
         kinds = [flag for flag in _FLAGS if given.take(flag)]
         if len(kinds) > 1:
-            raise RequestError(f"{' and '.join('--' + kind for kind in kinds)} cannot be used together. Give one format, and "
-                               "--custom-type for single layers.")
+            raise RequestError(
+                f"{' and '.join('--' + kind for kind in kinds)} cannot be used together. Give one format, and "
+                "--custom-type for single layers."
+            )
         self._kind = kinds[0] if kinds else "fp8"
         self._mode, self._size = given.take("scaling_mode"), given.take("block_size")
         self._backend = given.take("kernel_backend")
@@ -110,12 +129,16 @@ class Formats:
         if kind == "int8" and self._backend == "lodewise":
             return "int8_lodewise"
         if kind == "int8" and mode is None and (self._backend or self._size) and not convrot:
-            self._given.note(f"--int8 with {'--kernel_backend' if self._backend else '--block_size'} and no --scaling_mode: taken "
-                             "as block scales, as older versions had it; 1.3.1 ignored the size.")
+            self._given.note(
+                f"--int8 with {'--kernel_backend' if self._backend else '--block_size'} and no --scaling_mode: taken "
+                "as block scales, as older versions had it; 1.3.1 ignored the size."
+            )
             mode = "block"
         mode = "block" if mode == "block2d" else mode or "tensor"
         if mode == "block3d" and kind == "fp8":
-            self._given.note(f"--{what}scaling_mode block3d: one scale per row and block; version 1.3.1 wrote 2-D blocks instead.")
+            self._given.note(
+                f"--{what}scaling_mode block3d: one scale per row and block; version 1.3.1 wrote 2-D blocks instead."
+            )
         if convrot and (kind, mode) == ("int8", "row"):
             return "int8_convrot"
         if convrot:
@@ -153,8 +176,10 @@ class Formats:
         found = sorted(part for part in parts if any(part in layer for layer in layers))
         silent = [name for name in names if not any(part in layer for part in PRESETS[name].keep for layer in layers)]
         if silent and layers:
-            self._given.note(f"{', '.join('--' + name for name in silent)}: no layer of this model has a name that the filter "
-                             "keeps.")
+            self._given.note(
+                f"{', '.join('--' + name for name in silent)}: no layer of this model has a name that the filter "
+                "keeps."
+            )
         return [re.escape(part) for part in found]
 
 

@@ -1,4 +1,5 @@
 """The older tool's options -> commands of ours, and sentences about what differs."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -10,16 +11,40 @@ from ...quant_core.errors import RequestError
 from .formats import Formats, Given
 from .options import OPTIONS
 
-MODES = ("convert_fp8_scaled", "convert_int8_scaled", "legacy_input_add", "cleanup_fp8_scaled", "edit_quant",
-         "make_hybrid_mxfp8", "actcal")
+MODES = (
+    "convert_fp8_scaled",
+    "convert_int8_scaled",
+    "legacy_input_add",
+    "cleanup_fp8_scaled",
+    "edit_quant",
+    "make_hybrid_mxfp8",
+    "actcal",
+)
 _REFUSED = {
     "make_hybrid_mxfp8": "hybrid MXFP8 is not written: ComfyUI has no such format. Such files are read, and `quantpress "
-                         "migrate` turns them into mxfp8.",
+    "migrate` turns them into mxfp8.",
 }
 # Ours has them under the same names.
-_LEARNED = ("lr", "lr_schedule", "top_p", "min_k", "max_k", "lr_gamma", "lr_patience", "lr_factor", "lr_min", "lr_cooldown",
-            "lr_threshold", "lr_adaptive_mode", "lr_threshold_mode", "lr_shape_influence", "early_stop_loss", "early_stop_lr",
-            "early_stop_stall", "scale_refinement")
+_LEARNED = (
+    "lr",
+    "lr_schedule",
+    "top_p",
+    "min_k",
+    "max_k",
+    "lr_gamma",
+    "lr_patience",
+    "lr_factor",
+    "lr_min",
+    "lr_cooldown",
+    "lr_threshold",
+    "lr_adaptive_mode",
+    "lr_threshold_mode",
+    "lr_shape_influence",
+    "early_stop_loss",
+    "early_stop_lr",
+    "early_stop_stall",
+    "scale_refinement",
+)
 _LEARNED_ALL = (*_LEARNED, "num_iter", "optimizer", "scale_optimization")
 
 
@@ -55,16 +80,35 @@ def translate(options: Mapping[str, Any], layers: Iterable[str]) -> Translation:
 
 def _mode(mode: str, given: Given) -> tuple[list[list[str]], list[Path]]:
     source = given.take("input")
-    suffix = {"convert_fp8_scaled": "_comfy", "convert_int8_scaled": "_comfy", "edit_quant": "_edited",
-              "legacy_input_add": "_scale_input", "cleanup_fp8_scaled": "_cleaned", "actcal": "_calibrated"}[mode]
+    suffix = {
+        "convert_fp8_scaled": "_comfy",
+        "convert_int8_scaled": "_comfy",
+        "edit_quant": "_edited",
+        "legacy_input_add": "_scale_input",
+        "cleanup_fp8_scaled": "_cleaned",
+        "actcal": "_calibrated",
+    }[mode]
     step = [source, given.take("output") or _named(source, suffix)]
     if mode == "edit_quant":
-        step = ["edit", *step, *_pairs(given, ("add_keys", "--add"), ("remove_keys", "--remove"), ("quant_filter", "--layers"))]
+        step = [
+            "edit",
+            *step,
+            *_pairs(given, ("add_keys", "--add"), ("remove_keys", "--remove"), ("quant_filter", "--layers")),
+        ]
         step += ["--header", "build"] if given.take("save_quant_metadata") else []
     elif mode == "actcal":
         source_of = _pairs(given, ("actcal_lora", "--lora")) or ["--simulate"]
-        step = ["calibrate", *step, *source_of, *_pairs(given, ("actcal_samples", "--samples"), ("actcal_seed", "--seed"),
-                                                        ("actcal_percentile", "--percentile"))]
+        step = [
+            "calibrate",
+            *step,
+            *source_of,
+            *_pairs(
+                given,
+                ("actcal_samples", "--samples"),
+                ("actcal_seed", "--seed"),
+                ("actcal_percentile", "--percentile"),
+            ),
+        ]
     elif mode == "legacy_input_add":
         step = ["cleanup", *step, "--only-scale-input"]
     elif mode == "cleanup_fp8_scaled":
@@ -93,8 +137,14 @@ def _quantize(given: Given, layers: list[str]) -> tuple[list[list[str]], list[Pa
     main = formats.main()
     dry = given.take("dry_run")
     if dry == "create-template":
-        return [["template", source, given.take("output") or f"{source.removesuffix('.safetensors')}_layer_config_template.json",
-                 *_overwrite(given)]], []
+        return [
+            [
+                "template",
+                source,
+                given.take("output") or f"{source.removesuffix('.safetensors')}_layer_config_template.json",
+                *_overwrite(given),
+            ]
+        ], []
     simple = bool(given.take("simple"))
     target = given.take("output") or _named(source, formats.auto_suffix(simple))
     step = ["quantize", source, target, *main, *_rounding(given, simple), *formats.choices(layers)]
@@ -106,7 +156,9 @@ def _quantize(given: Given, layers: list[str]) -> tuple[list[list[str]], list[Pa
     if seed is not None and seed >= 0:
         step += ["--seed", str(seed)]
     elif seed is not None:
-        given.note("--manual_seed -1: there is no random seed here; seed 0 is used, and the same input gives the same bytes.")
+        given.note(
+            "--manual_seed -1: there is no random seed here; seed 0 is used, and the same input gives the same bytes."
+        )
     given.take("save_quant_metadata")
     overwrite = _overwrite(given)
     if dry:
@@ -114,8 +166,9 @@ def _quantize(given: Given, layers: list[str]) -> tuple[list[list[str]], list[Pa
     return _with_input_scales(step, target, given, formats, overwrite)
 
 
-def _with_input_scales(step: list[str], target: str, given: Given, formats: Formats,
-                       overwrite: list[str]) -> tuple[list[list[str]], list[Path]]:
+def _with_input_scales(
+    step: list[str], target: str, given: Given, formats: Formats, overwrite: list[str]
+) -> tuple[list[list[str]], list[Path]]:
     """input_scale goes into the finished file in a second step."""
     wanted, file = given.input_scale(), given.take("input_scales")
     if wanted and not formats.fp8:
@@ -125,8 +178,11 @@ def _with_input_scales(step: list[str], target: str, given: Given, formats: Form
         return [[*step, *overwrite]], []
     scratch = Path(target).with_name(f"{Path(target).stem}.without_input_scale.safetensors")
     step[2] = str(scratch)
-    second = ["migrate", str(scratch), target, "--input-scale", wanted] if wanted else \
-        ["calibrate", str(scratch), target, "--input-scales", file]
+    second = (
+        ["migrate", str(scratch), target, "--input-scale", wanted]
+        if wanted
+        else ["calibrate", str(scratch), target, "--input-scales", file]
+    )
     if wanted and file is not None:
         raise RequestError("--input_scale and --input-scales both set input_scale. Use one of them.")
     return [[*step, "--overwrite"], [*second, *overwrite]], [scratch]
@@ -161,8 +217,12 @@ def _rounding(given: Given, simple: bool) -> list[str]:
     elif optimizer:
         words += ["--option", f"optimizer={optimizer}"]
     words += ["--option", f"iterations={iterations}"] if iterations is not None else []
-    return words + [word for name in _LEARNED if (value := given.take(name)) is not None
-                    for word in ("--option", f"{name}={value}")]
+    return words + [
+        word
+        for name in _LEARNED
+        if (value := given.take(name)) is not None
+        for word in ("--option", f"{name}={value}")
+    ]
 
 
 def _overwrite(given: Given) -> list[str]:
@@ -177,5 +237,9 @@ def _idle(given: Given, modes: list[str]) -> list[str]:
     """A sentence for every option that was given and did nothing."""
     table = {option.dest: option for option in OPTIONS}
     where = f" with --{modes[0].replace('_', '-')}" if modes else " without the option it belongs to"
-    return [f"{table[dest].names[0]}: no effect: {table[dest].idle}." if table[dest].idle else
-            f"{table[dest].names[0]}: no effect{where}." for dest in given.left()]
+    return [
+        f"{table[dest].names[0]}: no effect: {table[dest].idle}."
+        if table[dest].idle
+        else f"{table[dest].names[0]}: no effect{where}."
+        for dest in given.left()
+    ]

@@ -1,4 +1,5 @@
 """Text for people and JSON for scripts: sizes, plain aligned tables, and JSON without NaN."""
+
 from __future__ import annotations
 
 import json
@@ -30,8 +31,9 @@ def time_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def table_lines(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right: Sequence[int] = (),
-                indent: str = "") -> list[str]:
+def table_lines(
+    rows: Sequence[Sequence[str]], header: Sequence[str] = (), right: Sequence[int] = (), indent: str = ""
+) -> list[str]:
     """Columns as wide as their widest cell, two spaces apart. right: numbers of the right-aligned columns."""
     lines = [header, *rows] if header else list(rows)
     if not lines:
@@ -39,8 +41,16 @@ def table_lines(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     if header:
         lines.insert(1, ["-" * width for width in widths])
-    return [(indent + "  ".join(cell.rjust(width) if i in right else cell.ljust(width)
-                                for i, (cell, width) in enumerate(zip(line, widths)))).rstrip() for line in lines]
+    return [
+        (
+            indent
+            + "  ".join(
+                cell.rjust(width) if i in right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths))
+            )
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def print_json(content: Any) -> None:

@@ -1,4 +1,5 @@
 """Layers that differ only in their numbers, as one line: `blocks.{0..11}.attn.qkv`; and sentences about such layers."""
+
 from __future__ import annotations
 
 import re
@@ -17,7 +18,8 @@ def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
     Only whole dotted parts are numbers: in `blocks.0.ff.2` two, in `block_0` none.
     """
     patterns: list[tuple[tuple[_Part, ...], int]] = [
-        (tuple((int(part),) if _is_number(part) else part for part in name.split(".")), 1) for name in names]
+        (tuple((int(part),) if _is_number(part) else part for part in name.split(".")), 1) for name in names
+    ]
     longest = max((len(parts) for parts, _ in patterns), default=0)
     for position in range(longest):
         patterns = _merge(patterns, position)
@@ -53,11 +55,13 @@ def _merge(patterns: list[tuple[tuple[_Part, ...], int]], position: int) -> list
         if position >= len(parts) or isinstance(parts[position], str):
             merged[("as it is", parts)] = (parts, set(), count)
             continue
-        key = ("numbered", parts[:position], parts[position + 1:])
+        key = ("numbered", parts[:position], parts[position + 1 :])
         _, numbers, before = merged.get(key, (parts, set(), 0))
         merged[key] = (parts, numbers | set(parts[position]), before + count)
-    return [(parts[:position] + (tuple(sorted(numbers)),) + parts[position + 1:] if numbers else parts, count)
-            for parts, numbers, count in merged.values()]
+    return [
+        (parts[:position] + (tuple(sorted(numbers)),) + parts[position + 1 :] if numbers else parts, count)
+        for parts, numbers, count in merged.values()
+    ]
 
 
 def _part_text(part: _Part) -> str:

@@ -1,10 +1,11 @@
 """Keeps the C heap from hoarding freed weights."""
+
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_MMAP_THRESHOLD = -3      # <malloc.h>
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 _THRESHOLD_BYTES = 4 << 20
 
 

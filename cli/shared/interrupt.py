@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM: a clean stop at the engine's next safe point, an immediate one outside of long work."""
+
 from __future__ import annotations
 
 import os
@@ -32,7 +33,9 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         if stopped.is_set():
             _raise_interrupt(number, frame)
         stopped.set()
-        with suppress(OSError):  # not print: the signal may have come in the middle of one, which cannot be entered twice
+        with suppress(
+            OSError
+        ):  # not print: the signal may have come in the middle of one, which cannot be entered twice
             os.write(_STDERR, b"quantpress: stopping ...\n")
 
     with _handling(stop):

@@ -1,4 +1,5 @@
 """The plan of a conversion as text and as JSON, one line per group of like layers."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,8 +28,16 @@ class Group:
     bytes_out: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"layers": self.layers, "count": self.count, "shape": list(self.shape), "source": self.source,
-                "format": self.format, "reason": self.reason, "bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
+        return {
+            "layers": self.layers,
+            "count": self.count,
+            "shape": list(self.shape),
+            "source": self.source,
+            "format": self.format,
+            "reason": self.reason,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
 
 
 def plan_groups(layers: Sequence[LayerPlan]) -> list[Group]:
@@ -36,21 +45,35 @@ def plan_groups(layers: Sequence[LayerPlan]) -> list[Group]:
     alike: dict[tuple, list[LayerPlan]] = {}
     for layer in layers:
         fmt = layer.recipe.format.name if layer.recipe else None
-        alike.setdefault((layer.shape, layer.source, fmt, layer.reason, layer.bytes_in, layer.bytes_out), []).append(layer)
+        alike.setdefault((layer.shape, layer.source, fmt, layer.reason, layer.bytes_in, layer.bytes_out), []).append(
+            layer
+        )
     groups = []
     for (shape, source, fmt, reason, bytes_in, bytes_out), members in alike.items():
-        groups += [Group(pattern, count, shape, source, fmt, reason, count * bytes_in, count * bytes_out)
-                   for pattern, count in collapse(layer.layer for layer in members)]
+        groups += [
+            Group(pattern, count, shape, source, fmt, reason, count * bytes_in, count * bytes_out)
+            for pattern, count in collapse(layer.layer for layer in members)
+        ]
     return groups
 
 
 def plan_json(plan: Plan, source: Path, target: Path, recipe: Recipe) -> dict[str, Any]:
     """The object that --dry-run --json prints; docs/json.md describes it."""
-    return {"dry_run": True, "source": str(source), "target": str(target), "target_exists": target.exists(),
-            "recipe": recipe.describe(), "source_bytes": plan.source_bytes, "output_bytes": plan.output_bytes,
-            "peak_bytes_estimate": plan.peak_bytes, "layers_quantized": len(plan.quantized),
-            "layers_kept": len(plan.layers) - len(plan.quantized), "tensors_copied": len(plan.copied),
-            "warnings": list(plan.warnings), "groups": [group.to_json() for group in plan_groups(plan.layers)]}
+    return {
+        "dry_run": True,
+        "source": str(source),
+        "target": str(target),
+        "target_exists": target.exists(),
+        "recipe": recipe.describe(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "peak_bytes_estimate": plan.peak_bytes,
+        "layers_quantized": len(plan.quantized),
+        "layers_kept": len(plan.layers) - len(plan.quantized),
+        "tensors_copied": len(plan.copied),
+        "warnings": list(plan.warnings),
+        "groups": [group.to_json() for group in plan_groups(plan.layers)],
+    }
 
 
 def plan_lines(plan: Plan, source: Path, target: Path, recipe: Recipe) -> list[str]:
@@ -58,16 +81,23 @@ def plan_lines(plan: Plan, source: Path, target: Path, recipe: Recipe) -> list[s
     groups = plan_groups(plan.layers)
     settings = ", ".join(f"{key} {value}" for key, value in recipe.describe().items())
     lines = [f"{source} -> {target} (dry run, nothing is written)", settings, ""]
-    for title, chosen in (("quantized", [g for g in groups if g.format]), ("kept", [g for g in groups if not g.format])):
+    for title, chosen in (
+        ("quantized", [g for g in groups if g.format]),
+        ("kept", [g for g in groups if not g.format]),
+    ):
         if chosen:
-            lines += [f"{title}: {counted(sum(g.count for g in chosen), 'layer')}, {size_text(sum(g.bytes_in for g in chosen))} -> "
-                      f"{size_text(sum(g.bytes_out for g in chosen))}"]
+            lines += [
+                f"{title}: {counted(sum(g.count for g in chosen), 'layer')}, {size_text(sum(g.bytes_in for g in chosen))} -> "
+                f"{size_text(sum(g.bytes_out for g in chosen))}"
+            ]
             lines += table_lines([_cells(group) for group in chosen], right=(1, 4), indent="  ")
             lines.append("")
-    lines += [f"copied byte for byte: {counted(len(plan.copied), 'tensor')}, kept layers included",
-              f"total: {size_text(plan.source_bytes)} -> {size_text(plan.output_bytes)} "
-              f"({plan.output_bytes / plan.source_bytes:.0%})",
-              f"peak memory: about {size_text(plan.peak_bytes)}"]
+    lines += [
+        f"copied byte for byte: {counted(len(plan.copied), 'tensor')}, kept layers included",
+        f"total: {size_text(plan.source_bytes)} -> {size_text(plan.output_bytes)} "
+        f"({plan.output_bytes / plan.source_bytes:.0%})",
+        f"peak memory: about {size_text(plan.peak_bytes)}",
+    ]
     return lines + [f"warning: {warning}" for warning in plan.warnings]
 
 

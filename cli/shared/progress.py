@@ -1,4 +1,5 @@
 """Progress on stderr: a bar with throughput and time left on a terminal, a plain line now and then in a pipe."""
+
 from __future__ import annotations
 
 import sys
@@ -12,9 +13,9 @@ from .console import size_text, time_text
 if TYPE_CHECKING:
     from ...quant_core.pipeline.report import Progress
 
-_LINE_EVERY_S = 1.0       # never more often
-_LINE_EVERY_PART = 0.05   # and then only when so much more is done,
-_LINE_AT_LEAST_S = 10.0   # or after this long
+_LINE_EVERY_S = 1.0  # never more often
+_LINE_EVERY_PART = 0.05  # and then only when so much more is done,
+_LINE_AT_LEAST_S = 10.0  # or after this long
 
 
 @contextmanager
@@ -41,22 +42,31 @@ class PlainLines:
         if waited < _LINE_EVERY_S or (part - self._last_part < _LINE_EVERY_PART and waited < _LINE_AT_LEAST_S):
             return
         self._last_time, self._last_part = now, part
-        print(f"{self._what}: {part:4.0%}, layer {state.done_layers} of {state.total_layers}, "
-              f"{size_text(state.bytes_per_s)}/s{_eta(state)}", file=self._stream, flush=True)
+        print(
+            f"{self._what}: {part:4.0%}, layer {state.done_layers} of {state.total_layers}, "
+            f"{size_text(state.bytes_per_s)}/s{_eta(state)}",
+            file=self._stream,
+            flush=True,
+        )
 
 
 @contextmanager
 def _bar(what: str, stream: TextIO) -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-               TextColumn("{task.fields[state]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[state]}"),
+    )
     with Bar(*columns, console=Console(file=stream), transient=True) as bar:
         task = bar.add_task(what, total=None, state="")
 
         def show(state: Progress) -> None:
-            text = (f"layer {state.done_layers}/{state.total_layers}  {size_text(state.bytes_per_s)}/s{_eta(state)}")
+            text = f"layer {state.done_layers}/{state.total_layers}  {size_text(state.bytes_per_s)}/s{_eta(state)}"
             bar.update(task, completed=state.done_bytes, total=state.total_bytes, state=text)
 
         yield show

@@ -1,4 +1,5 @@
 """Options of `quantize` that reach into single layers and algorithms: rules, the layer-config file, settings, keys."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,16 +19,35 @@ KEEP, NEAREST, FULL_PRECISION = "keep", "nearest", "full-precision"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rule", action="append", default=[], metavar="REGEX=FORMAT",
-                        help="the format of layers whose name matches, or `keep`; the first rule that matches wins over all "
-                             "other options; may be repeated. FORMAT:64 sets a group size; FORMAT,nearest rounds to nearest; "
-                             "FORMAT,full-precision sets full_precision_matrix_mult")
-    parser.add_argument("--layer-config", type=Path, metavar="FILE.json",
-                        help="rules from a file: regex -> settings, the most specific wins (see `quantpress template`)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="a setting of the rounding or scale method, such as iterations=800; may be repeated")
-    parser.add_argument("--add-config", action="append", default=[], metavar="PAIRS",
-                        help="keys for the metadata of every quantized layer, like \"'full_precision_matrix_mult': true\"")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=FORMAT",
+        help="the format of layers whose name matches, or `keep`; the first rule that matches wins over all "
+        "other options; may be repeated. FORMAT:64 sets a group size; FORMAT,nearest rounds to nearest; "
+        "FORMAT,full-precision sets full_precision_matrix_mult",
+    )
+    parser.add_argument(
+        "--layer-config",
+        type=Path,
+        metavar="FILE.json",
+        help="rules from a file: regex -> settings, the most specific wins (see `quantpress template`)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the rounding or scale method, such as iterations=800; may be repeated",
+    )
+    parser.add_argument(
+        "--add-config",
+        action="append",
+        default=[],
+        metavar="PAIRS",
+        help="keys for the metadata of every quantized layer, like \"'full_precision_matrix_mult': true\"",
+    )
 
 
 def apply(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> tuple[Recipe, Policy]:
@@ -62,7 +82,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def parse_rule(text: str, base: Recipe) -> Rule:
-    """"attn=int8_blockwise:64,nearest": the last `=` divides, as a regex may hold others."""
+    """ "attn=int8_blockwise:64,nearest": the last `=` divides, as a regex may hold others."""
     from ...quant_core.policy.general import Rule
     from ...quant_core.policy.layer_config import format_for
 
@@ -75,8 +95,10 @@ def parse_rule(text: str, base: Recipe) -> Rule:
     unknown = [flag for flag in flags if flag not in (NEAREST, FULL_PRECISION)]
     name, _, size = target.partition(":")
     if unknown or (size and not size.isdigit()):
-        raise RequestError(f"--rule {text!r}: {unknown[0] if unknown else size!r} is not understood. Write FORMAT, FORMAT:GROUP, "
-                           f"and {NEAREST} or {FULL_PRECISION} behind commas.")
+        raise RequestError(
+            f"--rule {text!r}: {unknown[0] if unknown else size!r} is not understood. Write FORMAT, FORMAT:GROUP, "
+            f"and {NEAREST} or {FULL_PRECISION} behind commas."
+        )
     with named_flag(f"--rule {text!r}"):
         recipe = replace(base, format=format_for(name, None, int(size) if size else None))
     if NEAREST in flags:

@@ -1,4 +1,5 @@
 """`--report FILE.json`: checked before the conversion starts, written whole or not at all after it."""
+
 from __future__ import annotations
 
 import os
@@ -35,5 +36,6 @@ def write_report(report: Path, content: Any) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as err:
-        raise OutputError(f"--report {report}: the report cannot be written: {err.strerror or err}. "
-                          "The model itself is complete.") from err
+        raise OutputError(
+            f"--report {report}: the report cannot be written: {err.strerror or err}. The model itself is complete."
+        ) from err

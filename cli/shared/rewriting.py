@@ -1,4 +1,5 @@
 """What the commands that rewrite a file have in common: the preview, writing with progress, and the summary."""
+
 from __future__ import annotations
 
 import argparse
@@ -17,15 +18,18 @@ if TYPE_CHECKING:
     from ...quant_core.tools.rewrite import Change, Rewrite
 
 _SHOWN = 20
-EXIT_CODES = ("Exit code 0 means that OUTPUT is there, or with --dry-run that it could be. A file in which nothing is to be changed is "
-              "not copied: the reason is printed, nothing is written, and the exit code is 1.")
+EXIT_CODES = (
+    "Exit code 0 means that OUTPUT is there, or with --dry-run that it could be. A file in which nothing is to be changed is "
+    "not copied: the reason is printed, nothing is written, and the exit code is 1."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """INPUT, OUTPUT and the options that every rewriting command has."""
     parser.add_argument("input", metavar="INPUT", type=Path)
-    parser.add_argument("output", metavar="OUTPUT", type=Path, nargs="?",
-                        help="the new file, *.safetensors; not needed with --dry-run")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, nargs="?", help="the new file, *.safetensors; not needed with --dry-run"
+    )
     add_common(parser)
 
 
@@ -36,7 +40,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
 
 
-def finish(rewrite: Rewrite, args: argparse.Namespace, what: str, *, force: bool = False, nothing: str | None = None) -> int:
+def finish(
+    rewrite: Rewrite, args: argparse.Namespace, what: str, *, force: bool = False, nothing: str | None = None
+) -> int:
     """Preview, or write and verify; then say what changed. what: "migrating", say. Returns the exit code.
 
     nothing: said, without the path, where the new file would equal the old one, which is not written then. None: the
@@ -72,13 +78,21 @@ def lines(rewrite: Rewrite, target: Path | None, done: str = "written and verifi
     counts = Counter(change.kind for change in changes)
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "every tensor as it was"
     unchanged = len(rewrite.outputs) - sum(counts[kind] for kind in ("renamed", "retyped", "rewritten", "added"))
-    head = (f"{target}: {done}, {size_text(rewrite.nbytes)}; {summary}; "
-            f"{counted(unchanged, 'tensor copied as it was', 'tensors copied as they were')}" if target else
-            f"would change: {summary}; {counted(unchanged, 'tensor stays as it is', 'tensors stay as they are')}")
+    head = (
+        f"{target}: {done}, {size_text(rewrite.nbytes)}; {summary}; "
+        f"{counted(unchanged, 'tensor copied as it was', 'tensors copied as they were')}"
+        if target
+        else f"would change: {summary}; {counted(unchanged, 'tensor stays as it is', 'tensors stay as they are')}"
+    )
     rows = _rows(changes)
     left = len(rows) - _SHOWN
     more = [f"  and {counted(left, 'more row')} (--json lists every tensor)"] if left > 0 else []
-    return [head, *table_lines(rows[:_SHOWN], right=(1,), indent="  "), *more, *(f"note: {note}" for note in rewrite.notes)]
+    return [
+        head,
+        *table_lines(rows[:_SHOWN], right=(1,), indent="  "),
+        *more,
+        *(f"note: {note}" for note in rewrite.notes),
+    ]
 
 
 def _rows(changes: Sequence[Change]) -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 The engine is called from ComfyUI too and knows no flags, so its messages say "allow overwriting". A phrase is replaced
 only where the command at hand has the flag.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -68,4 +69,5 @@ def _in_flags(args: argparse.Namespace) -> Callable[[str], str]:
             if flag in args:
                 text = pattern.sub(words, text)
         return text if "force" in args else text.replace(_NO_FORCE, "")
+
     return say

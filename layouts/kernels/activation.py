@@ -1,4 +1,5 @@
 """Activations to 8-bit codes, one scale per row or per row and K group: one fused kernel."""
+
 from __future__ import annotations
 
 import torch
@@ -6,8 +7,8 @@ from torch import Tensor
 
 from .weight import on_device_of
 
-SMALLEST_ABSMAX = 1e-30     # a group of zeros keeps a normal scale and codes 0
-LONGEST_GROUP = 1 << 16     # one program holds a whole group in registers
+SMALLEST_ABSMAX = 1e-30  # a group of zeros keeps a normal scale and codes 0
+LONGEST_GROUP = 1 << 16  # one program holds a whole group in registers
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
@@ -32,6 +33,7 @@ def quantize_activation(x: Tensor, group: int, dtype: torch.dtype) -> tuple[Tens
     import triton
 
     from .jit import quantize_groups_kernel
+
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty((x.shape[0], x.shape[1] // group), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(group)
@@ -39,6 +41,15 @@ def quantize_activation(x: Tensor, group: int, dtype: torch.dtype) -> tuple[Tens
     groups = x.numel() // group
     with on_device_of(x):
         quantize_groups_kernel[(triton.cdiv(groups, rows),)](
-            x, codes, scale, groups, group, LARGEST=_LARGEST[dtype], INTEGER=dtype is torch.int8, ROWS=rows,
-            BLOCK=block, num_warps=4 if block <= 4096 else 8)
+            x,
+            codes,
+            scale,
+            groups,
+            group,
+            LARGEST=_LARGEST[dtype],
+            INTEGER=dtype is torch.int8,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=4 if block <= 4096 else 8,
+        )
     return codes, scale

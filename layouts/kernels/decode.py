@@ -1,4 +1,5 @@
 """Stored weights to a float matrix in one pass: what dequantization costs on a GPU is its memory traffic."""
+
 from __future__ import annotations
 
 import torch
@@ -17,14 +18,28 @@ def decode(weight: Weight, dtype: torch.dtype) -> Tensor:
     import triton
 
     from .jit import decode_kernel
+
     g = weight.geometry
     n, k = g.shape
     out = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     rows, cols = 16, 256
     with on_device_of(out):
         decode_kernel[(triton.cdiv(k, cols), triton.cdiv(n, rows))](
-            raw_codes(weight), weight.scale, weight.codebook, out, n, k, g.grid[1], g.group_rows, KIND=g.kind,
-            GROUP=g.group_constant, WHOLE_ROW=g.whole_row, BN=rows, BK=cols, num_warps=4)
+            raw_codes(weight),
+            weight.scale,
+            weight.codebook,
+            out,
+            n,
+            k,
+            g.grid[1],
+            g.group_rows,
+            KIND=g.kind,
+            GROUP=g.group_constant,
+            WHOLE_ROW=g.whole_row,
+            BN=rows,
+            BK=cols,
+            num_warps=4,
+        )
     return out
 
 

@@ -4,6 +4,7 @@ Shapes: x [M, K] activations, weight codes [N, K] (nibbles: bytes [N, K / 2], hi
 [NB, KB] float32, one per GROUP columns and `group_rows` rows. WHOLE_ROW: one scale per row, KB is 1 and GROUP unused.
 All tensors are contiguous; M, N and K need not be multiples of the tile.
 """
+
 import os
 
 import triton
@@ -34,8 +35,8 @@ def cast(values, dtype: tl.constexpr):
         if dtype == tl.bfloat16:
             values = tl.where(values == values, _keep_bits(values, 16), values)
         elif dtype == tl.float8e4nv:
-            tiny = (values + 24576.0) - 24576.0                          # a multiple of 2**-9
-            tiny = tl.where(tiny == 0.0, values * 0.0, tiny)             # keeps the sign of a zero
+            tiny = (values + 24576.0) - 24576.0  # a multiple of 2**-9
+            tiny = tl.where(tiny == 0.0, values * 0.0, tiny)  # keeps the sign of a zero
             values = tl.where(tl.abs(values) < 0.015625, tiny, _keep_bits(values, 20))
     return values.to(dtype)
 
@@ -85,8 +86,21 @@ def load_values(codes, codebook, rows, row_mask, first, k, KIND: tl.constexpr, B
 
 
 @triton.jit
-def decode_kernel(codes, scale, codebook, out, n, k, kb, group_rows, KIND: tl.constexpr, GROUP: tl.constexpr,
-                  WHOLE_ROW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def decode_kernel(
+    codes,
+    scale,
+    codebook,
+    out,
+    n,
+    k,
+    kb,
+    group_rows,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out[N, K] = value * scale, rounded once to out's dtype. GROUP divides BK or BK divides GROUP."""
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     first = tl.program_id(0) * BK
@@ -103,13 +117,32 @@ def decode_kernel(codes, scale, codebook, out, n, k, kb, group_rows, KIND: tl.co
         scales = tl.load(scale_row[:, None] + group[None, :], mask=mask, other=0.0)
         values = tl.reshape(tl.reshape(values, (BN, BK // GROUP, GROUP)) * scales[:, :, None], (BN, BK))
     columns = first + tl.arange(0, BK)
-    tl.store(out + rows.to(tl.int64)[:, None] * k + columns[None, :], cast(values, out.dtype.element_ty),
-             mask=row_mask[:, None] & (columns < k)[None, :])
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * k + columns[None, :],
+        cast(values, out.dtype.element_ty),
+        mask=row_mask[:, None] & (columns < k)[None, :],
+    )
 
 
 @triton.jit
-def gemv_kernel(x, codes, scale, codebook, bias, out, n, k, kb, group_rows, KIND: tl.constexpr, GROUP: tl.constexpr,
-                WHOLE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def gemv_kernel(
+    x,
+    codes,
+    scale,
+    codebook,
+    bias,
+    out,
+    n,
+    k,
+    kb,
+    group_rows,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """One row of x (program axis 1) times BN weight rows, all in float32. GROUP divides BK."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row_mask = rows < n
@@ -147,9 +180,27 @@ def tile_of(pid, m, n, BM: tl.constexpr, BN: tl.constexpr, GM: tl.constexpr):
 
 
 @triton.jit
-def decode_dot_kernel(x, codes, scale, codebook, bias, out, m, n, k, kb, group_rows, KIND: tl.constexpr,
-                      GROUP: tl.constexpr, WHOLE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr):
+def decode_dot_kernel(
+    x,
+    codes,
+    scale,
+    codebook,
+    bias,
+    out,
+    m,
+    n,
+    k,
+    kb,
+    group_rows,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+):
     """out = x W^T + bias: weights decoded in the kernel and rounded to x's dtype. BK divides GROUP."""
     tile_m, tile_n = tile_of(tl.program_id(0), m, n, BM, BN, GM)
     x_rows = tile_m * BM + tl.arange(0, BM)
@@ -169,14 +220,36 @@ def decode_dot_kernel(x, codes, scale, codebook, bias, out, m, n, k, kb, group_r
         total = dot(inputs, tl.trans(weights), total)
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + x_rows.to(tl.int64)[:, None] * n + rows[None, :], cast(total, out.dtype.element_ty),
-             mask=(x_rows < m)[:, None] & row_mask[None, :])
+    tl.store(
+        out + x_rows.to(tl.int64)[:, None] * n + rows[None, :],
+        cast(total, out.dtype.element_ty),
+        mask=(x_rows < m)[:, None] & row_mask[None, :],
+    )
 
 
 @triton.jit
-def scaled_dot_kernel(a, b, a_scale, b_scale, bias, out, m, n, k, kb, group_rows, GROUP: tl.constexpr,
-                      WHOLE_ROW: tl.constexpr, ONE_BLOCK_ROW: tl.constexpr, INTEGER: tl.constexpr,
-                      HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr):
+def scaled_dot_kernel(
+    a,
+    b,
+    a_scale,
+    b_scale,
+    bias,
+    out,
+    m,
+    n,
+    k,
+    kb,
+    group_rows,
+    GROUP: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    ONE_BLOCK_ROW: tl.constexpr,
+    INTEGER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+):
     """out = (a * a_scale)(b * b_scale)^T + bias on 8-bit codes; each scale applied to its K group's exact product.
 
     a_scale: [M, KB]. BK divides GROUP. INTEGER: int8 codes, int32 products; otherwise fp8 with float32 products.
@@ -220,13 +293,25 @@ def scaled_dot_kernel(a, b, a_scale, b_scale, bias, out, m, n, k, kb, group_rows
         total = total * left_scale[:, None] * tl.load(b_scale_row, mask=row_mask, other=0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + x_rows.to(tl.int64)[:, None] * n + rows[None, :], cast(total, out.dtype.element_ty),
-             mask=a_mask[:, None] & row_mask[None, :])
+    tl.store(
+        out + x_rows.to(tl.int64)[:, None] * n + rows[None, :],
+        cast(total, out.dtype.element_ty),
+        mask=a_mask[:, None] & row_mask[None, :],
+    )
 
 
 @triton.jit
-def quantize_groups_kernel(x, codes, scale, groups, length, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
-                           ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_groups_kernel(
+    x,
+    codes,
+    scale,
+    groups,
+    length,
+    LARGEST: tl.constexpr,
+    INTEGER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Symmetric codes and one scale per group: x seen as [groups, length], length <= BLOCK."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -1,4 +1,5 @@
 """Linear on 8-bit codes of both operands, scales applied per K group: fp8 with fp8, int8 with int8."""
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from .weight import Geometry, Weight, on_device_of
 
-_LAUNCH_BYTES = 4096      # shared memory left for the compiler's own use
+_LAUNCH_BYTES = 4096  # shared memory left for the compiler's own use
 
 
 @lru_cache(maxsize=16)
@@ -37,7 +38,7 @@ def _tile(m: int, geometry: Geometry) -> tuple[int, int, int]:
     one_scale = geometry.whole_row or geometry.group_rows % 128 == 0
     if m <= 64:
         return (64, 64, 4) if one_scale else (64, 32, 4)
-    if -(-m // 128) * -(-geometry.shape[0] // 128) < 256:        # too few large tiles to keep a large GPU busy
+    if -(-m // 128) * -(-geometry.shape[0] // 128) < 256:  # too few large tiles to keep a large GPU busy
         return 64, 64, 4
     # Where every weight row has its own scale per group, a larger tile spills registers.
     return (128, 128, 8) if one_scale else (128, 64, 4)
@@ -51,6 +52,7 @@ def scaled_dot(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None
     import triton
 
     from .jit import scaled_dot_kernel
+
     g = weight.geometry
     m, (n, k) = codes.shape[0], g.shape
     out = torch.empty((m, n), dtype=dtype, device=codes.device)
@@ -59,14 +61,40 @@ def scaled_dot(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None
     stages = (_shared_bytes(codes.device) - _LAUNCH_BYTES) // ((tile_m + tile_n) * step)
     with on_device_of(codes):
         scaled_dot_kernel[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)](
-            codes, weight.codes, scale, weight.scale, bias, out, m, n, k, g.grid[1], g.group_rows,
-            GROUP=g.group_constant, WHOLE_ROW=g.whole_row, ONE_BLOCK_ROW=g.group_rows % tile_n == 0,
-            INTEGER=g.kind == "int8", HAS_BIAS=bias is not None, BM=tile_m, BN=tile_n, BK=step, GM=8,
-            num_warps=warps, num_stages=max(2, min(4, stages)))
+            codes,
+            weight.codes,
+            scale,
+            weight.scale,
+            bias,
+            out,
+            m,
+            n,
+            k,
+            g.grid[1],
+            g.group_rows,
+            GROUP=g.group_constant,
+            WHOLE_ROW=g.whole_row,
+            ONE_BLOCK_ROW=g.group_rows % tile_n == 0,
+            INTEGER=g.kind == "int8",
+            HAS_BIAS=bias is not None,
+            BM=tile_m,
+            BN=tile_n,
+            BK=step,
+            GM=8,
+            num_warps=warps,
+            num_stages=max(2, min(4, stages)),
+        )
     return out
 
 
 def scaled_mm(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The same through torch's row-wise scaled matmul. One scale per row on both sides; N, K multiples of 16; bf16 out."""
-    return torch._scaled_mm(codes, weight.codes.t(), scale_a=scale, scale_b=weight.scale.view(1, -1),
-                            bias=bias, out_dtype=dtype, use_fast_accum=False)
+    return torch._scaled_mm(
+        codes,
+        weight.codes.t(),
+        scale_a=scale,
+        scale_b=weight.scale.view(1, -1),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=False,
+    )

@@ -1,4 +1,5 @@
 """A layer's stored weight as the kernels see it, whatever the format: codes, a grid of scales, perhaps a codebook."""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,5 @@
 """Linear with float activations: weights decoded inside the kernel. A few rows of x, or a tile of them."""
+
 from __future__ import annotations
 
 import torch
@@ -22,14 +23,31 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     import triton
 
     from .jit import gemv_kernel
+
     g = weight.geometry
     m, (n, k) = x.shape[0], g.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     rows = 4
     with on_device_of(x):
         gemv_kernel[(triton.cdiv(n, rows), m)](
-            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, n, k, g.grid[1], g.group_rows, KIND=g.kind,
-            GROUP=g.group_constant, WHOLE_ROW=g.whole_row, HAS_BIAS=bias is not None, BN=rows, BK=1024, num_warps=2)
+            x,
+            raw_codes(weight),
+            weight.scale,
+            weight.codebook,
+            bias,
+            out,
+            n,
+            k,
+            g.grid[1],
+            g.group_rows,
+            KIND=g.kind,
+            GROUP=g.group_constant,
+            WHOLE_ROW=g.whole_row,
+            HAS_BIAS=bias is not None,
+            BN=rows,
+            BK=1024,
+            num_warps=2,
+        )
     return out
 
 
@@ -44,6 +62,7 @@ def decode_dot(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     import triton
 
     from .jit import decode_dot_kernel
+
     g = weight.geometry
     m, (n, k) = x.shape[0], g.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
@@ -53,7 +72,26 @@ def decode_dot(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     tile_m, tile_n = (16, 32) if m <= 16 else (32, 32) if m <= 32 else (64, 32)
     with on_device_of(x):
         decode_dot_kernel[(triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)](
-            x, raw_codes(weight), weight.scale, weight.codebook, bias, out, m, n, k, g.grid[1], g.group_rows,
-            KIND=g.kind, GROUP=g.group_constant, WHOLE_ROW=g.whole_row, HAS_BIAS=bias is not None, BM=tile_m,
-            BN=tile_n, BK=step, GM=8, num_warps=4, num_stages=4 if m <= 16 else 3)
+            x,
+            raw_codes(weight),
+            weight.scale,
+            weight.codebook,
+            bias,
+            out,
+            m,
+            n,
+            k,
+            g.grid[1],
+            g.group_rows,
+            KIND=g.kind,
+            GROUP=g.group_constant,
+            WHOLE_ROW=g.whole_row,
+            HAS_BIAS=bias is not None,
+            BM=tile_m,
+            BN=tile_n,
+            BK=step,
+            GM=8,
+            num_warps=4,
+            num_stages=4 if m <= 16 else 3,
+        )
     return out

@@ -1,4 +1,5 @@
 """LoRA files baked into a source."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.tools.lora import bake
 from ...quant_core.tools.rewrite import Rewrite
-from .exchange import combined
 from ..shared.folders import LORAS, list_models
 from ..shared.handles import SourceHandle, spool_of
 from ..shared.progress import NodeProgress
 from ..shared.source_text import label_of
+from .exchange import combined
 
 NAME = "Bake LoRA"
 
@@ -34,12 +35,13 @@ def list_loras() -> list[str]:
     return [name.removeprefix(f"{LORAS}/") for name in list_models(LORAS, shards=False)]
 
 
-def bake_lora(source: SourceHandle, lora: Path, strength: float, skip_unmatched: bool,
-              progress: NodeProgress) -> tuple[BakedHandle, str]:
+def bake_lora(
+    source: SourceHandle, lora: Path, strength: float, skip_unmatched: bool, progress: NodeProgress
+) -> tuple[BakedHandle, str]:
     """The source with one more LoRA in a spool file, and what was done. Raises PlanError: layers the model has not,
     shapes that do not fit, other kinds of adapters, quantized weights."""
     path = spool_of(source)
-    with open_source(path) as src, open_source(lora) as one:     # this one by its own setting, before anything is written
+    with open_source(path) as src, open_source(lora) as one:  # this one by its own setting, before anything is written
         notes = bake(src, [(one, strength)], skip_unmatched=skip_unmatched).notes
     origin, before, skip = source, (), skip_unmatched
     if isinstance(source, BakedHandle) and source.origin is not None and source.origin.path.is_file():
@@ -50,8 +52,14 @@ def bake_lora(source: SourceHandle, lora: Path, strength: float, skip_unmatched:
         model, *files = sources
         return bake(model, [(file, weight) for file, (_, weight) in zip(files, loras)], skip_unmatched=skip)
 
-    spool, report = combined(source.label, NAME, {"strengths": [weight for _, weight in loras], "skip": skip},
-                             [origin.path, *(file for file, _ in loras)], progress, build)
+    spool, report = combined(
+        source.label,
+        NAME,
+        {"strengths": [weight for _, weight in loras], "skip": skip},
+        [origin.path, *(file for file, _ in loras)],
+        progress,
+        build,
+    )
     together = [f"together with {len(before)} before it, rounded once"] if before else []
     text = "\n".join([f"{lora.name} at strength {strength:g}: {report['bytes'] / 1e9:.3f} GB", *notes, *together])
     return BakedHandle(spool, f"{source.label}-{label_of(lora)}", NAME, origin, loras, skip), text

@@ -1,4 +1,5 @@
 """Input scales into the file of a handle: where they are from, and the table of layers."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,14 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...quant_core.input_scales.rule import file_input_scales, read_input_scales, scales_from_weight_scales
-from ...quant_core.names.layer_names import LayerNames
-from ...quant_core.tools.input_scales import PatchReport, plan_patch
-from ...quant_core.input_scales.sources import captured_saturation, captured_scales, simulated_scales
-from ...quant_core.input_scales.synthesise import SimulationSettings
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.source import Source
 from ...quant_core.errors import RequestError, counted, some_of
+from ...quant_core.input_scales.rule import file_input_scales, read_input_scales, scales_from_weight_scales
+from ...quant_core.input_scales.sources import captured_saturation, captured_scales, simulated_scales
+from ...quant_core.input_scales.synthesise import SimulationSettings
+from ...quant_core.names.layer_names import LayerNames
+from ...quant_core.stored.layers import stored_layers
+from ...quant_core.tools.input_scales import PatchReport, plan_patch
 from ..shared.folders import CALIBRATIONS, LORAS, SOURCE_FOLDERS, list_models, resolve_model, stamp
 from ..shared.handles import CalibrationHandle, spool_of
 from ..shared.progress import NodeProgress
@@ -34,8 +35,11 @@ def scale_files() -> list[str]:
 def scale_file(name: str) -> Path | None:
     if name == NONE:
         return None
-    return resolve_model(name, CALIBRATIONS, suffixes=_JSON) if name.startswith(f"{CALIBRATIONS}/") else \
-        resolve_model(name, *SOURCE_FOLDERS)
+    return (
+        resolve_model(name, CALIBRATIONS, suffixes=_JSON)
+        if name.startswith(f"{CALIBRATIONS}/")
+        else resolve_model(name, *SOURCE_FOLDERS)
+    )
 
 
 def lora_file(name: str) -> Path | None:
@@ -57,24 +61,46 @@ class ScaleSettings:
         if self.method == LORA and self.lora is None:
             raise RequestError("The method LoRA needs a file in `lora`: choose one from models/loras.")
         if self.method == FILE and self.file is None:
-            raise RequestError("The method file needs a file in `file`: a quantized model with input scales, or a JSON object "
-                               "{layer: number} in models/calibrations.")
+            raise RequestError(
+                "The method file needs a file in `file`: a quantized model with input scales, or a JSON object "
+                "{layer: number} in models/calibrations."
+            )
         if self.method == CAPTURED and self.calibration is None:
             raise RequestError("The method calibration needs one: connect Collect Calibration or Load Calibration.")
 
     def describe(self) -> dict[str, Any]:
-        paths = {name: None if path is None else [str(path), stamp(path)]
-                 for name, path in (("lora", self.lora), ("file", self.file), ("calibration", self.calibration))}
-        return {"method": self.method, "simulation": asdict(self.simulation), "percentile": self.captured_percentile, **paths}
+        paths = {
+            name: None if path is None else [str(path), stamp(path)]
+            for name, path in (("lora", self.lora), ("file", self.file), ("calibration", self.calibration))
+        }
+        return {
+            "method": self.method,
+            "simulation": asdict(self.simulation),
+            "percentile": self.captured_percentile,
+            **paths,
+        }
 
 
-def read_settings(method: str, samples: int, percentile: float, seed: int, captured_percentile: float, lora: str, file: str,
-                  calibration: CalibrationHandle | None) -> ScaleSettings:
+def read_settings(
+    method: str,
+    samples: int,
+    percentile: float,
+    seed: int,
+    captured_percentile: float,
+    lora: str,
+    file: str,
+    calibration: CalibrationHandle | None,
+) -> ScaleSettings:
     """Only what the method uses, so that changing another widget makes no new file. The calibration always warns."""
     simulation = SimulationSettings(samples, percentile, seed) if method in (SIMULATED, LORA) else SimulationSettings()
-    return ScaleSettings(method, simulation, captured_percentile if method == CAPTURED else 100.0,
-                         lora_file(lora) if method == LORA else None, scale_file(file) if method == FILE else None,
-                         None if calibration is None else spool_of(calibration))
+    return ScaleSettings(
+        method,
+        simulation,
+        captured_percentile if method == CAPTURED else 100.0,
+        lora_file(lora) if method == LORA else None,
+        scale_file(file) if method == FILE else None,
+        None if calibration is None else spool_of(calibration),
+    )
 
 
 def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Plan:
@@ -87,8 +113,12 @@ def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Plan:
     # Scales from the largest captured inputs let all of them through.
     all_fit = settings.calibration is None or (settings.method == CAPTURED and settings.captured_percentile == 100)
     saturated = [] if all_fit else captured_saturation(src, settings.calibration, scales, progress)
-    data = {"method": method, "scales": scales, "saturated": saturated,
-            **{field.name: _plain(getattr(report, field.name)) for field in fields(report)}}
+    data = {
+        "method": method,
+        "scales": scales,
+        "saturated": saturated,
+        **{field.name: _plain(getattr(report, field.name)) for field in fields(report)},
+    }
     return Plan(rewrite, _table(method, scales, file_input_scales(src, layers), report, saturated), data)
 
 
@@ -100,8 +130,10 @@ def _scales(src: Source, settings: ScaleSettings, progress: NodeProgress) -> tup
     """({layer: input_scale}, where they are from)."""
     if settings.method == CAPTURED:
         percent = settings.captured_percentile
-        return (captured_scales(src, settings.calibration, percent, progress),
-                "calibration" + ("" if percent == 100 else f", percentile {percent:g}"))
+        return (
+            captured_scales(src, settings.calibration, percent, progress),
+            "calibration" + ("" if percent == 100 else f", percentile {percent:g}"),
+        )
     if settings.method == FILE:
         return read_input_scales(settings.file), f"file {settings.file.name}"
     if settings.method == WEIGHTS:
@@ -113,15 +145,25 @@ def _scales(src: Source, settings: ScaleSettings, progress: NodeProgress) -> tup
     return scales, f"LoRA {settings.lora.name} for {counted(informed, 'layer')}, {random} for {len(scales) - informed}"
 
 
-def _table(method: str, scales: Mapping[str, float], before: Mapping[str, float], report: PatchReport,
-           saturated: list[str]) -> list[str]:
-    lines = [f"input scales from {method}: {len(report.added)} added, {len(report.changed)} changed, {len(report.kept)} as they were"]
+def _table(
+    method: str, scales: Mapping[str, float], before: Mapping[str, float], report: PatchReport, saturated: list[str]
+) -> list[str]:
+    lines = [
+        f"input scales from {method}: {len(report.added)} added, {len(report.changed)} changed, {len(report.kept)} as they were"
+    ]
     if report.skipped:
         why = [f"{name} ({reason})" for name, reason in report.skipped.items()]
         lines.append(f"skipped {len(why)}: {some_of(why, shown=3)}")
     lines += [f"warning: {text}" for text in saturated[:_WARNED]]
-    lines += [f"warning: {counted(len(saturated) - _WARNED, 'more layer saturates', 'more layers saturate')}"] if len(saturated) > _WARNED else []
+    lines += (
+        [f"warning: {counted(len(saturated) - _WARNED, 'more layer saturates', 'more layers saturate')}"]
+        if len(saturated) > _WARNED
+        else []
+    )
     lines += [f"note: {note}" for note in report.notes[:3]]
     rows = sorted(scales.items(), key=lambda item: -item[1])
-    lines += [f"  {layer}: {f'{before[layer]:.4g} -> ' if layer in before else ''}{value:.4g}" for layer, value in rows[:_SHOWN]]
+    lines += [
+        f"  {layer}: {f'{before[layer]:.4g} -> ' if layer in before else ''}{value:.4g}"
+        for layer, value in rows[:_SHOWN]
+    ]
     return lines + ([f"  and {len(rows) - _SHOWN} smaller ones (all in the JSON)"] if len(rows) > _SHOWN else [])

@@ -3,6 +3,7 @@
 The wrapped MODEL and the wire hold the same Capture, and ComfyUI's cache decides how long it lives. Hooks exist only
 inside a sampling; what was captured survives an error or a cancel.
 """
+
 from __future__ import annotations
 
 import re
@@ -16,9 +17,9 @@ from typing import Any
 from comfy import cli_args, model_management
 from comfy.patcher_extension import WrappersMP
 
-from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
 from ...quant_core.calibration.calibration import LayerSummary, fingerprint
 from ...quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
+from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
 from ...quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
 from ...quant_core.calibration.capture.linear_layers import linear_layers, refuse_compiled
 from ...quant_core.calibration.storage import save_calibration
@@ -29,22 +30,27 @@ from ..shared.progress import NodeProgress
 from ..shared.spool import spool_folder, sweep
 
 KEY = "quantpress_capture"
-COMPILE_KEY = "torch.compile"      # ComfyUI's key of the wrapper that puts the compiled model in at each call
+COMPILE_KEY = "torch.compile"  # ComfyUI's key of the wrapper that puts the compiled model in at each call
 _LABELS = {0: "cond", 1: "uncond"}
 _PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
 _PARAMETERS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
 _PATCHES = ("patches", "patches_replace")
-_NO_DATA = frozenset({*_PATCHES, "wrappers", "callbacks", "uuids"})     # the model brings its own; uuids name conditions of a run
+_NO_DATA = frozenset(
+    {*_PATCHES, "wrappers", "callbacks", "uuids"}
+)  # the model brings its own; uuids name conditions of a run
 
 
 class Capture:
     """Made by `watch`. calls: most model calls kept whole. accumulate: False forgets everything once it was collected."""
 
-    def __init__(self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> None:
+    def __init__(
+        self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
+    ) -> None:
         self._root = model.get_model_object("diffusion_model")
         modules = linear_layers(self._root, _checked(pattern))
-        self.plan: BudgetPlan = plan_budget({name: module.in_features for name, module in modules.items()}, budget,
-                                            settings.statistics)
+        self.plan: BudgetPlan = plan_budget(
+            {name: module.in_features for name, module in modules.items()}, budget, settings.statistics
+        )
         self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
         self._calls = CallSample(calls)
         self._run, self._call, self._note, self._sampling = 0, 0, "", False
@@ -64,12 +70,14 @@ class Capture:
         guider = executor.class_obj
         if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
             raise compiled()
-        sampled = guider.model_patcher.get_model_object("diffusion_model")      # with what other nodes put in its place
+        sampled = guider.model_patcher.get_model_object("diffusion_model")  # with what other nodes put in its place
         refuse_compiled(sampled)
         if sampled is not self._root:
-            raise RequestError("Capture Activations: another model is being sampled than the one that it was given. Connect its "
-                               "MODEL output to the sampler, with no node between that replaces the model.")
-        if not self._lock.acquire(blocking=False):      # a sampling inside a sampling: the outer one's hooks see it
+            raise RequestError(
+                "Capture Activations: another model is being sampled than the one that it was given. Connect its "
+                "MODEL output to the sampler, with no node between that replaces the model."
+            )
+        if not self._lock.acquire(blocking=False):  # a sampling inside a sampling: the outer one's hooks see it
             return executor(*args, **kwargs)
         seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
         patched = len(guider.model_patcher.patches)
@@ -92,7 +100,9 @@ class Capture:
     def predict_noise(self, executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of one look at the noise, of all conditions: (x, timestep, model_options, seed). Counts steps."""
         self._counted = True
-        self._context = CallContext(self._context.step + 1, timestep.flatten()[0].clone())      # its value would wait for the GPU
+        self._context = CallContext(
+            self._context.step + 1, timestep.flatten()[0].clone()
+        )  # its value would wait for the GPU
         return executor(x, timestep, *args, **kwargs)
 
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,13 +112,18 @@ class Capture:
         """
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
         labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
-        if not self._counted:       # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
+        if (
+            not self._counted
+        ):  # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
             sigma = float(t.flatten()[0])
             self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
         self._context = replace(self._context, labels=labels)
         if self._sampling:
-            self._calls.offer(lambda: call_arguments(executor.class_obj, x, t, args, kwargs), call_key(self._seed, self._run, self._call),
-                              call_group(self._seed, self._run, self._note))
+            self._calls.offer(
+                lambda: call_arguments(executor.class_obj, x, t, args, kwargs),
+                call_key(self._seed, self._run, self._call),
+                call_group(self._seed, self._run, self._note),
+            )
             self._call += 1
         return executor(x, t, *args, **kwargs)
 
@@ -166,7 +181,7 @@ def _patch_counts(options: dict[str, Any]) -> dict[tuple[str, Any], int]:
 @contextmanager
 def model_compiler_off() -> Iterator[None]:
     """Newer ComfyUI replays a model's allocations, and some of its kernels without running Python: hooks could not see them."""
-    if not hasattr(cli_args.args, "disable_comfy_compiler"):        # added after 0.29
+    if not hasattr(cli_args.args, "disable_comfy_compiler"):  # added after 0.29
         yield
         return
     before, cli_args.args.disable_comfy_compiler = cli_args.args.disable_comfy_compiler, True
@@ -189,7 +204,9 @@ def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
             base.memory_required = own
 
 
-def watch(model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool) -> tuple[Any, Capture]:
+def watch(
+    model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
+) -> tuple[Any, Capture]:
     """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
     if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise compiled()
@@ -213,8 +230,10 @@ def device_bytes() -> int:
 
 def compiled() -> RequestError:
     """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
-    return RequestError("The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
-                        "node while calibrating; the calibration fits the compiled model as well.")
+    return RequestError(
+        "The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
+        "node while calibrating; the calibration fits the compiled model as well."
+    )
 
 
 def is_plain_float(weight: Any) -> bool:
@@ -226,7 +245,9 @@ def _checked(pattern: str) -> str | None:
     try:
         re.compile(pattern)
     except re.error as err:
-        raise RequestError(f"layers: {pattern!r} is no regular expression: {err}. Leave it empty to record all layers.") from err
+        raise RequestError(
+            f"layers: {pattern!r} is no regular expression: {err}. Leave it empty to record all layers."
+        ) from err
     return pattern or None
 
 

@@ -1,9 +1,10 @@
 """bitsandbytes' structure and ours, on a handle's file."""
+
 from __future__ import annotations
 
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.source import Source
 from ...quant_core.errors import counted, some_of
+from ...quant_core.stored.layers import stored_layers
 from ...quant_core.tools.bitsandbytes import export_bitsandbytes
 from ...quant_core.tools.contents import holds_bitsandbytes, nothing_to_import
 from ...quant_core.tools.migrate import migrate
@@ -23,6 +24,7 @@ def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, 
     A file with nothing to import goes on as it is: behind the node ComfyUI's form is wanted, and a graph that opens one file
     today and another tomorrow should not break. An export cannot pass a file on: another program would not read it.
     """
+
     def build(src: Source) -> Plan:
         if direction == EXPORT:
             return Plan(export_bitsandbytes(src, nested=nested))
@@ -36,9 +38,14 @@ def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, 
 def unloadable(src: Source) -> list[str]:
     """A warning where ComfyUI would not recognise the model, as layers are packed whose shape it looks at; else []."""
     wanted = detect(src.path, decoded=True)
-    packed = [layer for layer, stored in stored_layers(src).items()
-              if layer in wanted.fixed and stored.format.tensor_specs(stored.shape)[0].shape != stored.shape]
+    packed = [
+        layer
+        for layer, stored in stored_layers(src).items()
+        if layer in wanted.fixed and stored.format.tensor_specs(stored.shape)[0].shape != stored.shape
+    ]
     if not packed:
         return []
-    return [f"warning: ComfyUI will not recognise the result as {wanted.model}: {counted(len(packed), 'layer is', 'layers are')} packed whose shape it reads "
-            f"({some_of(packed)}). Put Requantize behind it, with an 8-bit fallback: that stores them unpacked."]
+    return [
+        f"warning: ComfyUI will not recognise the result as {wanted.model}: {counted(len(packed), 'layer is', 'layers are')} packed whose shape it reads "
+        f"({some_of(packed)}). Put Requantize behind it, with an 8-bit fallback: that stores them unpacked."
+    ]

@@ -1,4 +1,5 @@
 """From a quantized handle to a plain source."""
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -23,15 +24,19 @@ def dequantized(quantized: QuantizedHandle, dtype: str, progress: NodeProgress) 
         report = dequantize(path, spool, dtype, overwrite=True, progress=progress, cancel=progress.cancelled)
         return {**asdict(report), "layers": dict(report.layers), "architecture": detect(spool).model}
 
-    spool, report = spooled(quantized.label, {"tool": NAME, "source": str(path), "stamp": stamp(path), "dtype": dtype}, make)
+    spool, report = spooled(
+        quantized.label, {"tool": NAME, "source": str(path), "stamp": stamp(path), "dtype": dtype}, make
+    )
     return SourceHandle(spool, f"{quantized.label}-{dtype}", NAME), _text(report)
 
 
 def _text(report: dict[str, Any]) -> str:
     before, after = report["source_bytes"], report["output_bytes"]
     formats = ", ".join(f"{count} x {name}" for name, count in report["layers"].items())
-    lines = [f"{report['architecture'] or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB in {duration(report['seconds'])}",
-             f"decoded to {report['dtype']}: {formats}"]
+    lines = [
+        f"{report['architecture'] or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB in {duration(report['seconds'])}",
+        f"decoded to {report['dtype']}: {formats}",
+    ]
     if report["dropped"]:
         lines.append(f"left out: {len(report['dropped'])} legacy markers and scales of 1")
     return "\n".join(lines)

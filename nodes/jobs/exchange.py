@@ -1,4 +1,5 @@
 """Files put together, taken apart and decoded: several sources in, one spool file out."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,10 @@ from ..shared.progress import NodeProgress
 from ..shared.rewriting import told
 from ..shared.spool import spooled
 
-PREFIX_TOOLTIP = ("What the names of the diffusion model's tensors begin with. Empty: as ComfyUI finds it, right for every "
-                  "checkpoint it loads. Fill it in for files of other programs, with the last dot.")
+PREFIX_TOOLTIP = (
+    "What the names of the diffusion model's tensors begin with. Empty: as ComfyUI finds it, right for every "
+    "checkpoint it loads. Fill it in for files of other programs, with the last dot."
+)
 
 
 def model_input(name: str, tooltip: str) -> Any:
@@ -27,13 +30,20 @@ def model_input(name: str, tooltip: str) -> Any:
     return io.MultiType.Input(name, types=[QuantizedType, SourceType], tooltip=tooltip)
 
 
-def combined(label: str, maker: str, settings: Mapping[str, Any], paths: Sequence[Path], progress: NodeProgress,
-             build: Callable[[Sequence[Source]], Rewrite]) -> tuple[Path, dict[str, Any]]:
+def combined(
+    label: str,
+    maker: str,
+    settings: Mapping[str, Any],
+    paths: Sequence[Path],
+    progress: NodeProgress,
+    build: Callable[[Sequence[Source]], Rewrite],
+) -> tuple[Path, dict[str, Any]]:
     """The spool file that `build` makes of these files, and {"bytes", "tensors", "notes"}; at once when it is there already.
 
     settings: JSON values, all that decide the result besides the files. Raises QuantPressError, and ComfyUI's
     InterruptProcessingException after Cancel; neither leaves a file.
     """
+
     def make(spool: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             rewrite = build([stack.enter_context(open_source(path)) for path in paths])
@@ -51,5 +61,7 @@ def prefix_of(path: Path, given: str) -> str:
             return prefix
         names = list(src.tensors)
     what = f"no tensor begins with {prefix!r}" if given.strip() else "ComfyUI finds no full checkpoint in it"
-    raise RequestError(f"{path.name}: {what}; its tensors are called like {names[len(names) // 2]!r}. A diffusion model alone "
-                       "needs no such step; for a checkpoint of another program, fill in prefix.")
+    raise RequestError(
+        f"{path.name}: {what}; its tensors are called like {names[len(names) // 2]!r}. A diffusion model alone "
+        "needs no such step; for a checkpoint of another program, fill in prefix."
+    )

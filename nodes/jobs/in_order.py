@@ -1,4 +1,5 @@
 """The running model beside a conversion: for quantizing in order of execution."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,16 +13,16 @@ from comfy import model_management
 
 from ...quant_core.calibration.calibration import ModelIdentity, identity_of_source
 from ...quant_core.calibration.calls import KeptCall
-from ...quant_core.names.layer_names import LayerNames
 from ...quant_core.calibration.capture.linear_layers import linear_layers
 from ...quant_core.calibration.storage import open_calibration
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import RequestError
+from ...quant_core.names.layer_names import LayerNames
 from ...quant_core.pipeline.in_order.jobs import LiveModel, room
 from .capture import model_fingerprint
 from .replay import call_bytes, loaded, replay, replayable
 
-_SHARE = 2      # of the device's memory, that the waiting calls may take
+_SHARE = 2  # of the device's memory, that the waiting calls may take
 
 
 def require_fit(model: Any, source: Path, calibration: Path) -> None:
@@ -55,12 +56,18 @@ def require_same_weights(model: Any, modules: dict[str, Any], source: Path) -> N
     """RequestError unless the model's layers hold the file's weights."""
     names = LayerNames(modules)
     with open_source(source) as src:
-        tensors = {names.resolve(tensor.removesuffix(".weight")): tensor for tensor in src.tensors if tensor.endswith(".weight")}
+        tensors = {
+            names.resolve(tensor.removesuffix(".weight")): tensor
+            for tensor in src.tensors
+            if tensor.endswith(".weight")
+        }
         tensors = {name: tensors[name] for name in modules if name in tensors}
         found = identity_of_source(src, tensors).fingerprint
     if found != model_fingerprint(model, {name: modules[name] for name in tensors}):
-        raise RequestError(f"The model that is connected has other weights than {source.name}. Connect the model that ComfyUI loads from "
-                           "the very file that is quantized, or none.")
+        raise RequestError(
+            f"The model that is connected has other weights than {source.name}. Connect the model that ComfyUI loads from "
+            "the very file that is quantized, or none."
+        )
 
 
 def _run(model: Any, call: KeptCall) -> None:

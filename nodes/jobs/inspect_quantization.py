@@ -1,4 +1,5 @@
 """What is inside a file: layer groups, formats, sizes, and what the loaders would complain about."""
+
 from __future__ import annotations
 
 import json
@@ -7,16 +8,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ...quant_core.stored.layers import QUANT_SUFFIXES, stored_layers
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import InputFileError, counted
 from ...quant_core.pipeline.plan import RECIPE_KEY
 from ...quant_core.pipeline.verify import check_file
+from ...quant_core.stored.layers import QUANT_SUFFIXES, stored_layers
 from ..shared.detection import detect
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_MAX_ROWS = 30        # of a section
-_WIDTH = 60          # characters of a row that a node 400 wide shows beside its scroll bar
+_MAX_ROWS = 30  # of a section
+_WIDTH = 60  # characters of a row that a node 400 wide shows beside its scroll bar
 _MIN_NAME, _MIN_PART = 20, 4
 
 
@@ -30,15 +31,22 @@ def inspect(path: Path) -> dict[str, Any]:
     findings = [finding.to_json() for finding in check_file(path).findings]
     with open_source(path) as source:
         groups = _groups(source)
-        return {"file": path.name, "architecture": detect(path).model, "bytes": source.nbytes, "tensors": len(source.tensors),
-                "groups": groups, "recipe": _recipe(source.metadata.get(RECIPE_KEY)), "findings": findings}
+        return {
+            "file": path.name,
+            "architecture": detect(path).model,
+            "bytes": source.nbytes,
+            "tensors": len(source.tensors),
+            "groups": groups,
+            "recipe": _recipe(source.metadata.get(RECIPE_KEY)),
+            "findings": findings,
+        }
 
 
 def _groups(source: Any) -> list[dict[str, Any]]:
     """Tensors whose names differ in block numbers only, with the same format and shape, as one row."""
     try:
         stored = stored_layers(source)
-    except InputFileError:      # what is wrong with it is among the findings
+    except InputFileError:  # what is wrong with it is among the findings
         stored = {}
     rows: dict[tuple[str, str, tuple[int, ...]], list[int]] = defaultdict(lambda: [0, 0])
     for name, info in source.tensors.items():
@@ -51,8 +59,10 @@ def _groups(source: Any) -> list[dict[str, Any]]:
             key = (like_layers(name), info.dtype, tuple(info.shape))
             rows[key][0] += 1
         rows[key][1] += info.nbytes
-    found = [{"layers": name, "format": kind, "shape": list(shape), "count": count, "bytes": size}
-             for (name, kind, shape), (count, size) in rows.items()]
+    found = [
+        {"layers": name, "format": kind, "shape": list(shape), "count": count, "bytes": size}
+        for (name, kind, shape), (count, size) in rows.items()
+    ]
     return sorted(found, key=lambda row: -row["bytes"])
 
 
@@ -67,8 +77,10 @@ def _recipe(text: str | None) -> Any:
 
 def table(found: dict[str, Any]) -> str:
     """The same for people: a section per format, largest first. Rows fit a node of the frontend's usual width."""
-    lines = [f"{found['file']}: {found['architecture'] or 'unknown model'}, {found['bytes'] / 1e9:.3f} GB, "
-             f"{counted(found['tensors'], 'tensor')}"]
+    lines = [
+        f"{found['file']}: {found['architecture'] or 'unknown model'}, {found['bytes'] / 1e9:.3f} GB, "
+        f"{counted(found['tensors'], 'tensor')}"
+    ]
     recipe = found["recipe"]
     if isinstance(recipe, dict) and isinstance(recipe.get("recipe"), dict):
         lines.append("made with: " + ", ".join(f"{key} {value}" for key, value in recipe["recipe"].items()))
@@ -92,16 +104,27 @@ def _rows(groups: list[dict[str, Any]]) -> list[str]:
     groups, left = [row for row in groups if row not in small][:_MAX_ROWS], len(groups) - len(small) - _MAX_ROWS
     rest = [f" and {counted(left, 'smaller group')} (all in the JSON)"] if left > 0 else []
     if small:
-        rest.append(f" {counted(sum(row['count'] for row in small), 'bias, norm or number', 'biases, norms and numbers')}, "
-                    f"{sum(row['bytes'] for row in small) / 1e6:.2f} MB")
+        rest.append(
+            f" {counted(sum(row['count'] for row in small), 'bias, norm or number', 'biases, norms and numbers')}, "
+            f"{sum(row['bytes'] for row in small) / 1e6:.2f} MB"
+        )
     if not groups:
         return rest
-    cells = [(f"{row['count']}x", "x".join(map(str, row["shape"])) or "scalar", f"{row['bytes'] / 1e6:.2f} MB") for row in groups]
+    cells = [
+        (f"{row['count']}x", "x".join(map(str, row["shape"])) or "scalar", f"{row['bytes'] / 1e6:.2f} MB")
+        for row in groups
+    ]
     count, shape, size = (max(map(len, column)) for column in zip(*cells))
     limit = max(_MIN_NAME, _WIDTH - count - shape - size - 4)
     names = [shortened(row["layers"].removesuffix(".weight"), limit) for row in groups]
     width = max(map(len, names))
-    return [*(f" {name:<{width}} {many:>{count}} {form:<{shape}} {mb:>{size}}" for name, (many, form, mb) in zip(names, cells)), *rest]
+    return [
+        *(
+            f" {name:<{width}} {many:>{count}} {form:<{shape}} {mb:>{size}}"
+            for name, (many, form, mb) in zip(names, cells)
+        ),
+        *rest,
+    ]
 
 
 def shortened(name: str, limit: int) -> str:
@@ -110,4 +133,4 @@ def shortened(name: str, limit: int) -> str:
     keep = [len(part) for part in parts]
     while sum(keep) + len(keep) - 1 > limit and max(keep) > _MIN_PART:
         keep[keep.index(max(keep))] -= 1
-    return ".".join(part if length == len(part) else part[:length - 1] + "~" for part, length in zip(parts, keep))
+    return ".".join(part if length == len(part) else part[: length - 1] + "~" for part, length in zip(parts, keep))

@@ -1,4 +1,5 @@
 """A quantized file -> a MODEL, through the seam where it can be installed, decoded where it cannot."""
+
 from __future__ import annotations
 
 import logging
@@ -10,10 +11,10 @@ import torch
 from ...layouts import comfyui as seam
 from ...layouts.comfyui_audit import audit, our_layers
 from ...quant_core.cancel import cancel_scope, poll
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.metadata import HEADER_KEY
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import InputFileError
+from ...quant_core.stored.layers import stored_layers
 from ..shared.progress import NodeProgress
 from ..shared.schema import known
 
@@ -26,6 +27,7 @@ def load_model(path: Path, keep: Any = None) -> Any:
     Raises InputFileError: no model that ComfyUI knows, or a layer that did not arrive quantized.
     """
     import comfy.sd
+
     if not seam.status().installed:
         model = _load_decoded(path)
     elif seam.quantops_present():
@@ -44,6 +46,7 @@ def _load_with_own_operations(path: Path) -> Any:
     import comfy.ops
     import comfy.sd
     import comfy.utils
+
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
@@ -63,6 +66,7 @@ def _load_with_own_operations(path: Path) -> Any:
 def _load_decoded(path: Path) -> Any:
     """Every quantized layer decoded to bf16 while it is read: the same picture, without the savings in memory."""
     import comfy.sd
+
     log.warning("QuantPress: %s is decoded to bf16 while it loads, since %s", path.name, seam.status().reason)
     with open_source(path) as source, cancel_scope(NodeProgress.cancelled):
         layers = stored_layers(source)
@@ -84,5 +88,7 @@ def _load_decoded(path: Path) -> Any:
 
 
 def _unknown(path: Path) -> InputFileError:
-    return InputFileError(f"{path.name}: ComfyUI does not recognise the model in it. Choose a diffusion model; text encoders "
-                          "and VAEs have loaders of their own.")
+    return InputFileError(
+        f"{path.name}: ComfyUI does not recognise the model in it. Choose a diffusion model; text encoders "
+        "and VAEs have loaders of their own."
+    )

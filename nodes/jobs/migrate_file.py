@@ -1,12 +1,13 @@
 """Migrating the file of a handle, either way."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.source import Source
 from ...quant_core.errors import RequestError
+from ...quant_core.stored.layers import stored_layers
 from ...quant_core.tools.canonicalize import InputScale
 from ...quant_core.tools.contents import nothing_to_migrate
 from ...quant_core.tools.migrate import MigrateOptions, check_hp_filter, migrate
@@ -37,13 +38,19 @@ def plan(src: Source, settings: MigrateSettings) -> Plan:
     """Raises QuantPressError; RequestError for a setting that the target does not have."""
     pattern = settings.hp_filter or None
     if settings.target == NATIVE:
-        rewrite = migrate(src, MigrateOptions(pattern, FULL_PRECISION[settings.full_precision],
-                                              INPUT_SCALES[settings.input_scale], settings.header))
+        rewrite = migrate(
+            src,
+            MigrateOptions(
+                pattern, FULL_PRECISION[settings.full_precision], INPUT_SCALES[settings.input_scale], settings.header
+            ),
+        )
         # The file goes on as it is, as a graph should run on any file; the user learns what it is.
         return Plan(rewrite, [] if rewrite.changes() else [nothing_to_migrate(src)])
     if FULL_PRECISION[settings.full_precision] is not None:
-        raise RequestError("The legacy form takes full precision from the layers as they are. Set full_precision to 'as it is', "
-                           "and put Edit Metadata before this node to change it.")
+        raise RequestError(
+            "The legacy form takes full precision from the layers as they are. Set full_precision to 'as it is', "
+            "and put Edit Metadata before this node to change it."
+        )
     if INPUT_SCALES[settings.input_scale] is InputScale.WEIGHT:
         raise RequestError("The legacy form gets an input scale of 1.0 or none. Choose keep or 1.0.")
     check_hp_filter(src, stored_layers(src), pattern)

@@ -1,4 +1,5 @@
 """A MODEL of the graph, written to a spool file with the keys of a saved checkpoint, so that it is a source like a file."""
+
 from __future__ import annotations
 
 import secrets
@@ -37,7 +38,7 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
     with open_sink(target, entries, {"format": "pt"}) as sink:
         written = 0
         for index, name in enumerate(list(state)):
-            value = state.pop(name)          # popped, so that a baked weight goes as soon as it is written
+            value = state.pop(name)  # popped, so that a baked weight goes as soon as it is written
             written += value.numel() * value.element_size()
             sink.write(name, value.to("cpu"))
             progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
@@ -47,5 +48,7 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
 
 def _code(name: str, value: Any) -> str:
     if value.dtype not in TORCH_TO_CODE:
-        raise RequestError(f"{name} is {value.dtype}, which no safetensors file can hold. Quantize the model's file instead.")
+        raise RequestError(
+            f"{name} is {value.dtype}, which no safetensors file can hold. Quantize the model's file instead."
+        )
     return TORCH_TO_CODE[value.dtype]

@@ -1,15 +1,16 @@
 """A quantized file of the user's -> a handle, and what it is in a few lines."""
+
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-from ...quant_core.stored.foreign import refusal
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
 from ...quant_core.errors import InputFileError, counted
-from ...quant_core.tools.rewrite import Draft
 from ...quant_core.pipeline.verify import check_file
+from ...quant_core.stored.foreign import refusal
+from ...quant_core.stored.layers import stored_layers
+from ...quant_core.tools.rewrite import Draft
 from ..shared.detection import detect
 from ..shared.folders import stamp
 from ..shared.handles import QuantizedHandle
@@ -25,10 +26,12 @@ def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle,
     """The file itself where it is one; shards become one spool file. Raises InputFileError: not readable."""
     label = label_of(path)
     if path.name.endswith(INDEX_SUFFIX):
+
         def join(spool: Path) -> dict[str, str]:
             with open_source(path) as src:
                 Draft(src).finish().apply(spool, overwrite=True, progress=progress, cancel=progress.cancelled)
             return {}
+
         spool, _ = spooled(label, {"tool": NAME, "source": str(path), "stamp": stamp(path)}, join)
         return QuantizedHandle(spool, label, NAME, lenient=True), describe(spool, path.name)
     return QuantizedHandle(path, label, None, lenient=True), describe(path, path.name)
@@ -45,15 +48,22 @@ def describe(path: Path, name: str) -> str:
         except InputFileError as err:
             kinds, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
         foreign = refusal(source)
-        lines = [f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}"]
-    lines += [f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form") for (kind, fmt), count in kinds.most_common()]
+        lines = [
+            f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}"
+        ]
+    lines += [
+        f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form")
+        for (kind, fmt), count in kinds.most_common()
+    ]
     older = sum(count for (kind, _), count in kinds.items() if kind != "comfy_quant")
     if foreign:
         lines.append(foreign)
     elif older:
         lines.append("Migrate Legacy File turns older and foreign forms into ComfyUI's own.")
     elif problems:
-        lines.append(f"{counted(len(problems), 'kind')} of problems. Repair lists all, and puts right what has an exact answer:")
+        lines.append(
+            f"{counted(len(problems), 'kind')} of problems. Repair lists all, and puts right what has an exact answer:"
+        )
         lines += [f"  {message}" for message in list(problems.values())[:_SHOWN]]
     elif not kinds:
         lines.append("Nothing in it is quantized. Load Model to Quantize takes such files.")

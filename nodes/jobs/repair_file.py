@@ -1,4 +1,5 @@
 """Repairing the file of a handle, or tidying a legacy one, and the findings as text."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,10 +9,10 @@ from typing import Any
 
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import RequestError, counted
+from ...quant_core.pipeline.verify import Finding
 from ...quant_core.tools.against import find_layout
 from ...quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 from ...quant_core.tools.repair import repair
-from ...quant_core.pipeline.verify import Finding
 from ..shared.folders import stamp
 from ..shared.handles import QuantizedHandle
 from ..shared.progress import NodeProgress
@@ -39,13 +40,21 @@ class RepairSettings:
         return {**asdict(self), "original": original}
 
 
-def repaired(handle: QuantizedHandle, settings: RepairSettings, only_diagnose: bool, progress: NodeProgress) -> Outcome:
+def repaired(
+    handle: QuantizedHandle, settings: RepairSettings, only_diagnose: bool, progress: NodeProgress
+) -> Outcome:
     """Outcome.data: every finding as JSON. Raises QuantPressError."""
     if settings.original is not None and (settings.assume is not None or settings.unswizzled):
-        raise RequestError("The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
-                           "disconnect it.")
-    return rewritten(handle, Tool(NAME, settings.describe(), only_diagnose), progress,
-                     lambda src: _plan(src, settings, "can be repaired" if only_diagnose else "repaired"))
+        raise RequestError(
+            "The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
+            "disconnect it."
+        )
+    return rewritten(
+        handle,
+        Tool(NAME, settings.describe(), only_diagnose),
+        progress,
+        lambda src: _plan(src, settings, "can be repaired" if only_diagnose else "repaired"),
+    )
 
 
 def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
@@ -53,15 +62,21 @@ def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
     if settings.mode == ONLY_INPUTS:
         return Plan(add_legacy_input(src), data=[])
     if settings.mode == TIDY:
-        return Plan(cleanup_legacy(src, marker=settings.marker, scale_input=settings.add_scale_input,
-                                   normalise=not settings.keep_shapes), data=[])
+        return Plan(
+            cleanup_legacy(
+                src, marker=settings.marker, scale_input=settings.add_scale_input, normalise=not settings.keep_shapes
+            ),
+            data=[],
+        )
     assume, unswizzled, lines = settings.assume, settings.unswizzled, []
     if settings.original is not None:
         with open_source(settings.original) as reference:
             layout = find_layout(src, reference)
         assume, unswizzled = layout.assume, layout.unswizzled
         found = [f"assume {assume}"] * (assume is not None) + ["unswizzled"] * unswizzled
-        lines = [f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"]
+        lines = [
+            f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"
+        ]
     result = repair(src, assume=assume, unswizzled=unswizzled)
     return Plan(result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"])
 
@@ -73,12 +88,18 @@ def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -
         groups.setdefault((finding.severity, finding.code, finding not in unfixed), []).append(finding)
     if not groups:
         return ["no problems found"]
-    lines = [f"{counted(len(findings), 'problem')}: {len(findings) - len(unfixed)} {word}"
-             + (f", {len(unfixed)} without an exact answer, which stay as they are" if unfixed else "")]
-    lines += [f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
-              for (severity, code, fixed), group in groups.items()]
+    lines = [
+        f"{counted(len(findings), 'problem')}: {len(findings) - len(unfixed)} {word}"
+        + (f", {len(unfixed)} without an exact answer, which stay as they are" if unfixed else "")
+    ]
+    lines += [
+        f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
+        for (severity, code, fixed), group in groups.items()
+    ]
     errors = sum(finding.severity == "error" for finding in unfixed)
     if errors:
-        lines.append(f"warning: {counted(errors, 'error remains', 'errors remain')}, so the model may not load, or make noise; each line "
-                     "marked NOT repaired says what to do")
+        lines.append(
+            f"warning: {counted(errors, 'error remains', 'errors remain')}, so the model may not load, or make noise; each line "
+            "marked NOT repaired says what to do"
+        )
     return lines

@@ -3,6 +3,7 @@
 Several threads may replay, one running at a time; a thread may wait inside a linear layer's forward pre-hook while another
 runs. What ComfyUI keeps for the whole process must then hold nothing of one call across such a wait: see `loaded`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from ...quant_core.calibration.capture.linear_layers import linear_layers, refus
 from ...quant_core.errors import RequestError, some_of
 from .capture import COMPILE_KEY, KEY, compiled, is_plain_float, model_compiler_off
 
-_SKIPPING = "easycache"     # ComfyUI's key of the wrapper that leaves out calls that resemble the last one
+_SKIPPING = "easycache"  # ComfyUI's key of the wrapper that leaves out calls that resemble the last one
 
 
 def replayable(model: Any) -> None:
@@ -31,18 +32,24 @@ def replayable(model: Any) -> None:
     refuse_compiled(root)
     what = "Quantizing in order runs the model, and "
     if model.patches:
-        raise RequestError(f"{what}{len(model.patches)} of its weights are patched (by a LoRA, say): the layers would be fitted to "
-                           "undo the patch. Connect the model without it, or bake the LoRA into the source and load that.")
+        raise RequestError(
+            f"{what}{len(model.patches)} of its weights are patched (by a LoRA, say): the layers would be fitted to "
+            "undo the patch. Connect the model without it, or bake the LoRA into the source and load that."
+        )
     if model.injections or model.hook_patches or model.forced_hooks or model.weight_wrapper_patches:
         kinds = [*model.injections] or ["hooks on its weights"]
-        raise RequestError(f"{what}something changes its layers while it runs ({some_of(kinds)}), so they would be fitted to "
-                           "undo that. Connect the model as its loader gives it.")
+        raise RequestError(
+            f"{what}something changes its layers while it runs ({some_of(kinds)}), so they would be fitted to "
+            "undo that. Connect the model as its loader gives it."
+        )
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, _SKIPPING):
         raise RequestError(f"{what}EasyCache would leave out calls. Connect the model without it.")
     quantized = [name for name, module in linear_layers(root).items() if not is_plain_float(module.weight)]
     if quantized:
-        raise RequestError(f"{what}{len(quantized)} of its layers are no 16-bit or 32-bit floats ({some_of(quantized, shown=3)}). "
-                           "Load the unquantized model, with weight_dtype default.")
+        raise RequestError(
+            f"{what}{len(quantized)} of its layers are no 16-bit or 32-bit floats ({some_of(quantized, shown=3)}). "
+            "Load the unquantized model, with weight_dtype default."
+        )
 
 
 def call_bytes(model: Any, shapes: Mapping[str, Sequence[int]]) -> int:
@@ -81,7 +88,7 @@ def replay(model: Any, call: RecordedCall, device: torch.device) -> None:
     arguments = _moved(call.arguments, device)
     options = {**_own_options(model), **arguments.pop("transformer_options", {})}
     _forget_calls(model)
-    with model_management.cuda_device_context(device):      # a new thread begins on the first device
+    with model_management.cuda_device_context(device):  # a new thread begins on the first device
         model.model.apply_model(**arguments, transformer_options=options)
 
 

@@ -1,4 +1,5 @@
 """A spool file -> a file under its own name in a folder of ComfyUI, all or nothing."""
+
 from __future__ import annotations
 
 import os
@@ -12,7 +13,6 @@ from typing import Any
 from comfy import model_management
 
 from ...quant_core.checkpoint.header import load_json_object
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.metadata import CONFIG_SUFFIX
 from ...quant_core.checkpoint.part import (
     cannot_write,
@@ -26,6 +26,7 @@ from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import InputFileError, OutputError, RequestError
 from ...quant_core.pipeline.plan import RECIPE_KEY
 from ...quant_core.pipeline.verify import check_file
+from ...quant_core.stored.layers import stored_layers
 from ..shared.folders import LORAS, write_target
 from ..shared.handles import QuantizedHandle
 from ..shared.spool import spool_folder
@@ -55,10 +56,12 @@ def tokens(handle: QuantizedHandle) -> dict[str, str]:
     with open_source(handle.path) as src:
         try:
             layers = stored_layers(src)
-        except InputFileError:      # a damaged file, saved under a name of its own all the same
+        except InputFileError:  # a damaged file, saved under a name of its own all the same
             layers = {}
         recipe, formats = recorded_recipe(src), Counter(layer.format.name for layer in layers.values())
-        names = {name for layer in layers.values() for name in (*layer.names.values(), f"{layer.layer}{CONFIG_SUFFIX}")}
+        names = {
+            name for layer in layers.values() for name in (*layer.names.values(), f"{layer.layer}{CONFIG_SUFFIX}")
+        }
         size = sum(src.tensors[name].nbytes for name in names if name in src.tensors)
     weights, now = sum(layer.shape[0] * layer.shape[1] for layer in layers.values()), time.localtime()
     values = {name: str(recipe.get(name, UNKNOWN)) for name in ("format", "group_size", "rounding", "seed")}
@@ -66,8 +69,13 @@ def tokens(handle: QuantizedHandle) -> dict[str, str]:
         values["format"] = formats.most_common(1)[0][0] if formats else UNKNOWN
     elif recipe.get("group_size") is None:
         values["group_size"] = "whole"
-    return {"model": handle.label, **values, "bits": f"{size * 8 / weights:.1f}" if weights else UNKNOWN,
-            "date": time.strftime("%Y-%m-%d", now), "time": time.strftime("%H%M%S", now)}
+    return {
+        "model": handle.label,
+        **values,
+        "bits": f"{size * 8 / weights:.1f}" if weights else UNKNOWN,
+        "date": time.strftime("%Y-%m-%d", now),
+        "time": time.strftime("%H%M%S", now),
+    }
 
 
 def recorded_recipe(src: Source) -> Mapping[str, Any]:
@@ -122,7 +130,9 @@ def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], 
             rename_to_new(part, target)
         sync_folder(target.parent)
     except FileExistsError as err:
-        raise OutputError(f"{target}: a file of this name appeared meanwhile, and was kept. Choose another name.") from err
+        raise OutputError(
+            f"{target}: a file of this name appeared meanwhile, and was kept. Choose another name."
+        ) from err
     except OSError as err:
         raise cannot_write(target, err) from err
     finally:
@@ -137,8 +147,10 @@ def lora_target(handle: QuantizedHandle, name: str, overwrite: bool) -> tuple[st
     if handle.lora is None:
         return None
     if not handle.lora.is_file():
-        raise InputFileError(f"{handle.lora.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, the "
-                             "seed for example, and run again.")
+        raise InputFileError(
+            f"{handle.lora.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, the "
+            "seed for example, and run again."
+        )
     listed = name.removesuffix(".safetensors").strip().replace("\\", "/") + "-residual.safetensors"
     target = write_target(LORAS, listed)
     if not overwrite and os.path.lexists(target):
@@ -151,7 +163,7 @@ def _link_or_copy(spool: Path, part: Path) -> None:
         try:
             os.link(spool, part)
             return
-        except OSError:      # another disk, or a file system without links
+        except OSError:  # another disk, or a file system without links
             pass
     with open(spool, "rb") as source, open(part, "xb") as file:
         while chunk := source.read(_COPY_BYTES):

@@ -1,4 +1,5 @@
 """CONDITIONING of the size a model takes, without a text encoder: for comparing a model with its quantized form."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,10 +11,26 @@ from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import RequestError
 
 # Attributes of the diffusion model whose Linear (or Sequential that begins with one) takes the text, by architecture.
-_TEXT_INPUTS = ("context_embedder", "txt_in", "text_embedding", "cap_embedder", "y_proj", "caption_projection", "cond_proj")
+_TEXT_INPUTS = (
+    "context_embedder",
+    "txt_in",
+    "text_embedding",
+    "cap_embedder",
+    "y_proj",
+    "caption_projection",
+    "cond_proj",
+)
 # Keys of ComfyUI's model config that hold the text's width, for models whose input layer is found by none of the names.
-_TEXT_KEYS = ("context_in_dim", "text_dim", "cap_feat_dim", "context_dim", "joint_attention_dim", "caption_channels",
-              "crossattn_emb_channels", "cross_attention_dim")
+_TEXT_KEYS = (
+    "context_in_dim",
+    "text_dim",
+    "cap_feat_dim",
+    "context_dim",
+    "joint_attention_dim",
+    "caption_channels",
+    "crossattn_emb_channels",
+    "cross_attention_dim",
+)
 _TOKENS = 64
 KINDS = ("noise", "zeros", "demo shapes")
 _DEMO_TABLE = Path(__file__).resolve().parents[2] / "assets" / "conditioning.safetensors"
@@ -41,9 +58,11 @@ def _demo_class(index: int, width: int, pooled: int) -> list[list[Any]]:
     with open_source(_DEMO_TABLE) as table:
         context, vectors = table.read("context").float(), table.read("pooled").float()
     if (width, pooled) != (context.shape[2], vectors.shape[1]):
-        raise RequestError("'demo shapes' fit the demo model only. Choose noise or zeros, or connect the model's own text encoder.")
-    row = index % (context.shape[0] - 1)      # the last row is the null class
-    return [[context[row:row + 1], {"pooled_output": vectors[row:row + 1]}]]
+        raise RequestError(
+            "'demo shapes' fit the demo model only. Choose noise or zeros, or connect the model's own text encoder."
+        )
+    row = index % (context.shape[0] - 1)  # the last row is the null class
+    return [[context[row : row + 1], {"pooled_output": vectors[row : row + 1]}]]
 
 
 def text_width(model: Any) -> int:
@@ -55,14 +74,17 @@ def text_width(model: Any) -> int:
     for key in _TEXT_KEYS:
         if isinstance(config.get(key), int):
             return config[key]
-    raise RequestError(f"{type(model.model.model_config).__name__}: the width of its text input is not known to this node. "
-                       "Connect the model's own text encoder instead.")
+    raise RequestError(
+        f"{type(model.model.model_config).__name__}: the width of its text input is not known to this node. "
+        "Connect the model's own text encoder instead."
+    )
 
 
 def pooled_width(model: Any) -> int:
     """Width of the pooled text vector; 0 for models without one."""
-    width = _in_features(getattr(model.model.diffusion_model, "y_embedder", None)) \
-        or _in_features(getattr(model.model.diffusion_model, "vector_in", None))
+    width = _in_features(getattr(model.model.diffusion_model, "y_embedder", None)) or _in_features(
+        getattr(model.model.diffusion_model, "vector_in", None)
+    )
     return int(width or getattr(model.model, "adm_channels", 0) or 0)
 
 

@@ -1,4 +1,5 @@
 """The demo's model and decoder in the stock loaders' lists, so that the example workflows run right after installing."""
+
 from __future__ import annotations
 
 import logging
@@ -13,8 +14,10 @@ log = logging.getLogger(__name__)
 PACK = Path(__file__).resolve().parents[2]
 DEMO_FOLDER = PACK / ".demo"
 # (folder of ComfyUI, name in its list, file in assets/). Flat names: a subfolder would be spelled differently on Windows.
-_OFFERED = (("diffusion_models", "quantpress_demo_model.safetensors", "tiny_mmdit_256.safetensors"),
-            ("vae", "quantpress_demo_vae.safetensors", "tiny_taesd.safetensors"))
+_OFFERED = (
+    ("diffusion_models", "quantpress_demo_model.safetensors", "tiny_mmdit_256.safetensors"),
+    ("vae", "quantpress_demo_vae.safetensors", "tiny_taesd.safetensors"),
+)
 
 
 def offer() -> None:
@@ -35,5 +38,5 @@ def offer() -> None:
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:      # another disk, or a file system without links
+    except OSError:  # another disk, or a file system without links
         shutil.copyfile(source, target)

@@ -4,6 +4,7 @@ Detection reads the shapes of some weights, and nothing tells it that a weight i
 records what it reads: those layers keep their shape. And it is run again on the finished file, where it must answer
 the same, or ComfyUI would build another model than the one that was quantized.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 
 from ...quant_core.checkpoint.header import CODE_TO_TORCH
-from ...quant_core.stored.layers import stored_layers
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import VerificationError
+from ...quant_core.stored.layers import stored_layers
 
-_SMALL_BYTES = 1 << 16      # detection looks at the values of some norms and scalars, never at those of a matrix
+_SMALL_BYTES = 1 << 16  # detection looks at the values of some norms and scalars, never at those of a matrix
 
 
 class RecordingDict(dict[str, Any]):
@@ -34,7 +35,7 @@ class RecordingDict(dict[str, Any]):
         self.asked: set[str] = set()
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        super().__getitem__(key)             # KeyError, as a plain dict
+        super().__getitem__(key)  # KeyError, as a plain dict
         self.asked.add(key)
         return self._tensor(key)
 
@@ -46,10 +47,10 @@ class RecordingDict(dict[str, Any]):
         super().pop(key, *default)
         return value if value is not None else default[0]
 
-    def values(self) -> Iterator[torch.Tensor]:    # type: ignore[override]
+    def values(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         return (self._tensor(key) for key in self)
 
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:    # type: ignore[override]
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
         return ((key, self._tensor(key)) for key in self)
 
     def _tensor(self, key: str) -> torch.Tensor:
@@ -80,19 +81,23 @@ def detect(path: Path, *, decoded: bool = False) -> Detection:
     ComfyUI looks at. Raises InputFileError then: a layer that cannot be decoded.
     """
     with open_source(path) as source:
-        shapes = {f"{layer}.weight": stored.shape for layer, stored in stored_layers(source).items()} if decoded else {}
+        shapes = (
+            {f"{layer}.weight": stored.shape for layer, stored in stored_layers(source).items()} if decoded else {}
+        )
         return _detect_diffusion(source, shapes) or _detect_text_encoder(source, shapes) or Detection(None)
 
 
 def checkpoint_prefix(path: Path) -> str:
     """What ComfyUI takes for the prefix of the diffusion model's tensors in a full checkpoint."""
     from comfy import model_detection
+
     with open_source(path) as source:
         return model_detection.unet_prefix_from_state_dict(RecordingDict(source, {}))
 
 
 def _detect_diffusion(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Detection | None:
     from comfy import model_detection
+
     state = RecordingDict(source, shapes)
     prefix = model_detection.unet_prefix_from_state_dict(state)
     if not any(key.startswith(prefix) for key in state):
@@ -102,7 +107,7 @@ def _detect_diffusion(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> 
         return None
     plain = {key: str(value) for key, value in config.items()}
     match = model_detection.model_config_from_unet_config
-    arguments = (dict(config), state, prefix)[:len(signature(match).parameters)]      # the prefix came later
+    arguments = (dict(config), state, prefix)[: len(signature(match).parameters)]  # the prefix came later
     known = match(*arguments)
     if known is None:
         return None
@@ -111,6 +116,7 @@ def _detect_diffusion(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def _detect_text_encoder(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Detection | None:
     import comfy.sd
+
     state = RecordingDict(source, shapes)
     kind = comfy.sd.detect_te_model(state)
     return None if kind is None else Detection(kind.name, {"text_encoder": kind.name}, _fixed(state))
@@ -125,9 +131,13 @@ def require_same(before: Detection, path: Path) -> None:
     after = detect(path)
     if (after.model, after.config) == (before.model, before.config):
         return
-    changed = [f"{key}: {before.config.get(key)} became {after.config.get(key)}"
-               for key in sorted(before.config.keys() | after.config.keys())
-               if before.config.get(key) != after.config.get(key)]
-    raise VerificationError(f"ComfyUI would take the quantized file for {after.model}, the source is {before.model} "
-                            f"({'; '.join(changed[:4])}). Nothing was kept. Keep these layers with the keep field; layers that "
-                            "were packed before need an 8-bit fallback.")
+    changed = [
+        f"{key}: {before.config.get(key)} became {after.config.get(key)}"
+        for key in sorted(before.config.keys() | after.config.keys())
+        if before.config.get(key) != after.config.get(key)
+    ]
+    raise VerificationError(
+        f"ComfyUI would take the quantized file for {after.model}, the source is {before.model} "
+        f"({'; '.join(changed[:4])}). Nothing was kept. Keep these layers with the keep field; layers that "
+        "were packed before need an 8-bit fallback."
+    )

@@ -6,6 +6,7 @@ stock loaders do (models are often linked from a cache or another disk).
 Writing: the name is cleaned, the folder that results must lie inside the allowed root AFTER links are resolved, and a
 target that is itself a link is replaced, never written through.
 """
+
 from __future__ import annotations
 
 import os
@@ -26,7 +27,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 _WINDOWS_DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 _PACK = Path(__file__).resolve().parents[2]
-_MAX_NAME_BYTES = 200     # of one part; file systems allow 255, and a temporary name beside it is longer
+_MAX_NAME_BYTES = 200  # of one part; file systems allow 255, and a temporary name beside it is longer
 
 
 def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = _SUFFIXES) -> list[str]:
@@ -37,7 +38,9 @@ def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = 
     """
     found = []
     for folder in folders:
-        names = {name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)}
+        names = {
+            name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)
+        }
         parts = {name for name in names if _SHARD.search(name)}
         names = (names - parts) | (_indexes(folder, parts) if shards else set())
         found += [f"{folder}/{name}" for name in sorted(names, key=str.lower)]
@@ -47,8 +50,12 @@ def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = 
 def _indexes(folder: str, parts: set[str]) -> set[str]:
     """The indexes beside these shards; ComfyUI's lists leave them out for their suffix."""
     places = {str(PurePosixPath(part).parent) for part in parts}
-    return {path.relative_to(root).as_posix() for root in folder_paths.get_folder_paths(folder) for place in places
-            for path in Path(root, place).glob("*" + INDEX_SUFFIX)}
+    return {
+        path.relative_to(root).as_posix()
+        for root in folder_paths.get_folder_paths(folder)
+        for place in places
+        for path in Path(root, place).glob("*" + INDEX_SUFFIX)
+    }
 
 
 def resolve_model(name: str, *folders: str, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
@@ -65,8 +72,11 @@ def resolve_model(name: str, *folders: str, suffixes: tuple[str, ...] = _SUFFIXE
 
 def _is_plain(relative: str) -> bool:
     parts = PurePosixPath(relative).parts
-    return bool(parts) and not relative.startswith("/") and not any(
-        part == ".." or part.startswith("~") or _FORBIDDEN.search(part) for part in parts)
+    return (
+        bool(parts)
+        and not relative.startswith("/")
+        and not any(part == ".." or part.startswith("~") or _FORBIDDEN.search(part) for part in parts)
+    )
 
 
 def add_calibrations_folder() -> None:
@@ -100,10 +110,12 @@ def write_target(folder: str, name: str) -> Path:
     target = root.joinpath(*parts)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _require_inside(root, target.parent, name)     # before mkdir, which would follow a link
+        _require_inside(root, target.parent, name)  # before mkdir, which would follow a link
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise OutputError(f"{target.parent}: the folder cannot be made: {err.strerror}. Choose another folder.") from err
+        raise OutputError(
+            f"{target.parent}: the folder cannot be made: {err.strerror}. Choose another folder."
+        ) from err
     _require_inside(root, target.parent, name)
     return target
 
@@ -119,11 +131,21 @@ def _clean_parts(name: str) -> list[str]:
     if not text.endswith(".safetensors"):
         text += ".safetensors"
     parts = text.split("/")
-    bad = [part for part in parts if part.strip(" .") == "" or part.startswith(".") or part.endswith((" ", "."))
-           or _FORBIDDEN.search(part) or _WINDOWS_DEVICES.match(part) or len(part.encode()) > _MAX_NAME_BYTES]
+    bad = [
+        part
+        for part in parts
+        if part.strip(" .") == ""
+        or part.startswith(".")
+        or part.endswith((" ", "."))
+        or _FORBIDDEN.search(part)
+        or _WINDOWS_DEVICES.match(part)
+        or len(part.encode()) > _MAX_NAME_BYTES
+    ]
     if bad or text == ".safetensors":
-        raise RequestError(f"{name!r} is no file name: {bad[0] if bad else name!r} is empty, too long, starts with a dot, or "
-                           'holds one of < > : " | ? *. Use letters, digits, - and _, and / for a subfolder.')
+        raise RequestError(
+            f"{name!r} is no file name: {bad[0] if bad else name!r} is empty, too long, starts with a dot, or "
+            'holds one of < > : " | ? *. Use letters, digits, - and _, and / for a subfolder.'
+        )
     return parts
 
 

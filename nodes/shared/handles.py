@@ -1,4 +1,5 @@
 """What travels along the wires: frozen descriptions of files, never weights."""
+
 from __future__ import annotations
 
 import weakref
@@ -71,9 +72,13 @@ def spool_of(handle: SourceHandle | QuantizedHandle | CalibrationHandle) -> Path
     if not handle.path.is_file():
         maker = "Capture Activations" if isinstance(handle, CalibrationHandle) else handle.maker
         if maker is None:
-            raise InputFileError(f"{handle.path.name} is not there any more. Press R to refresh the lists, and choose again.")
-        raise InputFileError(f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
-                             "the seed for example, and run again.")
+            raise InputFileError(
+                f"{handle.path.name} is not there any more. Press R to refresh the lists, and choose again."
+            )
+        raise InputFileError(
+            f"{handle.path.name} is gone from ComfyUI's temporary folder. Change any input of {maker}, "
+            "the seed for example, and run again."
+        )
     return handle.path
 
 

@@ -1,4 +1,5 @@
 """Progress of an engine run on a node: bar, text with the time left, and Cancel."""
+
 from __future__ import annotations
 
 import time
@@ -30,6 +31,7 @@ class NodeProgress:
     def say(self, text: str) -> None:
         """Show a line of text on the node."""
         from server import PromptServer
+
         server = getattr(PromptServer, "instance", None)
         if server is not None and self._node_id is not None:
             server.send_progress_text(text, self._node_id)
@@ -41,8 +43,10 @@ class NodeProgress:
 
 def progress_text(what: str, state: Progress) -> str:
     left = "" if state.eta_s is None else f", {duration(state.eta_s)} left"
-    return (f"{what}: {state.done_layers} of {counted(state.total_layers, 'layer')}, {state.done_bytes / 1e9:.2f} of "
-            f"{state.total_bytes / 1e9:.2f} GB{left}")
+    return (
+        f"{what}: {state.done_layers} of {counted(state.total_layers, 'layer')}, {state.done_bytes / 1e9:.2f} of "
+        f"{state.total_bytes / 1e9:.2f} GB{left}"
+    )
 
 
 def duration(seconds: float) -> str:

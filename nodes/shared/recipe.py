@@ -1,4 +1,5 @@
 """The recipe's widgets, made from the registries, and their values made into a Recipe and a Policy."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -7,15 +8,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...quant_core.calibration.use import CalibrationUse
 from ...quant_core.algorithms.choosers import CHOOSERS
+from ...quant_core.algorithms.rounders import ROUNDERS
+from ...quant_core.calibration.use import CalibrationUse
 from ...quant_core.errors import RequestError
 from ...quant_core.formats.base import Format, all_formats, get_format
 from ...quant_core.policy.general import Policy
 from ...quant_core.policy.layer_config import parse_layer_config
 from ...quant_core.policy.presets import PRESETS, keep_patterns
 from ...quant_core.policy.recipe import AUTO, Recipe
-from ...quant_core.algorithms.rounders import ROUNDERS
 from .folders import stamp
 from .handles import CalibrationType, spool_of
 from .schema import known
@@ -38,7 +39,9 @@ def formats_tooltip() -> str:
 
 def sizes() -> list[str]:
     """Every group size and rotation group that some format offers."""
-    offered = {size for fmt in all_formats() for size in (*fmt.group_sizes, *(() if fmt.group_sizes else fmt.rotations))}
+    offered = {
+        size for fmt in all_formats() for size in (*fmt.group_sizes, *(() if fmt.group_sizes else fmt.rotations))
+    }
     return [AUTOMATIC, *map(str, sorted(offered))]
 
 
@@ -50,53 +53,145 @@ def keeps_shape(fmt: Format) -> bool:
 def widgets() -> list[Any]:
     """The inputs of Quantize Model."""
     return [
-        io.Combo.Input("format", options=[fmt.name for fmt in all_formats()], default=DEFAULT_FORMAT, tooltip=formats_tooltip()),
-        io.Combo.Input("group_size", options=sizes(), default=AUTOMATIC, tooltip=(
-            "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
-            "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused.")),
-        io.Combo.Input("scales", options=[AUTO, *CHOOSERS], default=AUTO, tooltip=(
-            "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and keeps "
-            "the best, a few times slower. Without a calibration that is the best for the weights alone: in layers with strong "
-            "input channels the error of what comes out can rise, and 'absmax' is safer there.")),
-        io.Combo.Input("rounding", options=[AUTO, *ROUNDERS], default=AUTO, tooltip=(
-            "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast. 'gptq' corrects later "
-            "columns for earlier errors: slower, much closer with a calibration, and nearest without one. 'learned' optimises every "
-            "layer's rounding: slowest, and hardly closer. 'stochastic' is unbiased noise: for merging, not for quality.")),
-        io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, tooltip=(
-            "Drives every random choice. The same source, recipe and seed give the same bytes.")),
-        io.String.Input("keep", default="", multiline=False, tooltip=(
-            "Layers that stay as they are, as a regular expression searched in their names, for example attn|blocks\\.0\\. . "
-            "Keeping more: better quality, larger file. Norms, embeddings, input and output layers are kept anyway.")),
-        io.String.Input("only", default="", multiline=False, tooltip=(
-            "If filled: only layers that match this regular expression are quantized, even those that would be kept by "
-            "default. For experiments, and for sparing all but the largest layers.")),
-        io.Combo.Input("fallback", options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))], default=KEEP, tooltip=(
-            "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by it. "
-            "Keeping them is safest; an 8-bit format saves a little more space.")),
-        io.Combo.Input("device", options=devices(), default="auto", tooltip=(
-            "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
-            "'cpu' leaves the GPU alone; slower.")),
-        CalibrationType.Input("calibration", optional=True, tooltip=(
-            "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales and rounding then "
-            "lower the error of what comes out of them.")),
-        io.Boolean.Input("bias_correction", default=True, optional=True, **rare(io.Boolean.Input), tooltip=(
-            "With a calibration: the mean error of a layer's output moves into its bias, where that helps on inputs kept aside. "
-            "Costs nothing in size or speed. Left out with residual_lora, which brings the mean back itself.")),
-        io.Boolean.Input("input_scales", default=False, optional=True, **rare(io.Boolean.Input), tooltip=(
-            "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that inputs "
-            "saturate; otherwise it changes little.")),
-        io.Combo.Input("preset", options=[NO_PRESET, *PRESETS], default=NO_PRESET, optional=True, **rare(io.Combo.Input), tooltip=(
-            "Also keeps the layers that older converters keep for this family of models: closer to their files, slightly larger. "
-            "'none' is right for most: the general rules know the sensitive layers of every family.")),
-        io.String.Input("layer_config", optional=True, force_input=True, tooltip=(
-            "JSON, from any node that gives text: a format of their own for single layers, by regular expressions on "
-            f"their names, like {LAYER_CONFIG_EXAMPLE} . The most specific one wins, over keep and only too; _default replaces the "
-            "format above. For mixed precision: more bits where it hurts.")),
-        io.Int.Input("residual_lora", default=0, min=0, max=256, optional=True, **rare(io.Int.Input), tooltip=(
-            "Rank of a LoRA that gives back part of what quantizing loses; 0 makes none. Save Quantized Model writes it into "
-            "models/loras. Load it with Load LoRA (Bypass, Model Only); the usual Load LoRA rounds it into the weights, which is worse "
-            "than none. The larger the rank, the closer to the original, and the slower. Take rounding 'nearest' with it, and a "
-            "calibration for ranks below 64: on top of 'gptq' it measured worse than nothing.")),
+        io.Combo.Input(
+            "format", options=[fmt.name for fmt in all_formats()], default=DEFAULT_FORMAT, tooltip=formats_tooltip()
+        ),
+        io.Combo.Input(
+            "group_size",
+            options=sizes(),
+            default=AUTOMATIC,
+            tooltip=(
+                "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
+                "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused."
+            ),
+        ),
+        io.Combo.Input(
+            "scales",
+            options=[AUTO, *CHOOSERS],
+            default=AUTO,
+            tooltip=(
+                "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and keeps "
+                "the best, a few times slower. Without a calibration that is the best for the weights alone: in layers with strong "
+                "input channels the error of what comes out can rise, and 'absmax' is safer there."
+            ),
+        ),
+        io.Combo.Input(
+            "rounding",
+            options=[AUTO, *ROUNDERS],
+            default=AUTO,
+            tooltip=(
+                "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast. 'gptq' corrects later "
+                "columns for earlier errors: slower, much closer with a calibration, and nearest without one. 'learned' optimises every "
+                "layer's rounding: slowest, and hardly closer. 'stochastic' is unbiased noise: for merging, not for quality."
+            ),
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31 - 1,
+            control_after_generate=False,
+            tooltip=("Drives every random choice. The same source, recipe and seed give the same bytes."),
+        ),
+        io.String.Input(
+            "keep",
+            default="",
+            multiline=False,
+            tooltip=(
+                "Layers that stay as they are, as a regular expression searched in their names, for example attn|blocks\\.0\\. . "
+                "Keeping more: better quality, larger file. Norms, embeddings, input and output layers are kept anyway."
+            ),
+        ),
+        io.String.Input(
+            "only",
+            default="",
+            multiline=False,
+            tooltip=(
+                "If filled: only layers that match this regular expression are quantized, even those that would be kept by "
+                "default. For experiments, and for sparing all but the largest layers."
+            ),
+        ),
+        io.Combo.Input(
+            "fallback",
+            options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))],
+            default=KEEP,
+            tooltip=(
+                "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by it. "
+                "Keeping them is safest; an 8-bit format saves a little more space."
+            ),
+        ),
+        io.Combo.Input(
+            "device",
+            options=devices(),
+            default="auto",
+            tooltip=(
+                "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
+                "'cpu' leaves the GPU alone; slower."
+            ),
+        ),
+        CalibrationType.Input(
+            "calibration",
+            optional=True,
+            tooltip=(
+                "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales and rounding then "
+                "lower the error of what comes out of them."
+            ),
+        ),
+        io.Boolean.Input(
+            "bias_correction",
+            default=True,
+            optional=True,
+            **rare(io.Boolean.Input),
+            tooltip=(
+                "With a calibration: the mean error of a layer's output moves into its bias, where that helps on inputs kept aside. "
+                "Costs nothing in size or speed. Left out with residual_lora, which brings the mean back itself."
+            ),
+        ),
+        io.Boolean.Input(
+            "input_scales",
+            default=False,
+            optional=True,
+            **rare(io.Boolean.Input),
+            tooltip=(
+                "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that inputs "
+                "saturate; otherwise it changes little."
+            ),
+        ),
+        io.Combo.Input(
+            "preset",
+            options=[NO_PRESET, *PRESETS],
+            default=NO_PRESET,
+            optional=True,
+            **rare(io.Combo.Input),
+            tooltip=(
+                "Also keeps the layers that older converters keep for this family of models: closer to their files, slightly larger. "
+                "'none' is right for most: the general rules know the sensitive layers of every family."
+            ),
+        ),
+        io.String.Input(
+            "layer_config",
+            optional=True,
+            force_input=True,
+            tooltip=(
+                "JSON, from any node that gives text: a format of their own for single layers, by regular expressions on "
+                f"their names, like {LAYER_CONFIG_EXAMPLE} . The most specific one wins, over keep and only too; _default replaces the "
+                "format above. For mixed precision: more bits where it hurts."
+            ),
+        ),
+        io.Int.Input(
+            "residual_lora",
+            default=0,
+            min=0,
+            max=256,
+            optional=True,
+            **rare(io.Int.Input),
+            tooltip=(
+                "Rank of a LoRA that gives back part of what quantizing loses; 0 makes none. Save Quantized Model writes it into "
+                "models/loras. Load it with Load LoRA (Bypass, Model Only); the usual Load LoRA rounds it into the weights, which is worse "
+                "than none. The larger the rank, the closer to the original, and the slower. Take rounding 'nearest' with it, and a "
+                "calibration for ranks below 64: on top of 'gptq' it measured worse than nothing."
+            ),
+        ),
     ]
 
 
@@ -107,6 +202,7 @@ def rare(kind: Any) -> dict[str, Any]:
 
 def devices() -> list[str]:
     import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return ["auto", "cpu", *(f"cuda:{index}" for index in range(count))]
 
@@ -132,8 +228,10 @@ class Settings:
             return replace(self, preset=NO_PRESET)
         patterns = keep_patterns((self.preset,), layers)
         if not patterns:
-            raise RequestError(f"preset {self.preset} names none of this model's layers: it is for models of another family. "
-                               f"Choose {NO_PRESET}, or the family of this model.")
+            raise RequestError(
+                f"preset {self.preset} names none of this model's layers: it is for models of another family. "
+                f"Choose {NO_PRESET}, or the family of this model."
+            )
         policy = replace(self.policy, keep=tuple(dict.fromkeys((*self.policy.keep, *patterns))))
         return replace(self, policy=policy, preset=NO_PRESET)
 
@@ -142,17 +240,25 @@ class Settings:
         fallback = self.policy.fallback
         use = self.calibration
         calibration = None if use is None else [str(use.path), stamp(use.path), use.bias_correction, use.input_scales]
-        return {"recipe": self.recipe.describe(), "calibration": calibration, "preset": self.preset,
-                "keep": list(self.policy.keep), "only": list(self.policy.only),
-                "rules": [rule.describe() for rule in self.policy.rules],
-                "fallback": fallback.describe() if fallback else None, "device": self.device}
+        return {
+            "recipe": self.recipe.describe(),
+            "calibration": calibration,
+            "preset": self.preset,
+            "keep": list(self.policy.keep),
+            "only": list(self.policy.only),
+            "rules": [rule.describe() for rule in self.policy.rules],
+            "fallback": fallback.describe() if fallback else None,
+            "device": self.device,
+        }
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
     """Settings from the inputs of `widgets`. Raises RequestError that says which value to change."""
     fmt = sized(values["format"], values["group_size"])
     rank = int(values.get("residual_lora", 0))
-    recipe = Recipe(fmt, values["scales"], values["rounding"], int(values["seed"]), {"residual_rank": rank} if rank else {})
+    recipe = Recipe(
+        fmt, values["scales"], values["rounding"], int(values["seed"]), {"residual_rank": rank} if rank else {}
+    )
     recipe.validate()
     fallback = values.get("fallback", KEEP)
     other = None if fallback == KEEP else Recipe(get_format(fallback), recipe.scales, recipe.rounding, recipe.seed)
@@ -172,7 +278,11 @@ def sized(name: str, size: str) -> Format:
     fmt = get_format(name)
     if size == AUTOMATIC:
         return fmt
-    return fmt.with_options(rotation=int(size)) if fmt.rotations and not fmt.group_sizes else fmt.with_options(group_size=int(size))
+    return (
+        fmt.with_options(rotation=int(size))
+        if fmt.rotations and not fmt.group_sizes
+        else fmt.with_options(group_size=int(size))
+    )
 
 
 def _patterns(text: str) -> tuple[str, ...]:
@@ -182,4 +292,5 @@ def _patterns(text: str) -> tuple[str, ...]:
 def device_name(choice: str) -> str:
     """ "auto" is the device that ComfyUI computes on: it knows of --cpu and of the GPU that the user gave it."""
     from comfy import model_management
+
     return str(model_management.get_torch_device()) if choice == "auto" else choice

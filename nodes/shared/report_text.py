@@ -1,4 +1,5 @@
 """Reports as the few lines that fit on a node."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -32,8 +33,10 @@ def _in_order(rows: list[Mapping[str, Any]]) -> list[str]:
     left = [row["inputs_left"] for row in rows if row.get("inputs_left") is not None]
     if not left:
         return []
-    return [f"in order: {sum(one < 1 for one in left)} of {len(left)} layers make up for those before them, which leaves "
-            f"{median(left):.2f} of the error that these bring in (median, on calls kept aside)"]
+    return [
+        f"in order: {sum(one < 1 for one in left)} of {len(left)} layers make up for those before them, which leaves "
+        f"{median(left):.2f} of the error that these bring in (median, on calls kept aside)"
+    ]
 
 
 def _residual(rows: list[Mapping[str, Any]]) -> list[str]:
@@ -42,8 +45,10 @@ def _residual(rows: list[Mapping[str, Any]]) -> list[str]:
     shares = [left / error for left, error in errors if left is not None and error]
     if not shares:
         return []
-    return [f"residual LoRA: {counted(len(shares), 'layer')}, with it {median(shares):.2f} of their error is left (median); "
-            "Save Quantized Model writes it into models/loras"]
+    return [
+        f"residual LoRA: {counted(len(shares), 'layer')}, with it {median(shares):.2f} of their error is left (median); "
+        "Save Quantized Model writes it into models/loras"
+    ]
 
 
 def requantized(report: Mapping[str, Any]) -> str:
@@ -51,7 +56,13 @@ def requantized(report: Mapping[str, Any]) -> str:
     before = ", ".join(f"{count} x {name}" for name, count in report["formats_before"].items())
     exact = sum(row.get("weight_error") == 0 for row in report["layers"] if row["format"])
     lossless = [f"{counted(exact, 'layer')} lost nothing"] if exact else []
-    return "\n".join([f"was: {before}", *lossless, summary(report).replace("weight error: ", "added error against the decoded source: ", 1)])
+    return "\n".join(
+        [
+            f"was: {before}",
+            *lossless,
+            summary(report).replace("weight error: ", "added error against the decoded source: ", 1),
+        ]
+    )
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -60,10 +71,13 @@ def summary(report: Mapping[str, Any]) -> str:
     kept = Counter(row["reason"] for row in report["layers"] if not row["format"])
     formats = Counter(row["format"] for row in rows)
     before, after = report["source_bytes"], report["output_bytes"]
-    lines = [f"{report.get('architecture') or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB "
-             f"({after / before:.0%}) in {duration(report['seconds'])} on {report['device']}",
-             "quantized: " + ", ".join(f"{count} x {name}" for name, count in formats.most_common())
-             + f" ({report['bits_per_weight']:.2f} bits per weight)"]
+    lines = [
+        f"{report.get('architecture') or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB "
+        f"({after / before:.0%}) in {duration(report['seconds'])} on {report['device']}",
+        "quantized: "
+        + ", ".join(f"{count} x {name}" for name, count in formats.most_common())
+        + f" ({report['bits_per_weight']:.2f} bits per weight)",
+    ]
     if kept:
         lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in kept.most_common(5)))
     if report["weight_error"] is not None:

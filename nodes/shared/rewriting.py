@@ -3,6 +3,7 @@
 A node gives `rewritten` a function from the open file to a Plan. The input's file is never changed; where nothing is
 to be changed, the input's handle comes out again and nothing is written.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -18,9 +19,9 @@ from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import counted
 from ...quant_core.pipeline.report import Progress
 from ...quant_core.tools.rewrite import Change, Rewrite
+from ..jobs.inspect_quantization import like_layers
 from .folders import stamp
 from .handles import QuantizedHandle, spool_of
-from ..jobs.inspect_quantization import like_layers
 from .progress import NodeProgress
 from .spool import spooled
 
@@ -79,24 +80,30 @@ def rewritten(handle: QuantizedHandle, tool: Tool, progress: NodeProgress, build
     return Outcome(result, report["text"], report["data"])
 
 
-def _apply(path: Path, spool: Path | None, tool: Tool, progress: NodeProgress, build: Callable[[Source], Plan]) -> dict[str, Any]:
+def _apply(
+    path: Path, spool: Path | None, tool: Tool, progress: NodeProgress, build: Callable[[Source], Plan]
+) -> dict[str, Any]:
     """The report: text, data, and whether anything is changed. spool: None for a preview."""
     with cancel_scope(progress.cancelled), open_source(path) as src:
         plan = build(src)
         changes = plan.rewrite.changes()
         write = spool is not None and bool(changes)
         if write:
-            plan.rewrite.apply(spool, overwrite=True, force=tool.force, progress=told(progress), cancel=progress.cancelled)
+            plan.rewrite.apply(
+                spool, overwrite=True, force=tool.force, progress=told(progress), cancel=progress.cancelled
+            )
         text = "\n".join([*plan.lines, *change_lines(plan.rewrite, changes, write)])
     return {"text": text, "data": plan.data, "changed": bool(changes)}
 
 
 def told(progress: NodeProgress) -> Callable[[Progress], None]:
     """Every byte is read back once all are written, which takes about as long and moves no bar."""
+
     def tell(state: Progress) -> None:
         progress(state)
         if state.done_bytes >= state.total_bytes:
             progress.say("Checking what was written")
+
     return tell
 
 

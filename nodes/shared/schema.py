@@ -1,4 +1,5 @@
 """Calls that older versions of ComfyUI take too: options that they can do without are left out where they are unknown."""
+
 from __future__ import annotations
 
 import inspect

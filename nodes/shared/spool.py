@@ -4,6 +4,7 @@ A model goes through a file even when it is only to be run: memory stays bounded
 sampled is exactly what a saved file gives. ComfyUI empties its temporary folder at start and at exit; besides, files
 that no handle names any more are removed before a new one is written.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -7,6 +7,7 @@ Source: the asymmetric term of GPTAQ, arXiv 2504.02692, here with a ridge that i
 Measured (bench/calibration/in_order.py): y must be what the FINAL layers before it deliver. Fitted to another rounding of them, it
 costs 2 to 4 dB, because most of what it undoes is the chance of that rounding.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from ..numerics.precision import tensor_core_products
 
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)     # shares of the mean square of the inputs
-_HELD = 4                # every fourth group judges
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean square of the inputs
+_HELD = 4  # every fourth group judges
 LEAST_GROUPS = _HELD
 _ROWS, _JUDGED_ROWS = 1 << 16, 1 << 12
 
@@ -37,7 +38,7 @@ class InputPairs:
     def held(self) -> frozenset[int]:
         """The calls that judge: every fourth group, whole, for a call that is like one it judges finds too much right."""
         groups = self.groups or range(len(self.original))
-        chosen = frozenset(list(dict.fromkeys(groups))[_HELD - 1::_HELD])
+        chosen = frozenset(list(dict.fromkeys(groups))[_HELD - 1 :: _HELD])
         return frozenset(call for call, group in enumerate(groups) if group in chosen)
 
 

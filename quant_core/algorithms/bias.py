@@ -1,4 +1,5 @@
 """Bias correction: moves the mean output error of a quantized layer into its bias."""
+
 from __future__ import annotations
 
 import torch
@@ -24,10 +25,10 @@ def correct_bias(bias: Tensor, error: Tensor, evidence: Evidence) -> tuple[Tenso
         return None, None
     shift = error @ evidence.mean.to(error.device, torch.float32)
     corrected = (bias.to(torch.float32) + shift).to(bias.dtype)
-    moved = corrected.to(torch.float32) - bias.to(torch.float32)         # what is left of it in the bias's dtype
+    moved = corrected.to(torch.float32) - bias.to(torch.float32)  # what is left of it in the bias's dtype
     before = after = 0.0
     for start in range(0, evidence.rows.shape[0], _ROWS):
-        missing = evidence.rows[start:start + _ROWS].to(error.device, torch.float32) @ error.T
+        missing = evidence.rows[start : start + _ROWS].to(error.device, torch.float32) @ error.T
         before += float(missing.square().sum(dtype=torch.float64))
         after += float((missing - moved).square().sum(dtype=torch.float64))
     if after < before:

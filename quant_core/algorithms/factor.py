@@ -4,6 +4,7 @@ With U unit upper triangular, tr(E H E^T) = sum_k D_k |(E U)_k|^2, so a column t
 w_k + sum_{j<k} E_j U_jk adds only its own rounding error. This is GPTQ's update (arXiv 2210.17323) in the form of
 LDLQ (arXiv 2307.13304): it needs one factorisation and no inverse.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PANEL = 512          # columns factored at once
+PANEL = 512  # columns factored at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Factor:
     def columns(self, start: int, stop: int) -> Tensor:
         """U[:stop, start:stop] in float32, the diagonal 0. start..stop lies within one panel."""
         first = start // PANEL * PANEL
-        return self.panels[start // PANEL][:stop, start - first:stop - first].float()
+        return self.panels[start // PANEL][:stop, start - first : stop - first].float()
 
 
 def column_order(diagonal: Tensor, order: str) -> Tensor:
@@ -60,14 +61,14 @@ def factor(hessian: Tensor, order: Tensor, damping: float, poll: Callable[[], No
     k = hessian.shape[0]
     added = damped(hessian.diagonal(), damping)[order]
     starts = list(range(0, k, PANEL))
-    roots: list[Tensor] = [hessian] * len(starts)      # V = U sqrt(D); every entry is replaced before it is read
+    roots: list[Tensor] = [hessian] * len(starts)  # V = U sqrt(D); every entry is replaced before it is read
     failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
     for p in reversed(range(len(starts))):
         poll()
         start, stop = starts[p], min(starts[p] + PANEL, k)
         panel = hessian[order[:stop, None], order[None, start:stop]]
         panel[start:].diagonal().add_(added[start:stop])
-        for later in roots[p + 1:]:
+        for later in roots[p + 1 :]:
             panel.addmm_(later[:stop], later[start:stop].T, alpha=-1)
         # The upper root of a block is the flipped lower root of the flipped block.
         lower, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))
@@ -79,7 +80,7 @@ def factor(hessian: Tensor, order: Tensor, damping: float, poll: Callable[[], No
         return None
     diagonals = [root[start:].diagonal().clone() for root, start in zip(roots, starts)]
     for p, diagonal in enumerate(diagonals):
-        roots[p][starts[p]:].fill_diagonal_(0)
+        roots[p][starts[p] :].fill_diagonal_(0)
         roots[p] = roots[p].div_(diagonal).half()
     pivots = torch.cat(diagonals).square_()
     finite = torch.stack([root.isfinite().all() for root in roots]).all()

@@ -1,4 +1,5 @@
 """What an algorithm minimises: the error of the layer's output when its inputs are known, else the weight's own."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..formats.base import Format
 from ..policy.recipe import Evidence
 
-_SLICE = 1 << 24     # weights whose product with the Hessian is held at once
+_SLICE = 1 << 24  # weights whose product with the Hessian is held at once
 
 
 class Aim(Protocol):
@@ -48,7 +49,7 @@ class Objective:
         total = torch.zeros((), dtype=torch.float64, device=error.device)
         step = max(1, _SLICE // error.shape[1])
         for start in range(0, error.shape[0], step):
-            part = error[start:start + step]
+            part = error[start : start + step]
             if self.hessian is not None:
                 weighted = part @ self.hessian
             else:

@@ -1,4 +1,5 @@
 """Settings of the algorithms: JSON values in `Recipe.options`, read into each algorithm's own frozen dataclass."""
+
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
@@ -30,7 +31,9 @@ def _checked(field: Any, value: Any) -> Any:
     if wanted is bool and not isinstance(value, bool):
         raise RequestError(f"option {field.name}: found {value!r}, needs true or false, in small letters.")
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise RequestError(f"option {field.name}: found {value!r}, needs a value of type {wanted.__name__} like {default!r}.")
+        raise RequestError(
+            f"option {field.name}: found {value!r}, needs a value of type {wanted.__name__} like {default!r}."
+        )
     if choices and value not in choices:
         raise RequestError(f"option {field.name}: found {value!r}. Choose one of {', '.join(map(str, choices))}.")
     if (low is not None and value < low) or (high is not None and value > high):
@@ -49,7 +52,9 @@ def check_known(options: dict[str, Any], kinds: tuple[type, ...]) -> None:
     known = {field.name for kind in kinds for field in fields(kind)}
     strangers = [name for name in options if name not in known]
     if strangers:
-        raise RequestError(f"there is no option {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
-                           f"{', '.join(sorted(known))}.")
+        raise RequestError(
+            f"there is no option {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
+            f"{', '.join(sorted(known))}."
+        )
     for kind in kinds:
         read_options(kind, options)

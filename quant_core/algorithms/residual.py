@@ -3,6 +3,7 @@
 It has to stay apart from the quantized weights, as in ComfyUI's bypass loader. The usual loader adds it to them and rounds
 the sum again: measured 2 to 8 dB worse than without it (docs/loras.md).
 """
+
 from __future__ import annotations
 
 import re
@@ -22,9 +23,14 @@ from .objective import Objective, ratio
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # For users, and in the file's header.
-HOW_TO_LOAD = ("Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of weight and "
-               "LoRA again, which makes the model worse.")
-_DAMPING, _SCARCE = 0.01, 0.5      # share of the Hessian's diagonal, and times K / rows: few rows must not decide which errors count
+HOW_TO_LOAD = (
+    "Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of weight and "
+    "LoRA again, which makes the model worse."
+)
+_DAMPING, _SCARCE = (
+    0.01,
+    0.5,
+)  # share of the Hessian's diagonal, and times K / rows: few rows must not decide which errors count
 _SPARE = 8
 
 
@@ -47,7 +53,9 @@ class ResidualOptions:
             if not re.search(self.residual_target, layer):
                 return False
         except re.error as problem:
-            raise RequestError(f"residual_target {self.residual_target!r} is no regular expression: {problem}") from problem
+            raise RequestError(
+                f"residual_target {self.residual_target!r} is no regular expression: {problem}"
+            ) from problem
         number = re.search(r"\d+", layer)
         return self.residual_depth == 0 or (number is not None and int(number.group()) < self.residual_depth)
 
@@ -103,7 +111,9 @@ def lora_keys(layer: str) -> tuple[str, str]:
     return f"diffusion_model.{layer}.lora_up.weight", f"diffusion_model.{layer}.lora_down.weight"
 
 
-def save_residuals(path: str | Path, residuals: Mapping[str, Residual], metadata: Mapping[str, str] | None = None) -> None:
+def save_residuals(
+    path: str | Path, residuals: Mapping[str, Residual], metadata: Mapping[str, str] | None = None
+) -> None:
     """{layer: Residual} -> one safetensors file, written beside and renamed. No alpha: strength 1 is the whole part.
 
     Raises RequestError: there is no residual; OutputError.
@@ -121,4 +131,6 @@ def save_residuals(path: str | Path, residuals: Mapping[str, Residual], metadata
         partial.replace(target)
     except OSError as problem:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"{target}: the low-rank part cannot be written: {problem}. Choose another folder.") from problem
+        raise OutputError(
+            f"{target}: the low-rank part cannot be written: {problem}. Choose another folder."
+        ) from problem

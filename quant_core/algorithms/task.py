@@ -1,4 +1,5 @@
 """What choosers and rounders are given: one layer's work weight with everything known about it."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import cancel
-from .factor import Factor
 from ..formats.base import Format
-from .objective import Aim, Objective
 from ..numerics.scales import QParams
+from .factor import Factor
+from .objective import Aim, Objective
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
 """A calibration: the statistics of a model's layers, and what they were captured from."""
+
 from __future__ import annotations
 
 import hashlib
@@ -25,7 +26,7 @@ class ModelIdentity:
     layers: Mapping[str, tuple[int, int]]
     fingerprint: str = ""
 
-    def problems(self, other: "ModelIdentity") -> list[str]:
+    def problems(self, other: ModelIdentity) -> list[str]:
         """Why a calibration of `self` does not fit the model `other`, one phrase each; [] when it does.
 
         The model may have layers that were not captured, but not the reverse. Fingerprints are compared when both are
@@ -33,19 +34,24 @@ class ModelIdentity:
         """
         missing = [name for name in self.layers if name not in other.layers]
         found = [f"the model has no {some_of(missing, shown=4)}"] if missing else []
-        found += [f"{name} is {list(shape)} in the calibration and {list(other.layers[name])} in the model"
-                  for name, shape in self.layers.items() if name in other.layers and other.layers[name] != shape][:4]
+        found += [
+            f"{name} is {list(shape)} in the calibration and {list(other.layers[name])} in the model"
+            for name, shape in self.layers.items()
+            if name in other.layers and other.layers[name] != shape
+        ][:4]
         if not found and self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
             found.append("the weights differ (another training, or LoRAs baked in)")
         return found
 
-    def require_match(self, other: "ModelIdentity", what: str, other_weights: bool = False) -> None:
+    def require_match(self, other: ModelIdentity, what: str, other_weights: bool = False) -> None:
         """RequestError that says what differs. what: names the calibration. other_weights: a fine-tune is welcome."""
         compared = replace(self, fingerprint="") if other_weights else self
         problems = compared.problems(other)
         if problems:
-            raise RequestError(f"{what} belongs to another model: {'; '.join(problems)}. Capture this model, or choose "
-                               "its own calibration.")
+            raise RequestError(
+                f"{what} belongs to another model: {'; '.join(problems)}. Capture this model, or choose "
+                "its own calibration."
+            )
 
 
 def fingerprint(weights: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
@@ -67,8 +73,10 @@ def identity_of_source(source: Source, tensors: Mapping[str, str]) -> ModelIdent
     for layer, name in tensors.items():
         info = source.tensors[name]
         if len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
-            raise RequestError(f"{name}: {info.dtype} of shape {list(info.shape)}; a linear layer's bf16, fp16 or fp32 "
-                               "weight is needed. Give the unquantized model.")
+            raise RequestError(
+                f"{name}: {info.dtype} of shape {list(info.shape)}; a linear layer's bf16, fp16 or fp32 "
+                "weight is needed. Give the unquantized model."
+            )
         layers[layer] = (info.shape[0], info.shape[1])
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[info.dtype]
         head = next(source.copy_chunks(name, FINGERPRINT_VALUES * dtype.itemsize))
@@ -126,22 +134,26 @@ class Calibration:
     def require_captured(self) -> None:
         """RequestError when nothing was captured."""
         if not self.statistics:
-            raise RequestError("the calibration is empty: no layer saw an input. Run the sampler on the MODEL output of "
-                               "the capture node, and collect after it has finished.")
+            raise RequestError(
+                "the calibration is empty: no layer saw an input. Run the sampler on the MODEL output of "
+                "the capture node, and collect after it has finished."
+            )
 
-    def require_mergeable(self, other: "Calibration") -> None:
+    def require_mergeable(self, other: Calibration) -> None:
         """RequestError when another capture is of another model, or chose or kept its rows otherwise."""
         other.model.require_match(self.model, "the second calibration")
         self.model.require_match(other.model, "the first calibration")
         if other.weighting != self.weighting:
-            raise RequestError(f"one calibration weights its rows {self.weighting!r}, the other {other.weighting!r}; "
-                               "their sum would be neither. Capture both alike.")
+            raise RequestError(
+                f"one calibration weights its rows {self.weighting!r}, the other {other.weighting!r}; "
+                "their sum would be neither. Capture both alike."
+            )
         for name in ("reservoir_rows", "sketch_size"):
             one, two = getattr(self.settings, name), getattr(other.settings, name)
             if one != two:
                 raise RequestError(f"{name} is {one} in one calibration and {two} in the other. Capture both alike.")
 
-    def merge(self, other: "Calibration") -> None:
+    def merge(self, other: Calibration) -> None:
         """Add another capture of the same model in place. RequestError when it does not fit; see require_mergeable."""
         self.require_mergeable(other)
         for layer, statistics in other.statistics.items():
@@ -165,8 +177,19 @@ def summarise(layer: str, statistics: LayerStatistics, channels: int = 3) -> Lay
     """Waits for the GPU."""
     rms = float(statistics.mean_square().mean().sqrt())
     largest = statistics.absmax.topk(min(channels, statistics.in_features))
-    named = tuple((int(at), float(value), float(value) / rms if rms else 0.0)
-                  for value, at in zip(largest.values.tolist(), largest.indices.tolist()))
-    return LayerSummary(layer, statistics.in_features, statistics.seen, int(statistics.count),
-                        int(statistics.nonfinite), float(statistics.absmax.max()), statistics.percentile(99.9), rms,
-                        statistics.kind.value, named)
+    named = tuple(
+        (int(at), float(value), float(value) / rms if rms else 0.0)
+        for value, at in zip(largest.values.tolist(), largest.indices.tolist())
+    )
+    return LayerSummary(
+        layer,
+        statistics.in_features,
+        statistics.seen,
+        int(statistics.count),
+        int(statistics.nonfinite),
+        float(statistics.absmax.max()),
+        statistics.percentile(99.9),
+        rms,
+        statistics.kind.value,
+        named,
+    )

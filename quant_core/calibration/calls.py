@@ -5,6 +5,7 @@ as JSON plus its tensors by path. In the JSON a list is a list, {"tuple": [...]}
 {"float": "nan"} (also "inf", "-inf") stand for what JSON lacks, and everything else is itself. A path is the keys and indices on
 the way to a tensor, joined by dots ("control.input.0"); a "." or "%" inside a key is written %2E or %25.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from ..checkpoint.header import TORCH_TO_CODE, tensor_bytes
 
-Json = Any      # what json.loads can give
+Json = Any  # what json.loads can give
 MAX_BYTES = 2 * 2**30
-MAX_TEXT_BYTES = 8 * 2**20      # of all trees of a sample: they and their tensors' names share a header of at most 100 MB
+MAX_TEXT_BYTES = 8 * 2**20  # of all trees of a sample: they and their tensors' names share a header of at most 100 MB
 _CALL_TEXT_BYTES = 2**16
 _DEPTH = 8
 
@@ -101,7 +102,7 @@ class CallSample:
         """Forget every call."""
         self.kept: tuple[KeptCall, ...] = ()
         self.offered = self.refused = 0
-        self._bound: float = math.inf       # a call of a larger key had to go, so none of that key may come in any more
+        self._bound: float = math.inf  # a call of a larger key had to go, so none of that key may come in any more
 
     @property
     def nbytes(self) -> int:
@@ -146,12 +147,21 @@ class CallSample:
 
     def to_json(self) -> dict[str, Json]:
         """Everything but the tensors."""
-        return {"limit": self.limit, "max_bytes": self.max_bytes, "offered": self.offered, "refused": self.refused,
-                "kept": [{"key": kept.key, "group": kept.group, "tree": kept.tree} for kept in self.kept]}
+        return {
+            "limit": self.limit,
+            "max_bytes": self.max_bytes,
+            "offered": self.offered,
+            "refused": self.refused,
+            "kept": [{"key": kept.key, "group": kept.group, "tree": kept.tree} for kept in self.kept],
+        }
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Json], described: Callable[[int, str], tuple[str, tuple[int, ...]]],
-                  fetch: Callable[[int, str], Tensor]) -> CallSample:
+    def from_json(
+        cls,
+        entry: Mapping[str, Json],
+        described: Callable[[int, str], tuple[str, tuple[int, ...]]],
+        fetch: Callable[[int, str], Tensor],
+    ) -> CallSample:
         """described, fetch: (number of the call, path) -> (dtype code, shape), and the tensor.
 
         Raises ValueError, KeyError, TypeError or AttributeError when the entry is none that to_json gave.
@@ -159,8 +169,15 @@ class CallSample:
         sample = cls(int(entry["limit"]), int(entry["max_bytes"]))
         sample.offered, sample.refused = int(entry["offered"]), int(entry["refused"])
         return sample._with(
-            KeptCall(int(kept["key"]), int(kept["group"]), kept["tree"], {path: described(number, path) for path in _paths(kept["tree"])},
-                     lambda path, number=number: fetch(number, path)) for number, kept in enumerate(entry["kept"]))
+            KeptCall(
+                int(kept["key"]),
+                int(kept["group"]),
+                kept["tree"],
+                {path: described(number, path) for path in _paths(kept["tree"])},
+                lambda path, number=number: fetch(number, path),
+            )
+            for number, kept in enumerate(entry["kept"])
+        )
 
     def _with(self, kept: Iterable[KeptCall]) -> CallSample:
         copy = CallSample(self.limit, self.max_bytes)
@@ -205,7 +222,12 @@ def _to_tree(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> J
     kind = type(value)
     if len(path) > _DEPTH:
         raise _NoTree
-    if value is None or kind is bool or (kind is int and -2**63 <= value < 2**63) or (kind is str and _is_unicode(value)):
+    if (
+        value is None
+        or kind is bool
+        or (kind is int and -(2**63) <= value < 2**63)
+        or (kind is str and _is_unicode(value))
+    ):
         return value
     if kind is float:
         return value if math.isfinite(value) else {"float": str(value)}
@@ -229,7 +251,7 @@ def _tree_to_arguments(tree: Json, fetch: Callable[[str], Any], depth: int = 0) 
         return [_tree_to_arguments(entry, fetch, depth + 1) for entry in tree]
     if not isinstance(tree, dict):
         return tree
-    (kind, content), = tree.items()
+    ((kind, content),) = tree.items()
     if kind == "dict" and isinstance(content, dict):
         return {name: _tree_to_arguments(entry, fetch, depth + 1) for name, entry in content.items()}
     if kind == "tuple" and isinstance(content, list):
@@ -256,7 +278,9 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested) and tensor.dtype in TORCH_TO_CODE
+    return (
+        tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested) and tensor.dtype in TORCH_TO_CODE
+    )
 
 
 def _is_unicode(text: str) -> bool:

@@ -1,4 +1,5 @@
 """Statistics -> Evidence: what the choosers and rounders see."""
+
 from __future__ import annotations
 
 import torch
@@ -8,8 +9,9 @@ from .statistics.hessian import HessianKind
 from .statistics.layer import LayerStatistics
 
 
-def to_evidence(statistics: LayerStatistics, device: torch.device | str | None = None,
-                hessian: bool = True) -> Evidence:
+def to_evidence(
+    statistics: LayerStatistics, device: torch.device | str | None = None, hessian: bool = True
+) -> Evidence:
     """Everything divided by the rows' weight, float32, on `device` (default: where the statistics are).
 
     hessian: False leaves the complete one out. The diagonal is exact also where the Hessian is a sketch. Waits for
@@ -24,5 +26,11 @@ def to_evidence(statistics: LayerStatistics, device: torch.device | str | None =
     if hessian and statistics.kind is not HessianKind.DIAGONAL:
         full = statistics.hessian_sum().to(device) / float(statistics.weight)
     rows = statistics.reservoir.filled().to(device)
-    return Evidence(hessian=full, hessian_diagonal=statistics.mean_square().to(device),
-                    mean=statistics.mean().to(device), absmax=absmax, rows=rows if len(rows) else None, count=count)
+    return Evidence(
+        hessian=full,
+        hessian_diagonal=statistics.mean_square().to(device),
+        mean=statistics.mean().to(device),
+        absmax=absmax,
+        rows=rows if len(rows) else None,
+        count=count,
+    )

@@ -1,4 +1,5 @@
 """Several calibration files as one, a layer at a time: memory holds two layers' statistics, whatever the files' size."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,12 @@ class Merged:
     calls: int = 0
 
 
-def merge_files(paths: Sequence[str | Path], target: str | Path, overwrite: bool = False,
-                progress: Callable[[Progress], None] | None = None) -> Merged:
+def merge_files(
+    paths: Sequence[str | Path],
+    target: str | Path,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Merged:
     """Add captures of one model up.
 
     Raises InputFileError, RequestError (the files do not belong together: before anything is written), OutputError, Cancelled.
@@ -39,8 +44,15 @@ def merge_files(paths: Sequence[str | Path], target: str | Path, overwrite: bool
         for reader in readers[1:]:
             header.calls.merge(reader.header.calls)
         entries = {layer: _entry(readers, layer) for reader in readers for layer in reader.layers}
-        write_calibration(header, entries, lambda layer: _statistics(readers, layer), target, overwrite, progress,
-                          [Path(path) for path in paths])
+        write_calibration(
+            header,
+            entries,
+            lambda layer: _statistics(readers, layer),
+            target,
+            overwrite,
+            progress,
+            [Path(path) for path in paths],
+        )
     return Merged(len(entries), len(header.runs), len(header.calls.kept))
 
 

@@ -13,6 +13,7 @@ Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch ro
 Tensors of the calls, `__calls__.<number in kept>.<path in its tree>`, of whatever dtype they had. A pack that knows nothing of
 calls reads such a file as one without, and leaves them out when it merges it.
 """
+
 from __future__ import annotations
 
 import json
@@ -51,20 +52,32 @@ class LayerEntry:
     labels: Mapping[str, int]
 
 
-def save_calibration(calibration: Calibration, path: str | Path, overwrite: bool = False,
-                     progress: Callable[[Progress], None] | None = None) -> Path:
+def save_calibration(
+    calibration: Calibration,
+    path: str | Path,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
     """Write atomically; one layer at a time comes from the GPU. Returns the path, which must end in .safetensors.
 
     Raises RequestError (nothing was captured), OutputError (the disk, the target exists), Cancelled.
     """
     calibration.require_captured()
-    entries = {layer: LayerEntry(s.in_features, s.kind, s.seen, s.labels) for layer, s in calibration.statistics.items()}
+    entries = {
+        layer: LayerEntry(s.in_features, s.kind, s.seen, s.labels) for layer, s in calibration.statistics.items()
+    }
     return write_calibration(calibration, entries, calibration.statistics.__getitem__, path, overwrite, progress)
 
 
-def write_calibration(header: Calibration, entries: Mapping[str, LayerEntry], statistics: Callable[[str], LayerStatistics],
-                      path: str | Path, overwrite: bool = False, progress: Callable[[Progress], None] | None = None,
-                      sources: Sequence[Path] = ()) -> Path:
+def write_calibration(
+    header: Calibration,
+    entries: Mapping[str, LayerEntry],
+    statistics: Callable[[str], LayerStatistics],
+    path: str | Path,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    sources: Sequence[Path] = (),
+) -> Path:
     """The same with statistics that are fetched one layer at a time, in the order of `entries`.
 
     header: everything but its statistics is written; its calls are fetched one at a time too. sources: files being read,
@@ -72,12 +85,21 @@ def write_calibration(header: Calibration, entries: Mapping[str, LayerEntry], st
     Raises OutputError, Cancelled.
     """
     specs = {layer: _specs(entry.in_features, entry.kind, header.settings) for layer, entry in entries.items()}
-    outputs = [OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape)
-               for layer, fields in specs.items() for field, (dtype, shape) in fields.items()]
+    outputs = [
+        OutputTensor(f"{layer}.{field}", TORCH_TO_CODE[dtype], shape)
+        for layer, fields in specs.items()
+        for field, (dtype, shape) in fields.items()
+    ]
     calls = header.calls.kept
-    outputs += [OutputTensor(_call_tensor(number, path), code, shape)
-                for number, kept in enumerate(calls) for path, (code, shape) in kept.tensors.items()]
-    sizes = {layer: sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values()) for layer, fields in specs.items()}
+    outputs += [
+        OutputTensor(_call_tensor(number, path), code, shape)
+        for number, kept in enumerate(calls)
+        for path, (code, shape) in kept.tensors.items()
+    ]
+    sizes = {
+        layer: sum(math.prod(shape) * dtype.itemsize for dtype, shape in fields.values())
+        for layer, fields in specs.items()
+    }
     metadata = {METADATA_KEY: json.dumps(_manifest(header, entries), ensure_ascii=False, allow_nan=False)}
     started, done = time.monotonic(), header.calls.nbytes
     total = done + sum(sizes.values())
@@ -103,17 +125,22 @@ class CalibrationReader:
         self._source = source
         text = source.metadata.get(METADATA_KEY)
         if text is None:
-            raise InputFileError(f"{source.path}: this is no calibration: its header has no {METADATA_KEY}. "
-                                 "Give a file that Save Calibration or `quantpress calibration merge` wrote.")
+            raise InputFileError(
+                f"{source.path}: this is no calibration: its header has no {METADATA_KEY}. "
+                "Give a file that Save Calibration or `quantpress calibration merge` wrote."
+            )
         manifest = load_json_object(text.encode("utf-8"), f"{source.path}: {METADATA_KEY}")
         if manifest.get("schema") != SCHEMA:
-            raise InputFileError(f"{source.path}: the calibration has schema {manifest.get('schema')!r}; this pack "
-                                 f"reads {SCHEMA}. Update the pack, or capture again.")
+            raise InputFileError(
+                f"{source.path}: the calibration has schema {manifest.get('schema')!r}; this pack "
+                f"reads {SCHEMA}. Update the pack, or capture again."
+            )
         try:
             self._read_manifest(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as err:
-            raise InputFileError(f"{source.path}: {METADATA_KEY} is damaged ({type(err).__name__}: {err}). "
-                                 "Capture again.") from err
+            raise InputFileError(
+                f"{source.path}: {METADATA_KEY} is damaged ({type(err).__name__}: {err}). Capture again."
+            ) from err
 
     def _read_manifest(self, manifest: dict) -> None:
         model = manifest["model"]
@@ -123,12 +150,18 @@ class CalibrationReader:
         if unknown:
             raise ValueError(f"{unknown[0]} has statistics and no shape")
         self.header = Calibration(
-            ModelIdentity(layers, str(model["fingerprint"])), {}, tuple(_run(run) for run in manifest["runs"]),
-            int(manifest["seed"]), StatisticsSettings(**manifest["settings"]), str(manifest["weighting"]),
-            str(manifest["pack_version"]))
+            ModelIdentity(layers, str(model["fingerprint"])),
+            {},
+            tuple(_run(run) for run in manifest["runs"]),
+            int(manifest["seed"]),
+            StatisticsSettings(**manifest["settings"]),
+            str(manifest["weighting"]),
+            str(manifest["pack_version"]),
+        )
         if "calls" in manifest:
             self.header.calls = CallSample.from_json(
-                manifest["calls"], self._call_info, lambda number, path: self._source.read(_call_tensor(number, path)))
+                manifest["calls"], self._call_info, lambda number, path: self._source.read(_call_tensor(number, path))
+            )
 
     @property
     def call_count(self) -> int:
@@ -151,8 +184,12 @@ class CalibrationReader:
     def entry(self, layer: str) -> LayerEntry:
         """KeyError when the layer was not captured."""
         found = self._layers[layer]
-        return LayerEntry(self.header.model.layers[layer][1], self.kind(layer), int(found["seen"]),
-                          {str(k): int(v) for k, v in found["labels"].items()})
+        return LayerEntry(
+            self.header.model.layers[layer][1],
+            self.kind(layer),
+            int(found["seen"]),
+            {str(k): int(v) for k, v in found["labels"].items()},
+        )
 
     def statistics(self, layer: str, device: torch.device | str = "cpu") -> LayerStatistics:
         """Read one layer. KeyError when it was not captured; InputFileError when its tensors are damaged."""
@@ -164,8 +201,10 @@ class CalibrationReader:
             info = self._source.tensors.get(name)
             if info is None or info.dtype != TORCH_TO_CODE[dtype] or info.shape != shape:
                 what = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
-                raise InputFileError(f"{self._source.path}: {name} {what}; {TORCH_TO_CODE[dtype]} {list(shape)} is "
-                                     "needed. Capture again.")
+                raise InputFileError(
+                    f"{self._source.path}: {name} {what}; {TORCH_TO_CODE[dtype]} {list(shape)} is "
+                    "needed. Capture again."
+                )
             found[field] = self._source.read(name)
         result.restore(found)
         result.seen, result.labels = entry.seen, dict(entry.labels)
@@ -177,7 +216,9 @@ class CalibrationReader:
         info = self._source.tensors.get(name)
         if info is None or info.dtype not in CODE_TO_TORCH:
             what = "is missing" if info is None else f"is {info.dtype}, which this torch cannot hold"
-            raise InputFileError(f"{self._source.path}: {name} {what}; it is part of a recorded model call. Capture again.")
+            raise InputFileError(
+                f"{self._source.path}: {name} {what}; it is part of a recorded model call. Capture again."
+            )
         return info.dtype, info.shape
 
 
@@ -199,9 +240,17 @@ def load_calibration(path: str | Path, device: torch.device | str = "cpu") -> Ca
 def _specs(k: int, kind: HessianKind, settings: StatisticsSettings) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What a layer's tensors are on disk, without touching the data."""
     f32, f64, i64 = torch.float32, torch.float64, torch.int64
-    specs = {"absmax": (f32, (k,)), "sum": (f64, (k,)), "square_sum": (f64, (k,)), "weight": (f64, ()),
-             "count": (i64, ()), "nonfinite": (i64, ()), "histogram": (i64, (BINS,)),
-             "rows": (torch.bfloat16, (settings.reservoir_rows, k)), "row_keys": (f32, (settings.reservoir_rows,))}
+    specs = {
+        "absmax": (f32, (k,)),
+        "sum": (f64, (k,)),
+        "square_sum": (f64, (k,)),
+        "weight": (f64, ()),
+        "count": (i64, ()),
+        "nonfinite": (i64, ()),
+        "histogram": (i64, (BINS,)),
+        "rows": (torch.bfloat16, (settings.reservoir_rows, k)),
+        "row_keys": (f32, (settings.reservoir_rows,)),
+    }
     if kind is HessianKind.FULL:
         specs["hessian"] = (f32, (k * (k + 1) // 2,))
     elif kind is HessianKind.SKETCH:
@@ -224,19 +273,40 @@ def _write_calls(sink: Sink, calls: Sequence[KeptCall]) -> None:
 def _manifest(calibration: Calibration, entries: Mapping[str, LayerEntry]) -> dict[str, object]:
     calls = {"calls": calibration.calls.to_json()} if calibration.calls.limit else {}
     return {
-        "schema": SCHEMA, "pack_version": calibration.pack_version, "seed": calibration.seed,
-        "weighting": calibration.weighting, "settings": asdict(calibration.settings),
-        "model": {"fingerprint": calibration.model.fingerprint,
-                  "layers": {name: list(shape) for name, shape in calibration.model.layers.items()}},
-        "runs": [{"note": run.note, "completed": run.completed, "steps": dict(run.steps), "sigmas": dict(run.sigmas),
-                  "labels": dict(run.labels), "loras": list(run.loras)} for run in calibration.runs],
-        "layers": {layer: {"seen": entry.seen, "labels": dict(entry.labels), "hessian": entry.kind.value}
-                   for layer, entry in entries.items()},
+        "schema": SCHEMA,
+        "pack_version": calibration.pack_version,
+        "seed": calibration.seed,
+        "weighting": calibration.weighting,
+        "settings": asdict(calibration.settings),
+        "model": {
+            "fingerprint": calibration.model.fingerprint,
+            "layers": {name: list(shape) for name, shape in calibration.model.layers.items()},
+        },
+        "runs": [
+            {
+                "note": run.note,
+                "completed": run.completed,
+                "steps": dict(run.steps),
+                "sigmas": dict(run.sigmas),
+                "labels": dict(run.labels),
+                "loras": list(run.loras),
+            }
+            for run in calibration.runs
+        ],
+        "layers": {
+            layer: {"seen": entry.seen, "labels": dict(entry.labels), "hessian": entry.kind.value}
+            for layer, entry in entries.items()
+        },
         **calls,
     }
 
 
 def _run(entry: dict) -> RunRecord:
-    return RunRecord(str(entry["note"]), bool(entry["completed"]), {int(k): int(v) for k, v in entry["steps"].items()},
-                     {int(k): float(v) for k, v in entry["sigmas"].items()},
-                     {str(k): int(v) for k, v in entry["labels"].items()}, tuple(map(str, entry["loras"])))
+    return RunRecord(
+        str(entry["note"]),
+        bool(entry["completed"]),
+        {int(k): int(v) for k, v in entry["steps"].items()},
+        {int(k): float(v) for k, v in entry["sigmas"].items()},
+        {str(k): int(v) for k, v in entry["labels"].items()},
+        tuple(map(str, entry["loras"])),
+    )

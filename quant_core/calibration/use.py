@@ -1,4 +1,5 @@
 """A calibration at work in a conversion: matched with the file's layers, and read one layer at a time."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from ..checkpoint.source import Source, open_source
 from ..formats.base import Format
+from ..input_scales.rule import Absent, InputScaleRule, rule_for, scale_for
+from ..names.layer_names import LayerNames
 from ..policy.recipe import Evidence
 from .calibration import ModelIdentity, identity_of_source
 from .evidence import to_evidence
 from .statistics.hessian import HessianKind
-from ..input_scales.rule import Absent, InputScaleRule, rule_for, scale_for
-from ..names.layer_names import LayerNames
 from .storage import CalibrationReader
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -67,18 +68,28 @@ class OpenCalibration:
             if known is not None:
                 parts.setdefault(known, []).append(layer)
         model, what = self._reader.header.model, self._source.path.name
-        found = ModelIdentity({name: (sum(shapes[layer][0] for layer in layers), _width(layers, shapes, model.layers[name][1]))
-                               for name, layers in parts.items()})
+        found = ModelIdentity(
+            {
+                name: (sum(shapes[layer][0] for layer in layers), _width(layers, shapes, model.layers[name][1]))
+                for name, layers in parts.items()
+            }
+        )
         model.require_match(found, what, other_weights=True)
         tensors = {name: f"{layers[0]}.weight" for name, layers in parts.items() if name in model.layers}
-        comparable = model.fingerprint and all(len(parts[name]) == 1 and src.tensors[tensor].dtype in _FLOATS
-                                               for name, tensor in tensors.items())
+        comparable = model.fingerprint and all(
+            len(parts[name]) == 1 and src.tensors[tensor].dtype in _FLOATS for name, tensor in tensors.items()
+        )
         if not comparable:
             return ()
         captured = identity_of_source(src, tensors)
-        return () if captured.fingerprint == model.fingerprint else (
-            f"{what} was captured from a model with other weights (another training, or LoRAs baked in): it fits as far as "
-            "the inputs are alike.",)
+        return (
+            ()
+            if captured.fingerprint == model.fingerprint
+            else (
+                f"{what} was captured from a model with other weights (another training, or LoRAs baked in): it fits as far as "
+                "the inputs are alike.",
+            )
+        )
 
     def has(self, layer: str) -> bool:
         """Whether this layer of the file was captured."""
@@ -128,14 +139,23 @@ class OpenCalibration:
             return ()
         worst = sorted(self._saturated.items(), key=lambda item: -item[1][0])[:_SHOWN]
         named = ", ".join(f"{layer} ({largest:.4g})" for layer, (largest, _) in worst)
-        return (f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 multiplication "
-                f"saturates them without an input_scale: {named}. Write input scales (--write-input-scales).",)
+        return (
+            f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 multiplication "
+            f"saturates them without an input_scale: {named}. Write input scales (--write-input-scales).",
+        )
 
     def describe(self, layers: int) -> dict[str, Any]:
         """For the file's header. layers: how many of the quantized ones were captured."""
         header = self._reader.header
-        return {"file": self._source.path.name, "hash": self._source.identity_hash(), "runs": len(header.runs), "layers": layers,
-                "bias_correction": self.use.bias_correction, "input_scales": self.use.input_scales, "in_order": self.use.in_order}
+        return {
+            "file": self._source.path.name,
+            "hash": self._source.identity_hash(),
+            "runs": len(header.runs),
+            "layers": layers,
+            "bias_correction": self.use.bias_correction,
+            "input_scales": self.use.input_scales,
+            "in_order": self.use.in_order,
+        }
 
 
 def _width(layers: Sequence[str], shapes: Mapping[str, tuple[int, int]], wanted: int) -> int:

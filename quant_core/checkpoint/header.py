@@ -4,6 +4,7 @@ File = 8 bytes (header length, little endian) + header (JSON, space-padded) + da
 the start of the data section.
 Source: the README of github.com/huggingface/safetensors, and its tensor.rs for what that leaves open.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,21 +24,54 @@ from ..errors import InputFileError, RequestError
 METADATA_KEY = "__metadata__"
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer ones
-MAX_ELEMENTS = 2**63 - 1        # torch counts elements in int64
-MAX_DIMS = 64                   # TensorIterator's limit
+MAX_ELEMENTS = 2**63 - 1  # torch counts elements in int64
+MAX_DIMS = 64  # TensorIterator's limit
 
 # Every dtype of safetensors 0.8 and its bits per element. F4 and F6 elements are packed without gaps.
 DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
 }
 _TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32",
-    "F32": "float32", "C64": "complex64", "F64": "float64", "I64": "int64", "U64": "uint64",
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
 # float8_e8m0fnu came with torch 2.7; a dtype that this torch lacks is handled as raw bytes, like F4 and F6.
 CODE_TO_TORCH = {code: getattr(torch, name) for code, name in _TORCH_NAMES.items() if hasattr(torch, name)}
@@ -48,7 +82,11 @@ _OTHER_KINDS = (
     (b"PK", "a zip archive (torch writes .pt, .pth and .ckpt files so)", "Convert it to safetensors first."),
     (b"\x80", "a Python pickle (an old torch checkpoint)", "Convert it to safetensors first."),
     (b"GGUF", "a GGUF file", "GGUF is not read; take the safetensors file of the same model."),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "Run `git lfs pull`, or download the file."),
+    (
+        b"version https://git-lfs",
+        "a git-lfs pointer, not the file itself",
+        "Run `git lfs pull`, or download the file.",
+    ),
     (b"<", "a web page (HTML or XML)", "The download failed or needs a login; download the file again."),
     (b"{", "a JSON text", "The download failed, or this is an index; give the model's file."),
 )
@@ -109,7 +147,9 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return total_bits // 8
 
 
-def load_json_object(data: bytes, what: str, remedy: str = "The file is damaged: download it again.") -> dict[str, object]:
+def load_json_object(
+    data: bytes, what: str, remedy: str = "The file is damaged: download it again."
+) -> dict[str, object]:
     """Strict JSON: UTF-8, one object, no key twice at any depth, no NaN or Infinity, no lone surrogates.
 
     what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is no JSON. Raises InputFileError.
@@ -119,8 +159,10 @@ def load_json_object(data: bytes, what: str, remedy: str = "The file is damaged:
         result = dict(pairs)
         if len(result) != len(pairs):
             repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-            raise InputFileError(f"{what} has the key {short(repeated[0])} more than once, so its meaning is unclear. "
-                                 "Write the file again with a correct tool.")
+            raise InputFileError(
+                f"{what} has the key {short(repeated[0])} more than once, so its meaning is unclear. "
+                "Write the file again with a correct tool."
+            )
         return result
 
     def refuse(number: str) -> float:
@@ -162,13 +204,14 @@ def read_header(file: BinaryIO, path: Path) -> Header:
         raise _wrong_file(path, head, f"{claim}; at most {MAX_HEADER_BYTES} are allowed")
     if LENGTH_BYTES + length > size:
         raise _wrong_file(path, head, f"{claim}, longer than the file: only {size - LENGTH_BYTES} bytes follow")
-    if length == 0 or head[LENGTH_BYTES:LENGTH_BYTES + 1] != b"{":
+    if length == 0 or head[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise _wrong_file(path, head, f"{claim}, which does not begin with '{{'")
     file.seek(LENGTH_BYTES)
     raw = load_json_object(file.read(length), f"{path}: the header")
     metadata = _parse_metadata(raw.pop(METADATA_KEY, {}), path)
-    header = Header({name: _parse_tensor(name, entry, path) for name, entry in raw.items()}, metadata,
-                    LENGTH_BYTES + length)
+    header = Header(
+        {name: _parse_tensor(name, entry, path) for name, entry in raw.items()}, metadata, LENGTH_BYTES + length
+    )
     _check_coverage(header, size, path)
     return header
 
@@ -184,12 +227,16 @@ def _wrong_file(path: Path, head: bytes, found: str) -> InputFileError:
 
 def _parse_metadata(raw: object, path: Path) -> dict[str, str]:
     if not isinstance(raw, dict):
-        raise InputFileError(f"{path}: {METADATA_KEY} is {short(raw)}; an object of strings is needed. "
-                             "Write the file again with a correct tool.")
+        raise InputFileError(
+            f"{path}: {METADATA_KEY} is {short(raw)}; an object of strings is needed. "
+            "Write the file again with a correct tool."
+        )
     for key, value in raw.items():
         if not isinstance(value, str):
-            raise InputFileError(f"{path}: {METADATA_KEY} entry {key!r} is {short(value)}; safetensors allows strings "
-                                 "only. Write the file again with the value as a JSON string.")
+            raise InputFileError(
+                f"{path}: {METADATA_KEY} entry {key!r} is {short(value)}; safetensors allows strings "
+                "only. Write the file again with the value as a JSON string."
+            )
     return raw
 
 
@@ -211,8 +258,10 @@ def _parse_tensor(name: str, entry: object, path: Path) -> TensorInfo:
     if begin > end:
         raise InputFileError(f"{where}: data_offsets begin at {short(begin)}, after their end {short(end)}. {todo}")
     if end - begin != needed:
-        raise InputFileError(f"{where}: size mismatch: {entry['dtype']} {short(entry['shape'])} needs {needed} bytes, "
-                             f"data_offsets give {short(end - begin)}. {todo}")
+        raise InputFileError(
+            f"{where}: size mismatch: {entry['dtype']} {short(entry['shape'])} needs {needed} bytes, "
+            f"data_offsets give {short(end - begin)}. {todo}"
+        )
     return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), begin, end)
 
 
@@ -221,18 +270,26 @@ def _check_coverage(header: Header, size: int, path: Path) -> None:
     covered, before = 0, None
     for info in sorted(header.tensors.values(), key=lambda info: (info.begin, info.end)):
         if info.begin < covered:
-            raise InputFileError(f"{path}: tensors {before!r} and {info.name!r} overlap in the file. "
-                                 "The header is damaged: download the file again.")
+            raise InputFileError(
+                f"{path}: tensors {before!r} and {info.name!r} overlap in the file. "
+                "The header is damaged: download the file again."
+            )
         if info.begin > covered:
-            raise InputFileError(f"{path}: a hole of {info.begin - covered} bytes lies before tensor {info.name!r}. "
-                                 "The header is damaged: download the file again.")
+            raise InputFileError(
+                f"{path}: a hole of {info.begin - covered} bytes lies before tensor {info.name!r}. "
+                "The header is damaged: download the file again."
+            )
         covered, before = info.end, info.name
     if size < header.file_bytes:
-        raise InputFileError(f"{path}: the file is truncated: {header.file_bytes - size} bytes are missing "
-                             f"({size} of {header.file_bytes} are there). Download it again.")
+        raise InputFileError(
+            f"{path}: the file is truncated: {header.file_bytes - size} bytes are missing "
+            f"({size} of {header.file_bytes} are there). Download it again."
+        )
     if size > header.file_bytes:
-        raise InputFileError(f"{path}: {size - header.file_bytes} trailing bytes follow the last tensor. "
-                             "The file is damaged or two files were joined: download it again.")
+        raise InputFileError(
+            f"{path}: {size - header.file_bytes} trailing bytes follow the last tensor. "
+            "The file is damaged or two files were joined: download it again."
+        )
 
 
 def build_header(entries: Sequence[OutputTensor], metadata: Mapping[str, str]) -> tuple[Header, bytes]:
@@ -245,22 +302,31 @@ def build_header(entries: Sequence[OutputTensor], metadata: Mapping[str, str]) -
     sizes: dict[str, int] = {}
     for entry in entries:
         if entry.name in sizes or entry.name == METADATA_KEY:
-            raise RequestError(f"the output has two entries named {entry.name!r}. Rename or drop one of them."
-                               if entry.name in sizes else f"no tensor can be named {METADATA_KEY}. Rename it.")
+            raise RequestError(
+                f"the output has two entries named {entry.name!r}. Rename or drop one of them."
+                if entry.name in sizes
+                else f"no tensor can be named {METADATA_KEY}. Rename it."
+            )
         try:
             sizes[entry.name] = tensor_bytes(entry.dtype, entry.shape)
         except RequestError as err:
             raise RequestError(f"{entry.name}: {err}. Change the plan for this tensor.") from err
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise RequestError(f"header metadata {key!r}: {short(value)}; safetensors holds strings only. "
-                               "Pass the value as a string, of JSON if need be.")
+            raise RequestError(
+                f"header metadata {key!r}: {short(value)}; safetensors holds strings only. "
+                "Pass the value as a string, of JSON if need be."
+            )
     begins, at = {}, 0
     for entry in sorted(entries, key=lambda entry: -(DTYPE_BITS[entry.dtype] // 8)):
         begins[entry.name] = at
         at += sizes[entry.name]
-    tensors = {entry.name: TensorInfo(entry.name, entry.dtype, tuple(entry.shape), begins[entry.name],
-                                      begins[entry.name] + sizes[entry.name]) for entry in entries}
+    tensors = {
+        entry.name: TensorInfo(
+            entry.name, entry.dtype, tuple(entry.shape), begins[entry.name], begins[entry.name] + sizes[entry.name]
+        )
+        for entry in entries
+    }
     raw = _dump_header(tensors, metadata)
     return Header(tensors, dict(metadata), len(raw)), raw
 
@@ -275,6 +341,8 @@ def _dump_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
         raise RequestError(f"a tensor name or metadata entry is no valid Unicode text ({err}). Rename it.") from err
     text += b" " * (-len(text) % 8)  # so that the data section begins at a multiple of 8
     if len(text) > MAX_HEADER_BYTES:
-        raise RequestError(f"the header would take {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}. "
-                           "Shorten the metadata, or write fewer tensors.")
+        raise RequestError(
+            f"the header would take {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}. "
+            "Shorten the metadata, or write fewer tensors."
+        )
     return len(text).to_bytes(LENGTH_BYTES, "little") + text

@@ -4,6 +4,7 @@ Both hold one flat JSON object per layer, with at least `format`. Stock ComfyUI 
 `json.loads(tensor.numpy().tobytes())`, so a single NUL of padding keeps a file from loading.
 Source: ComfyUI 0.29+ comfy/ops.py (MixedPrecisionOps), comfy/utils.py (convert_old_quants).
 """
+
 from __future__ import annotations
 
 import json
@@ -79,14 +80,17 @@ def decode_config(tensor: Tensor, layer: str, lenient: bool = False) -> Config |
     """
     where = f"{layer}{CONFIG_SUFFIX}"
     if tensor.dtype is not torch.uint8 or tensor.dim() != 1:
-        raise InputFileError(f"{where} is {tensor.dtype} of shape {tuple(tensor.shape)}; uint8 with one dimension is "
-                             "needed. Quantize the source again, or repair the file.")
+        raise InputFileError(
+            f"{where} is {tensor.dtype} of shape {tuple(tensor.shape)}; uint8 with one dimension is "
+            "needed. Quantize the source again, or repair the file."
+        )
     data = tensor.cpu().numpy().tobytes()
     findings: list[str] = []
     stripped = data.rstrip(b"\0")
     if not stripped:
-        raise InputFileError(f"{where} is empty ({len(data)} bytes, all NUL); a JSON object is needed. "
-                             "Quantize the source again.")
+        raise InputFileError(
+            f"{where} is empty ({len(data)} bytes, all NUL); a JSON object is needed. Quantize the source again."
+        )
     if len(stripped) < len(data):
         note = f"{where} is padded with {len(data) - len(stripped)} NUL bytes, which stock ComfyUI cannot parse"
         if not lenient:
@@ -111,9 +115,7 @@ def build_header_metadata(layers: Mapping[str, Mapping[str, object]]) -> str:
 def parse_header_metadata(text: str, lenient: Literal[False] = False) -> dict[str, Config]: ...
 @overload
 def parse_header_metadata(text: str, lenient: Literal[True]) -> tuple[dict[str, Config], list[str]]: ...
-def parse_header_metadata(
-    text: str, lenient: bool = False
-) -> dict[str, Config] | tuple[dict[str, Config], list[str]]:
+def parse_header_metadata(text: str, lenient: bool = False) -> dict[str, Config] | tuple[dict[str, Config], list[str]]:
     """Layer -> config from the header's `_quantization_metadata`; with lenient=True a pair of it and of the repairs.
 
     A missing `format_version` is accepted (ComfyUI never reads it), one other than "1.0" is not. Lenient lifts nested
@@ -122,8 +124,10 @@ def parse_header_metadata(
     content, layers = _load_header_metadata(text)
     version = content.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise InputFileError(f"{HEADER_KEY} has format_version {short(version)}; this pack reads {FORMAT_VERSION!r}. "
-                             "Update the pack, or take a file of that version.")
+        raise InputFileError(
+            f"{HEADER_KEY} has format_version {short(version)}; this pack reads {FORMAT_VERSION!r}. "
+            "Update the pack, or take a file of that version."
+        )
     findings: list[str] = []
     configs = {}
     for layer, config in layers.items():
@@ -147,9 +151,11 @@ def merge_header_metadata(texts: Sequence[str]) -> str:
         content, layers = _load_header_metadata(text)
         for layer, config in layers.items():
             if not _same_json(merged_layers.setdefault(layer, config), config):
-                raise InputFileError(f"{layer}: two shards describe it differently in {HEADER_KEY}: "
-                                     f"{json.dumps(merged_layers[layer])} and {json.dumps(config)}. "
-                                     "Take all shards from one download.")
+                raise InputFileError(
+                    f"{layer}: two shards describe it differently in {HEADER_KEY}: "
+                    f"{json.dumps(merged_layers[layer])} and {json.dumps(config)}. "
+                    "Take all shards from one download."
+                )
         merged = {**content, **merged}
     return _dump({**merged, "layers": merged_layers}, HEADER_KEY).decode("utf-8")
 
@@ -203,8 +209,10 @@ def _load_header_metadata(text: str) -> tuple[Config, Config]:
         raise InputFileError(f"{HEADER_KEY} is no valid Unicode text ({err}). Write the file again.") from err
     layers = content.get("layers")
     if not isinstance(layers, dict):
-        raise InputFileError(f"{HEADER_KEY} has layers = {short(layers)}; an object of layer configs is needed. "
-                             "Quantize the source again, or repair the file.")
+        raise InputFileError(
+            f"{HEADER_KEY} has layers = {short(layers)}; an object of layer configs is needed. "
+            "Quantize the source again, or repair the file."
+        )
     return content, layers
 
 
@@ -220,8 +228,10 @@ def _flatten_params(config: Config, where: str, findings: list[str]) -> Config:
     flat = {key: value for key, value in config.items() if key != "params"}
     for key, value in params.items():
         flat.setdefault(key, value)
-    findings.append(f"{where} nests {', '.join(params) or 'nothing'} in params; the root is where they belong, "
-                    "and where they were put.")
+    findings.append(
+        f"{where} nests {', '.join(params) or 'nothing'} in params; the root is where they belong, "
+        "and where they were put."
+    )
     return flat
 
 

@@ -2,6 +2,7 @@
 
 Functions raise OSError unless they say otherwise; cannot_write makes an OutputError of it.
 """
+
 from __future__ import annotations
 
 import errno
@@ -17,7 +18,7 @@ from ..errors import OutputError
 
 _log = logging.getLogger(__name__)
 
-MAX_WRITE_BYTES = 2**30     # macOS refuses more than 2 GiB - 1 at once
+MAX_WRITE_BYTES = 2**30  # macOS refuses more than 2 GiB - 1 at once
 STALE_AFTER_S = 3600.0
 RESERVE_STEP_BYTES = 64 * 2**20
 RESERVE_LIMIT_S = 2.0
@@ -117,7 +118,9 @@ def rename_to_new(part: Path, target: Path) -> None:
         os.link(part, target)  # rename would overwrite; link refuses, in one step
     except FileExistsError:
         raise
-    except OSError:  # FAT and some network shares have no hard links; what remains is a moment between check and rename
+    except (
+        OSError
+    ):  # FAT and some network shares have no hard links; what remains is a moment between check and rename
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         os.replace(part, target)

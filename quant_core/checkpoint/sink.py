@@ -4,6 +4,7 @@ The header is complete before the first tensor, since every shape is known from 
 `.<target name>.<pid>-<random>.part` beside the target, a name that ComfyUI's model lists (which go by suffix) never
 show; commit() checks it and renames it. Whatever goes wrong before that leaves nothing under the target's name.
 """
+
 from __future__ import annotations
 
 import os
@@ -31,9 +32,14 @@ from .part import (
 )
 
 
-def open_sink(target: str | Path, entries: Sequence[OutputTensor], metadata: Mapping[str, str],
-              overwrite: bool = False, sources: Sequence[Path] = (),
-              free_bytes: Callable[[Path], int] = disk_free_bytes) -> Sink:
+def open_sink(
+    target: str | Path,
+    entries: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+    sources: Sequence[Path] = (),
+    free_bytes: Callable[[Path], int] = disk_free_bytes,
+) -> Sink:
     """Check everything that can be checked, then open a file to be written that holds exactly `entries`.
 
     sources: files that are being read; the target must be none of them, under whatever name or link. A target that is
@@ -48,8 +54,10 @@ def open_sink(target: str | Path, entries: Sequence[OutputTensor], metadata: Map
         free = free_bytes(target.parent)
         if free < header.file_bytes:
             # An overwritten file frees nothing: it stays until the new one is complete.
-            raise OutputError(f"{target}: the file needs {header.file_bytes / 1e9:.3f} GB of disk space, and only "
-                              f"{free / 1e9:.3f} GB are free. Free some, or choose another disk.")
+            raise OutputError(
+                f"{target}: the file needs {header.file_bytes / 1e9:.3f} GB of disk space, and only "
+                f"{free / 1e9:.3f} GB are free. Free some, or choose another disk."
+            )
         return Sink(target, header, raw_header, overwrite)
     except OSError as err:
         raise cannot_write(target, err) from err
@@ -105,11 +113,16 @@ class Sink:
         """
         with self._lock:
             fd = self._open_fd()
-            missing = [name for name, info in self.tensors.items()
-                       if info.nbytes and self._written[name] != [(0, info.nbytes)]]
+            missing = [
+                name
+                for name, info in self.tensors.items()
+                if info.nbytes and self._written[name] != [(0, info.nbytes)]
+            ]
             if missing:
-                raise OutputError(f"{self.target}: {len(missing)} of {len(self.tensors)} tensors were not, or not "
-                                  f"completely, written: {some_of(missing)}. Write them before commit.")
+                raise OutputError(
+                    f"{self.target}: {len(missing)} of {len(self.tensors)} tensors were not, or not "
+                    f"completely, written: {some_of(missing)}. Write them before commit."
+                )
             try:
                 os.fsync(fd)
                 self._close_fd()  # Windows renames no open file
@@ -132,14 +145,16 @@ class Sink:
     def __enter__(self) -> Sink:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise RequestError(f"{self.target}: tensor {name!r} is not in the plan, which fixed the header. "
-                               "Add it to the plan.")
+            raise RequestError(
+                f"{self.target}: tensor {name!r} is not in the plan, which fixed the header. Add it to the plan."
+            )
         return self.tensors[name]
 
     def _open_fd(self) -> int:
@@ -171,13 +186,16 @@ class Sink:
             with open(self.part, "rb") as file:
                 found = read_header(file, self.part)
         except InputFileError as err:
-            raise VerificationError(f"{self.target}: what was written cannot be read back ({err}). "
-                                    "Check the disk, then run again.") from err
+            raise VerificationError(
+                f"{self.target}: what was written cannot be read back ({err}). Check the disk, then run again."
+            ) from err
         except OSError as err:
             raise cannot_write(self.target, err) from err
         if found != self._header:
-            raise VerificationError(f"{self.target}: the header reads back differently from what was written. "
-                                    "Check the disk, and that nothing else writes there; then run again.")
+            raise VerificationError(
+                f"{self.target}: the header reads back differently from what was written. "
+                "Check the disk, and that nothing else writes there; then run again."
+            )
 
     def _publish(self) -> None:
         try:
@@ -186,8 +204,10 @@ class Sink:
             else:
                 rename_to_new(self.part, self.target)
         except FileExistsError as err:
-            raise OutputError(f"{self.target}: a file of this name appeared while ours was being written, and was "
-                              "kept. Choose another name, or allow overwriting.") from err
+            raise OutputError(
+                f"{self.target}: a file of this name appeared while ours was being written, and was "
+                "kept. Choose another name, or allow overwriting."
+            ) from err
         except OSError as err:
             raise cannot_write(self.target, err) from err
         self._committed = True
@@ -205,24 +225,30 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> Non
     for source in sources:
         # samefile follows symlinks and sees hard links.
         if target.exists() and source.exists() and target.samefile(source):
-            raise OutputError(f"{target}: the target is the same file as the source {source}, which would be lost. "
-                              "Choose another name.")
+            raise OutputError(
+                f"{target}: the target is the same file as the source {source}, which would be lost. "
+                "Choose another name."
+            )
     if not overwrite and os.path.lexists(target):
         raise OutputError(f"{target}: the target exists. Choose another name, or allow overwriting.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{target}: the folder {folder} is not writable. Choose another folder, or change its "
-                          "permissions.")
+        raise OutputError(
+            f"{target}: the folder {folder} is not writable. Choose another folder, or change its permissions."
+        )
 
 
 def _claimed(ranges: list[tuple[int, int]], info: TensorInfo, offset: int, count: int) -> list[tuple[int, int]]:
     """The written byte ranges of a tensor with one more: sorted, neighbours merged. Raises RequestError."""
     end = offset + count
     if offset < 0 or end > info.nbytes:
-        raise RequestError(f"{info.name}: bytes {offset} to {end} were to be written; the plan gives it {info.nbytes}. "
-                           "Write what was planned.")
+        raise RequestError(
+            f"{info.name}: bytes {offset} to {end} were to be written; the plan gives it {info.nbytes}. "
+            "Write what was planned."
+        )
     if any(offset < other_end and other_begin < end for other_begin, other_end in ranges):
-        raise RequestError(f"{info.name}: bytes {offset} to {end} were written before, at least in part. "
-                           "Write every tensor once.")
+        raise RequestError(
+            f"{info.name}: bytes {offset} to {end} were written before, at least in part. Write every tensor once."
+        )
     merged: list[tuple[int, int]] = []
     for begin, stop in sorted([*ranges, (offset, end)] if count else ranges):
         if merged and merged[-1][1] == begin:
@@ -235,13 +261,17 @@ def _claimed(ranges: list[tuple[int, int]], info: TensorInfo, offset: int, count
 def _tensor_bytes(info: TensorInfo, tensor: Tensor) -> memoryview:
     # A quantized tensor subclass reports its logical dtype and shape, and holds other bytes.
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.layout is not torch.strided:
-        raise RequestError(f"{info.name}: a plain dense tensor is needed, {type(tensor).__name__} on {tensor.device} "
-                           f"({tensor.layout}) was given. Expand it into its stored tensors first.")
+        raise RequestError(
+            f"{info.name}: a plain dense tensor is needed, {type(tensor).__name__} on {tensor.device} "
+            f"({tensor.layout}) was given. Expand it into its stored tensors first."
+        )
     dtype, shape = CODE_TO_TORCH.get(info.dtype), info.shape
     if dtype is None:
         dtype, shape = torch.uint8, (info.nbytes,)
     if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
-        raise RequestError(f"{info.name}: {tensor.dtype} {tuple(tensor.shape)} was given; the plan says {info.dtype} "
-                           f"{info.shape}, which is {dtype} {shape}. Cast it, or correct the plan.")
+        raise RequestError(
+            f"{info.name}: {tensor.dtype} {tuple(tensor.shape)} was given; the plan says {info.dtype} "
+            f"{info.shape}, which is {dtype} {shape}. Cast it, or correct the plan."
+        )
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return memoryview(dense.reshape(-1).view(torch.uint8).numpy())

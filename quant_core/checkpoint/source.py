@@ -3,6 +3,7 @@
 Nothing is mapped into memory: a mapped 8 GB file counts as 8 GB of resident memory once it was read through, so each
 tensor is read into memory of its own, which goes with the tensor.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,8 +25,8 @@ from .metadata import HEADER_KEY, merge_header_metadata
 
 INDEX_SUFFIX = ".safetensors.index.json"
 CHUNK_BYTES = 16 * 2**20
-MAX_READ_BYTES = 2**30   # Linux reads 2 GiB - 4 KiB at once, macOS refuses more than 2 GiB - 1
-EDGE_BYTES = 2**20       # what identity_hash reads at either end of the data
+MAX_READ_BYTES = 2**30  # Linux reads 2 GiB - 4 KiB at once, macOS refuses more than 2 GiB - 1
+EDGE_BYTES = 2**20  # what identity_hash reads at either end of the data
 
 HAVE_PREADV = hasattr(os, "preadv")  # not on Windows: there a lock guards seek and read
 
@@ -45,8 +46,10 @@ def open_source(path: str | Path) -> Source:
             shard_names = sorted(set(weight_map.values()))
             missing = [name for name in shard_names if not (path.parent / name).is_file()]
             if missing:
-                raise InputFileError(f"{path}: {len(missing)} of {counted(len(shard_names), 'shard is', 'shards are')} missing: "
-                                     f"{some_of(missing)}. Download them into the index's folder.")
+                raise InputFileError(
+                    f"{path}: {len(missing)} of {counted(len(shard_names), 'shard is', 'shards are')} missing: "
+                    f"{some_of(missing)}. Download them into the index's folder."
+                )
             shards = tuple(stack.enter_context(_Shard(path.parent / name)) for name in shard_names)
             _check_weight_map(path, weight_map, shards)
             source = Source(path, shards, index_stamp)
@@ -146,8 +149,10 @@ class Source:
         """
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
-                raise InputFileError(f"{path}: the file changed while it was being read, so what was read may mix two "
-                                     "versions. Run again, once nothing writes to it.")
+                raise InputFileError(
+                    f"{path}: the file changed while it was being read, so what was read may mix two "
+                    "versions. Run again, once nothing writes to it."
+                )
 
     def close(self) -> None:
         """Close the files; reading afterwards is a ValueError."""
@@ -157,14 +162,16 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise RequestError(f"{self.path}: there is no tensor {name!r}; it holds {len(self.tensors)} others. "
-                               "Check the name.")
+            raise RequestError(
+                f"{self.path}: there is no tensor {name!r}; it holds {len(self.tensors)} others. Check the name."
+            )
         return self.tensors[name]
 
 
@@ -187,8 +194,9 @@ class _Shard:
     def __enter__(self) -> _Shard:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -208,8 +216,10 @@ class _Shard:
             except OSError as err:
                 raise _unreadable(self.path, err) from err
             if count == 0:
-                raise InputFileError(f"{self.path}: the file ends at byte {offset}, {len(buffer)} bytes too early; it "
-                                     "was cut off while it was being read. Restore it and run again.")
+                raise InputFileError(
+                    f"{self.path}: the file ends at byte {offset}, {len(buffer)} bytes too early; it "
+                    "was cut off while it was being read. Restore it and run again."
+                )
             buffer, offset = buffer[count:], offset + count
 
     def chunks(self, begin: int, end: int, chunk_bytes: int) -> Iterator[bytearray]:
@@ -244,8 +254,9 @@ def _locate(path: Path) -> Path:
         names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as err:
         raise _unreadable(path, err) from err
-    found = ([name for name in names if name.endswith(INDEX_SUFFIX)]
-             or [name for name in names if name.endswith(".safetensors")])
+    found = [name for name in names if name.endswith(INDEX_SUFFIX)] or [
+        name for name in names if name.endswith(".safetensors")
+    ]
     if len(found) != 1:
         what = f"{len(found)} candidates ({some_of(found)})" if found else "no .safetensors file and no index"
         raise InputFileError(f"{path}: the folder holds {what}; exactly one is needed. Give the path of the file.")
@@ -263,12 +274,16 @@ def _read_index(path: Path) -> dict[str, str]:
         raise InputFileError(f"{path}: the index is larger than {MAX_HEADER_BYTES} bytes. Give an index file.")
     weight_map = load_json_object(data, f"{path}: the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputFileError(f"{path}: weight_map is {short(weight_map)}; a non-empty object is needed. "
-                             "Give a *.safetensors.index.json.")
+        raise InputFileError(
+            f"{path}: weight_map is {short(weight_map)}; a non-empty object is needed. "
+            "Give a *.safetensors.index.json."
+        )
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_shard_name(name):
-            raise InputFileError(f"{path}: tensor {tensor!r} is said to be in {short(name)}; the name of a "
-                                 ".safetensors file in the index's own folder is needed. Get another index.")
+            raise InputFileError(
+                f"{path}: tensor {tensor!r} is said to be in {short(name)}; the name of a "
+                ".safetensors file in the index's own folder is needed. Get another index."
+            )
     return weight_map
 
 
@@ -283,13 +298,18 @@ def _check_weight_map(path: Path, weight_map: dict[str, str], shards: Sequence[_
     for shard in shards:
         for name in shard.header.tensors:
             holders.setdefault(name, []).append(shard.path.name)
-    problems = [f"{name!r} should be in {where} and is not" for name, where in weight_map.items()
-                if where not in holders.get(name, [])]
+    problems = [
+        f"{name!r} should be in {where} and is not"
+        for name, where in weight_map.items()
+        if where not in holders.get(name, [])
+    ]
     for name, where in holders.items():
         if len(where) > 1:
             problems.append(f"{name!r} is a duplicate, in {' and '.join(where)}")
         elif name not in weight_map:
             problems.append(f"{name!r} in {where[0]} is not in the index")
     if problems:
-        raise InputFileError(f"{path}: index and shards disagree: {some_of(problems, '; ')}. "
-                             "Take the index and all shards from one download.")
+        raise InputFileError(
+            f"{path}: index and shards disagree: {some_of(problems, '; ')}. "
+            "Take the index and all shards from one download."
+        )

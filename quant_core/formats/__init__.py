@@ -1,4 +1,6 @@
 """One file per format. Importing this package registers them all, in the order of the documentation."""
+
+# ruff: noqa: I001
 from . import (  # noqa: F401  imported for registration; the order is the order of every table
     float8_e4m3fn,
     float8_e5m2,

@@ -3,6 +3,7 @@
 weight = clamp(round(codebook[code] * s_rel), -127, 127) * s_channel, then rotated back. The grid of a group of 16
 weights therefore depends on its scale, so this format brings its own rounding instead of an element times a scale.
 """
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +12,38 @@ from torch import Tensor
 
 from ..cancel import poll
 from ..numerics.elements import CodebookElement
-from .base import Format, register
-from .records import ColumnGrid, Runtime, TensorSpec
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.ranks import look_up, rank_table
 from ..numerics.scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
+from .base import Format, register
+from .records import ColumnGrid, Runtime, TensorSpec
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
-DEFAULT_CODEBOOK = CodebookElement("w4a8", (
-    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
-    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671))
+DEFAULT_CODEBOOK = CodebookElement(
+    "w4a8",
+    (
+        -0.980602,
+        -0.794529,
+        -0.638165,
+        -0.500986,
+        -0.377321,
+        -0.263187,
+        -0.155210,
+        -0.050720,
+        0.052541,
+        0.156985,
+        0.265284,
+        0.379533,
+        0.502636,
+        0.638953,
+        0.794876,
+        0.980671,
+    ),
+)
 
-_TINY = 1e-8                    # floors of the reference encoder
-_SCALE_PASSES = 2               # alternations of codes and least-squares group scales
-_GAUSSIAN_KURTOSIS = -0.1       # excess kurtosis of the normalised groups above which a table is fitted
+_TINY = 1e-8  # floors of the reference encoder
+_SCALE_PASSES = 2  # alternations of codes and least-squares group scales
+_GAUSSIAN_KURTOSIS = -0.1  # excess kurtosis of the normalised groups above which a table is fitted
 _KURTOSIS_SAMPLE = 1 << 19
 _FIT_SAMPLE = 300_000
 _ROW_SAMPLE = 1 << 22
@@ -35,14 +54,16 @@ _SLICE = 1 << 20
 @dataclass(frozen=True)
 class W4A8(Format):
     zero_policy: str = "a group of zeros gets the smallest scale and decodes to at most 1e-8"
-    rows_are_independent: bool = False      # the codebook is chosen from all of them
+    rows_are_independent: bool = False  # the codebook is chosen from all of them
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
-        return (TensorSpec("weight", torch.int8, (n, k // 2)),
-                TensorSpec("weight_s_rel", torch.float8_e4m3fn, (n, k // self.group_size)),
-                TensorSpec("weight_s_channel", torch.float32, (n,)),
-                TensorSpec("weight_codebook", torch.float32, (16,)))
+        return (
+            TensorSpec("weight", torch.int8, (n, k // 2)),
+            TensorSpec("weight_s_rel", torch.float8_e4m3fn, (n, k // self.group_size)),
+            TensorSpec("weight_s_channel", torch.float32, (n,)),
+            TensorSpec("weight_codebook", torch.float32, (16,)),
+        )
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "group_size": self.group_size, "convrot_groupsize": self.rotation}
@@ -52,7 +73,7 @@ class W4A8(Format):
         """Least-squares group scales that start from absmax, as the reference encoder chooses them."""
         table = choose_codebook(work, self.group_size)
         step = max(1, _SLICE // work.shape[1])
-        parts = [self._fit_scales(work[r:r + step], table) for r in range(0, work.shape[0], step)]
+        parts = [self._fit_scales(work[r : r + step], table) for r in range(0, work.shape[0], step)]
         return QParams(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), codebook=table)
 
     def _fit_scales(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +82,9 @@ class W4A8(Format):
         scale = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY)
         levels = look_up(table, _nearest(grouped / scale, table))
         for _ in range(_SCALE_PASSES):
-            scale = ((grouped * levels).sum(-1, keepdim=True)
-                     / (levels * levels).sum(-1, keepdim=True).clamp(min=_TINY)).clamp(min=_TINY)
+            scale = (
+                (grouped * levels).sum(-1, keepdim=True) / (levels * levels).sum(-1, keepdim=True).clamp(min=_TINY)
+            ).clamp(min=_TINY)
             levels = look_up(table, _nearest(grouped / scale, table))
         channel = divide((levels * scale).abs().amax(dim=(1, 2)), 127.0).clamp(min=_TINY)[:, None]
         return snap(scale.squeeze(-1) / channel, self.scale_dtype), channel
@@ -87,9 +109,9 @@ class W4A8(Format):
         step = max(1, _SLICE // k)
         for r in range(0, n, step):
             poll()
-            levels = self._levels(qp.scale[r:r + step], qp.codebook).view(-1, 16)
-            units = (work[r:r + step] / qp.parent[r:r + step]).view(-1, self.group_size)
-            codes[r:r + step] = _nearest_of(units, levels).to(torch.uint8).view(-1, k)
+            levels = self._levels(qp.scale[r : r + step], qp.codebook).view(-1, 16)
+            units = (work[r : r + step] / qp.parent[r : r + step]).view(-1, self.group_size)
+            codes[r : r + step] = _nearest_of(units, levels).to(torch.uint8).view(-1, k)
         return codes
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
@@ -97,9 +119,9 @@ class W4A8(Format):
         work = torch.empty((n, k), dtype=torch.float32, device=codes.device)
         step = max(1, _SLICE // k)
         for r in range(0, n, step):
-            values = look_up(qp.codebook, codes[r:r + step]).view(-1, k // self.group_size, self.group_size)
-            units = (values * qp.scale[r:r + step, :, None]).round_().clamp_(-127, 127)
-            work[r:r + step] = units.view(-1, k) * qp.parent[r:r + step]
+            values = look_up(qp.codebook, codes[r : r + step]).view(-1, k // self.group_size, self.group_size)
+            units = (values * qp.scale[r : r + step, :, None]).round_().clamp_(-127, 127)
+            work[r : r + step] = units.view(-1, k) * qp.parent[r : r + step]
         return work
 
     def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:
@@ -107,8 +129,9 @@ class W4A8(Format):
         index = _nearest_of(units.reshape(-1, 1), levels.reshape(-1, 16))
         return torch.gather(levels.reshape(-1, 16), 1, index).view(columns.shape) * qp.parent
 
-    def bracket_columns(self, columns: Tensor, qp: QParams, start: int,
-                        work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def bracket_columns(
+        self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         levels, units = self._column_levels(columns, qp, start, work_shape)
         flat, x = levels.reshape(-1, 16), units.reshape(-1, 1).contiguous()
         x = torch.maximum(torch.minimum(x, flat[:, -1:]), flat[:, :1])
@@ -124,24 +147,33 @@ class W4A8(Format):
         levels = self._levels(self._gather_columns(qp.scale, columns, work_shape), qp.codebook)
         return ColumnGrid(levels.contiguous(), qp.parent.expand(work_shape[0], columns.numel()))
 
-    def _column_levels(self, columns: Tensor, qp: QParams, start: int,
-                       work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _column_levels(
+        self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         scale = self._expand_columns(qp.scale, start, start + columns.shape[1], work_shape)
         return self._levels(scale, qp.codebook).contiguous(), columns / qp.parent
 
     # ---- disk --------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {"weight": pack_nibbles(codes, high_first=False).view(torch.int8),
-                "weight_s_rel": store(qp.scale, self.scale_dtype),
-                "weight_s_channel": qp.parent.reshape(-1).contiguous(), "weight_codebook": qp.codebook.clone()}
+        return {
+            "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
+            "weight_s_rel": store(qp.scale, self.scale_dtype),
+            "weight_s_channel": qp.parent.reshape(-1).contiguous(),
+            "weight_codebook": qp.codebook.clone(),
+        }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         table = tensors.get("weight_codebook")
-        if table is None:                                  # uniform codes: value = code - 8
+        if table is None:  # uniform codes: value = code - 8
             table = torch.arange(-8, 8, device=tensors["weight"].device)
-        return (unpack_nibbles(tensors["weight"], high_first=False),
-                QParams(load(tensors["weight_s_rel"], self.scale_dtype),
-                        tensors["weight_s_channel"].to(torch.float32).reshape(-1, 1), codebook=table.to(torch.float32)))
+        return (
+            unpack_nibbles(tensors["weight"], high_first=False),
+            QParams(
+                load(tensors["weight_s_rel"], self.scale_dtype),
+                tensors["weight_s_channel"].to(torch.float32).reshape(-1, 1),
+                codebook=table.to(torch.float32),
+            ),
+        )
 
     def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
         fmt = super().accepts(config, shapes)
@@ -187,7 +219,7 @@ def choose_codebook(work: Tensor, group_size: int) -> Tensor:
 def _sample(flat: Tensor, count: int) -> Tensor:
     if flat.numel() <= count:
         return flat
-    generator = torch.Generator().manual_seed(0)          # on the CPU, so that every device draws the same rows
+    generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device draws the same rows
     return flat[torch.randint(0, flat.numel(), (count,), generator=generator).to(flat.device)]
 
 
@@ -205,12 +237,23 @@ def _lloyd_max(samples: Tensor, iterations: int = 25) -> Tensor:
     return levels.contiguous()
 
 
-register(W4A8(
-    name="asym_w4a8_int8", on_disk="asym_w4a8_int8", title="W4A8 (codebook over int8, rotated)",
-    element=DEFAULT_CODEBOOK, granularity=Granularity.GROUP, group_size=16, group_sizes=(16,), rotation=256,
-    rotations=(16, 64, 256, 1024), k_multiple=16, scale_dtype=ScaleDtype.E4M3,
-    runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
-    # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
-    error_bound=0.35, tensor_bound=1 / 127,
-    source="comfy-kitchen quantize_w4a8_int8_weight (eager, 4 bit, symmetric, codebook)",
-))
+register(
+    W4A8(
+        name="asym_w4a8_int8",
+        on_disk="asym_w4a8_int8",
+        title="W4A8 (codebook over int8, rotated)",
+        element=DEFAULT_CODEBOOK,
+        granularity=Granularity.GROUP,
+        group_size=16,
+        group_sizes=(16,),
+        rotation=256,
+        rotations=(16, 64, 256, 1024),
+        k_multiple=16,
+        scale_dtype=ScaleDtype.E4M3,
+        runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
+        # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
+        error_bound=0.35,
+        tensor_bound=1 / 127,
+        source="comfy-kitchen quantize_w4a8_int8_weight (eager, 4 bit, symmetric, codebook)",
+    )
+)

@@ -1,4 +1,5 @@
 """AWQ W4A16: unsigned 4-bit codes with a scale and a zero point per 64 input channels; activations stay 16-bit."""
+
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -6,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..numerics.elements import CodebookElement
-from .base import Format, register
-from .records import ColumnGrid, Runtime, TensorSpec
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
+from .base import Format, register
+from .records import ColumnGrid, Runtime, TensorSpec
 
 # value = (code - 8) * scale + zero
 UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))
@@ -25,9 +26,11 @@ class AwqW4A16(Format):
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
         groups = k // self.group_size
-        return (TensorSpec("weight", torch.int8, (n, k // 2)),
-                TensorSpec("weight_scale", torch.bfloat16, (groups, n)),
-                TensorSpec("weight_zeros", torch.bfloat16, (groups, n)))
+        return (
+            TensorSpec("weight", torch.int8, (n, k // 2)),
+            TensorSpec("weight_scale", torch.bfloat16, (groups, n)),
+            TensorSpec("weight_zeros", torch.bfloat16, (groups, n)),
+        )
 
     def row_axis(self, suffix: str) -> int | None:
         return 0 if suffix == "weight" else 1
@@ -50,7 +53,11 @@ class AwqW4A16(Format):
         return QParams(snap(effective.clamp(min=_SCALE_FLOOR), ScaleDtype.BF16), zero=zero)
 
     def _full(self, per_block: Tensor, work: Tensor) -> Tensor:
-        return per_block[:, None, :, None].expand(block_view(work, self.block(tuple(work.shape))).shape).reshape(work.shape)
+        return (
+            per_block[:, None, :, None]
+            .expand(block_view(work, self.block(tuple(work.shape))).shape)
+            .reshape(work.shape)
+        )
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
         return super().encode(work - self._full(qp.zero, work), qp)
@@ -63,8 +70,9 @@ class AwqW4A16(Format):
         zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
         return super().round_columns(columns - zero, qp, start, work_shape) + zero
 
-    def bracket_columns(self, columns: Tensor, qp: QParams, start: int,
-                        work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def bracket_columns(
+        self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
         lo, hi = super().bracket_columns(columns - zero, qp, start, work_shape)
         return lo + zero, hi + zero
@@ -73,24 +81,38 @@ class AwqW4A16(Format):
         return None
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
-        return replace(super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape))
+        return replace(
+            super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape)
+        )
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {"weight": pack_nibbles(codes, high_first=False).view(torch.int8),
-                "weight_scale": qp.scale.to(torch.bfloat16).T.contiguous(),
-                "weight_zeros": qp.zero.to(torch.bfloat16).T.contiguous()}
+        return {
+            "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
+            "weight_scale": qp.scale.to(torch.bfloat16).T.contiguous(),
+            "weight_zeros": qp.zero.to(torch.bfloat16).T.contiguous(),
+        }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         plain = lambda name: tensors[name].to(torch.float32).T.contiguous()  # noqa: E731
-        return (unpack_nibbles(tensors["weight"], high_first=False),
-                QParams(plain("weight_scale"), zero=plain("weight_zeros")))
+        return (
+            unpack_nibbles(tensors["weight"], high_first=False),
+            QParams(plain("weight_scale"), zero=plain("weight_zeros")),
+        )
 
 
-register(AwqW4A16(
-    name="awq_w4a16", on_disk="awq_w4a16", title="AWQ W4A16 (uint4 with zero point per 64)",
-    element=UINT4, granularity=Granularity.GROUP, group_size=64, group_sizes=(32, 64, 128), scale_dtype=ScaleDtype.BF16,
-    runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
-    # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
-    error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
-    source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",
-))
+register(
+    AwqW4A16(
+        name="awq_w4a16",
+        on_disk="awq_w4a16",
+        title="AWQ W4A16 (uint4 with zero point per 64)",
+        element=UINT4,
+        granularity=Granularity.GROUP,
+        group_size=64,
+        group_sizes=(32, 64, 128),
+        scale_dtype=ScaleDtype.BF16,
+        runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
+        # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
+        error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
+        source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",
+    )
+)

@@ -5,6 +5,7 @@ A weight passes through four spaces:
 and back by unpack, decode, restore. `prepare` pads and rotates; algorithms see only `work`, `QParams` and
 `round_columns` / `bracket_columns`, so they compose with every format.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from ..cancel import poll
 from ..errors import RequestError, did_you_mean
-from .records import ColumnGrid, Element, Runtime, TensorSpec
 from ..numerics.metrics import relative_error
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
+from .records import ColumnGrid, Element, Runtime, TensorSpec
 
 # On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
 _CPU_SLICE = 1 << 18
@@ -56,10 +57,10 @@ class Format(ABC):
     k_multiple: int = 1
     signed_scales: bool = False
     zero_policy: str = "a block of zeros gets scale 1 and codes 0"
-    rows_are_independent: bool = True      # but for the tensor's absmax
+    rows_are_independent: bool = True  # but for the tensor's absmax
 
     # ---- options -----------------------------------------------------------------------------------------------
-    def with_options(self, group_size: int | None = None, rotation: int | None = None) -> "Format":
+    def with_options(self, group_size: int | None = None, rotation: int | None = None) -> Format:
         """The same format with another group size or rotation group; RequestError when it does not offer that."""
         fmt = self
         if group_size is not None:
@@ -68,14 +69,19 @@ class Format(ABC):
             fmt = fmt._option("rotation", rotation, self.rotations)
         return fmt
 
-    def _option(self, field: str, value: int, offered: tuple[int, ...]) -> "Format":
+    def _option(self, field: str, value: int, offered: tuple[int, ...]) -> Format:
         if value not in offered:
             raise RequestError(
                 f"{self.name}: {field} {value} is not offered. "
-                + (f"Choose one of {', '.join(map(str, offered))}." if offered else "This format has none: leave it out."))
+                + (
+                    f"Choose one of {', '.join(map(str, offered))}."
+                    if offered
+                    else "This format has none: leave it out."
+                )
+            )
         return replace(self, **{field: value})
 
-    def for_shape(self, shape: tuple[int, ...]) -> "Format":
+    def for_shape(self, shape: tuple[int, ...]) -> Format:
         """The variant that fits a weight of this shape (a smaller rotation group, say); see `problem` first."""
         if self.rotation is None or shape[1] % self.rotation == 0:
             return self
@@ -90,8 +96,11 @@ class Format(ABC):
         fmt = self.for_shape(shape)
         if fmt.granularity is Granularity.BLOCK and n % fmt.group_size:
             return f"out_features={n} is no multiple of group_size {fmt.group_size} ({self.name})"
-        needs = [("group_size", fmt.group_size if self.pad_to == 1 else None), ("rotation group", fmt.rotation),
-                 ("", self.k_multiple)]
+        needs = [
+            ("group_size", fmt.group_size if self.pad_to == 1 else None),
+            ("rotation group", fmt.rotation),
+            ("", self.k_multiple),
+        ]
         for what, multiple in needs:
             if multiple and k % multiple:
                 return f"in_features={k} is no multiple of {what} {multiple} ({self.name})".replace("  ", " ")
@@ -113,7 +122,7 @@ class Format(ABC):
         """Slices of rows that begin at multiples of this are quantized and stored on their own."""
         if self.granularity is Granularity.BLOCK:
             return self.group_size
-        return 1 if self.pad_to == 1 else 128            # the swizzle's tile
+        return 1 if self.pad_to == 1 else 128  # the swizzle's tile
 
     def row_axis(self, suffix: str) -> int | None:
         """Along which axis a stored tensor follows the weight's rows; None when it is the same for all rows."""
@@ -140,6 +149,7 @@ class Format(ABC):
             w = torch.nn.functional.pad(w, (0, cols - k, 0, rows - n))
         if self.rotation is not None:
             from ..numerics.hadamard import rotate_columns
+
             rotated = rotate_columns(w, self.rotation)
             if not bool(torch.isfinite(torch.stack(torch.aminmax(rotated))).all()):
                 rotated = rotate_columns(w.clamp(-_ROTATABLE, _ROTATABLE), self.rotation)
@@ -150,8 +160,9 @@ class Format(ABC):
         """The inverse of prepare."""
         if self.rotation is not None:
             from ..numerics.hadamard import rotate_columns
+
             work = rotate_columns(work, self.rotation)
-        return work[:shape[0], :shape[1]]
+        return work[: shape[0], : shape[1]]
 
     def prepare_hessian(self, h: Tensor) -> Tensor:
         """float32 [K, K], X^T X of the layer's inputs -> the same for the work weight's columns [Kp, Kp]. May overwrite h."""
@@ -160,6 +171,7 @@ class Format(ABC):
             h = torch.nn.functional.pad(h, (0, pad, 0, pad))
         if self.rotation is not None:
             from ..numerics.hadamard import rotate_hessian
+
             rotate_hessian(h, self.rotation)
         return h
 
@@ -184,8 +196,7 @@ class Format(ABC):
         block, scale = self.block(tuple(work.shape)), qp.effective()
         codes = torch.empty(work.shape, dtype=self.element.dtype, device=work.device)
         for rows, blocks in self._slices(work, block):
-            x = self._to_units(block_view(work[rows], self._slice_block(block, rows)),
-                               scale[blocks][:, None, :, None])
+            x = self._to_units(block_view(work[rows], self._slice_block(block, rows)), scale[blocks][:, None, :, None])
             codes[rows] = self.element.encode(x).view(-1, work.shape[1])
         return codes
 
@@ -214,7 +225,7 @@ class Format(ABC):
         if work.is_cuda or n * k <= _CPU_SLICE:
             yield slice(0, n), slice(0, n // block[0])
             return
-        if block[0] == n and n > 1:                       # one scale for all rows: any slice has the same block row
+        if block[0] == n and n > 1:  # one scale for all rows: any slice has the same block row
             step = max(1, _CPU_SLICE // k)
             for start in range(0, n, step):
                 poll()
@@ -245,8 +256,9 @@ class Format(ABC):
         scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
         return self.element.round(self._to_units(columns, scale)) * scale
 
-    def bracket_columns(self, columns: Tensor, qp: QParams, start: int,
-                        work_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def bracket_columns(
+        self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """The decoded neighbours lo <= w <= hi of each weight (equal on the grid and beyond its ends)."""
         scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
         lo, hi = (part * scale for part in self.element.bracket(self._to_units(columns, scale)))
@@ -258,7 +270,9 @@ class Format(ABC):
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
         """The values within reach of the weights in `columns`, int64 [C], in any order."""
-        return ColumnGrid(self.element.values(columns.device), self._gather_columns(qp.effective(), columns, work_shape))
+        return ColumnGrid(
+            self.element.values(columns.device), self._gather_columns(qp.effective(), columns, work_shape)
+        )
 
     def _gather_columns(self, per_block: Tensor, columns: Tensor, work_shape: tuple[int, int]) -> Tensor:
         rows, cols = self.block(work_shape)
@@ -282,7 +296,7 @@ class Format(ABC):
         stored = tensors["weight"]
         return stored[0], stored[1] * (8 // self.element.bits)
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> "Format | None":
+    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
         """This format with the options a stored layer uses, or None when the layer is another variant."""
         fmt = self
         if self.group_sizes and config.get("group_size"):
@@ -299,7 +313,7 @@ class Format(ABC):
             decoded = self.decode(codes[rows], qp.rows(blocks))
             wrong += float(decoded.sub_(reference).norm()) ** 2
             total += float(reference.norm()) ** 2
-        if not math.isfinite(wrong + total):              # squares of 1e20 and above
+        if not math.isfinite(wrong + total):  # squares of 1e20 and above
             return relative_error(work, self.decode(codes, qp))
         return math.sqrt(wrong / total) if total else math.sqrt(wrong) and math.inf
 
@@ -328,6 +342,7 @@ def register(fmt: Format) -> Format:
 def all_formats() -> tuple[Format, ...]:
     """Every registered format, in the order of the documentation table."""
     from .. import formats  # noqa: F401  registers them
+
     return tuple(_REGISTRY.values())
 
 
@@ -335,7 +350,9 @@ def get_format(name: str, group_size: int | None = None, rotation: int | None = 
     """RequestError that lists the names when there is none such."""
     known = {fmt.name: fmt for fmt in all_formats()}
     if name not in known:
-        raise RequestError(f"there is no format {name!r}.{did_you_mean(name, known)} Known formats: {', '.join(known)}.")
+        raise RequestError(
+            f"there is no format {name!r}.{did_you_mean(name, known)} Known formats: {', '.join(known)}."
+        )
     return known[name].with_options(group_size, rotation)
 
 
@@ -350,10 +367,17 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
         variant = fmt.accepts(config, shapes)
         if variant is not None:
             return variant
-    missing = min(([spec.suffix for spec in fmt.tensor_specs((4096, 4096)) if spec.suffix not in shapes] for fmt in candidates), key=len)
+    missing = min(
+        ([spec.suffix for spec in fmt.tensor_specs((4096, 4096)) if spec.suffix not in shapes] for fmt in candidates),
+        key=len,
+    )
     found = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())
     if missing:
-        raise RequestError(f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. Take the file from its "
-                           "source again, or quantize the original anew.")
-    raise RequestError(f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "
-                       "Quantize the original anew, or give the right values with Edit Metadata.")
+        raise RequestError(
+            f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. Take the file from its "
+            "source again, or quantize the original anew."
+        )
+    raise RequestError(
+        f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "
+        "Quantize the original anew, or give the right values with Edit Metadata."
+    )

@@ -1,4 +1,5 @@
 """Which rotation group a layer takes: the format's own, or the largest that divides its inputs."""
+
 from __future__ import annotations
 
 from dataclasses import replace

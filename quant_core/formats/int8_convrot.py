@@ -1,12 +1,13 @@
 """INT8 per row in a rotated basis: outlier input channels are spread over their group before rounding."""
+
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..numerics.elements import INT8
-from .base import register
 from ..numerics.scales import Granularity
+from .base import register
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
@@ -16,8 +17,18 @@ class Int8ConvRot(Int8TensorwiseFamily):
         return {**super().config(shape, dtype), "convrot": True, "convrot_groupsize": self.rotation, "per_row": True}
 
 
-register(Int8ConvRot(
-    name="int8_convrot", on_disk="int8_tensorwise", title="INT8 per row, rotated (ConvRot)",
-    element=INT8, granularity=Granularity.ROW, scale_rank="column", rotation=256, rotations=(16, 64, 256, 1024),
-    runtime=INT8_RUNTIME, error_bound=0.5 / 127 + 1e-5, source=INT8_SOURCE,
-))
+register(
+    Int8ConvRot(
+        name="int8_convrot",
+        on_disk="int8_tensorwise",
+        title="INT8 per row, rotated (ConvRot)",
+        element=INT8,
+        granularity=Granularity.ROW,
+        scale_rank="column",
+        rotation=256,
+        rotations=(16, 64, 256, 1024),
+        runtime=INT8_RUNTIME,
+        error_bound=0.5 / 127 + 1e-5,
+        source=INT8_SOURCE,
+    )
+)

@@ -1,12 +1,13 @@
 """INT8 with one scale per output channel: ComfyUI's `int8_tensorwise` with `per_row`."""
+
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..numerics.elements import INT8
-from .base import register
 from ..numerics.scales import Granularity
+from .base import register
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
@@ -16,8 +17,16 @@ class Int8Rowwise(Int8TensorwiseFamily):
         return {**super().config(shape, dtype), "per_row": True}
 
 
-register(Int8Rowwise(
-    name="int8_rowwise", on_disk="int8_tensorwise", title="INT8 per row",
-    element=INT8, granularity=Granularity.ROW, scale_rank="column",
-    runtime=INT8_RUNTIME, error_bound=0.5 / 127 + 1e-5, source=INT8_SOURCE,
-))
+register(
+    Int8Rowwise(
+        name="int8_rowwise",
+        on_disk="int8_tensorwise",
+        title="INT8 per row",
+        element=INT8,
+        granularity=Granularity.ROW,
+        scale_rank="column",
+        runtime=INT8_RUNTIME,
+        error_bound=0.5 / 127 + 1e-5,
+        source=INT8_SOURCE,
+    )
+)

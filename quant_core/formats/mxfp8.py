@@ -1,22 +1,25 @@
 """MXFP8: E4M3 elements with a power-of-two scale per 32 input channels (OCP Microscaling)."""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..numerics.elements import E4M3
-from .base import register
-from .records import Runtime, TensorSpec
-from .families.padded import PaddedBlockFormat
 from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
+from .base import register
+from .families.padded import PaddedBlockFormat
+from .records import Runtime, TensorSpec
 
 
 @dataclass(frozen=True)
 class Mxfp8(PaddedBlockFormat):
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("weight", torch.float8_e4m3fn, self.work_shape(shape)),
-                TensorSpec("weight_scale", torch.uint8, swizzled_shape(*self._unpadded_grid(shape))))
+        return (
+            TensorSpec("weight", torch.float8_e4m3fn, self.work_shape(shape)),
+            TensorSpec("weight_scale", torch.uint8, swizzled_shape(*self._unpadded_grid(shape))),
+        )
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         scale = torch.where(effective > 0, effective.clamp(min=SCALE_FLOOR), torch.zeros_like(effective))
@@ -30,10 +33,18 @@ class Mxfp8(PaddedBlockFormat):
         return tensors["weight"], QParams(load(exponents, self.scale_dtype))
 
 
-register(Mxfp8(
-    name="mxfp8", on_disk="mxfp8", title="MXFP8 (E4M3, power-of-two scale per 32)",
-    element=E4M3, granularity=Granularity.GROUP, group_size=32, scale_dtype=ScaleDtype.E8M0, pad_to=32,
-    runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
-    error_bound=2 * 16 / 448 + 1e-5,        # a scale rounded up to a power of two is at most twice the wished one
-    source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
-))
+register(
+    Mxfp8(
+        name="mxfp8",
+        on_disk="mxfp8",
+        title="MXFP8 (E4M3, power-of-two scale per 32)",
+        element=E4M3,
+        granularity=Granularity.GROUP,
+        group_size=32,
+        scale_dtype=ScaleDtype.E8M0,
+        pad_to=32,
+        runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
+        error_bound=2 * 16 / 448 + 1e-5,  # a scale rounded up to a power of two is at most twice the wished one
+        source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
+    )
+)

@@ -1,15 +1,16 @@
 """NVFP4: E2M1 elements, an E4M3 scale per 16 input channels, one float32 scale per tensor."""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..numerics.elements import E2M1
-from .base import register
-from .records import Runtime, TensorSpec
-from .families.padded import PaddedBlockFormat
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
+from .base import register
+from .families.padded import PaddedBlockFormat
+from .records import Runtime, TensorSpec
 
 _LARGEST_SCALE = 448.0
 
@@ -18,9 +19,11 @@ _LARGEST_SCALE = 448.0
 class Nvfp4(PaddedBlockFormat):
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = self.work_shape(shape)
-        return (TensorSpec("weight", torch.uint8, (n, k // 2)),
-                TensorSpec("weight_scale", torch.float8_e4m3fn, swizzled_shape(*self._unpadded_grid(shape))),
-                TensorSpec("weight_scale_2", torch.float32, ()))
+        return (
+            TensorSpec("weight", torch.uint8, (n, k // 2)),
+            TensorSpec("weight_scale", torch.float8_e4m3fn, swizzled_shape(*self._unpadded_grid(shape))),
+            TensorSpec("weight_scale_2", torch.float32, ()),
+        )
 
     def absmax(self, work: Tensor) -> QParams:
         return self._absmax(work, None)
@@ -43,9 +46,11 @@ class Nvfp4(PaddedBlockFormat):
         return QParams(snap(effective / parent, self.scale_dtype), parent)
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {"weight": pack_nibbles(codes, high_first=True),
-                "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype)),
-                "weight_scale_2": qp.parent.reshape(()).clone()}
+        return {
+            "weight": pack_nibbles(codes, high_first=True),
+            "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype)),
+            "weight_scale_2": qp.parent.reshape(()).clone(),
+        }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         stored = unswizzle_scales(tensors["weight_scale"], *self._unpadded_grid(shape))
@@ -53,11 +58,20 @@ class Nvfp4(PaddedBlockFormat):
         return unpack_nibbles(tensors["weight"], high_first=True), QParams(load(stored, self.scale_dtype), parent)
 
 
-register(Nvfp4(
-    name="nvfp4", on_disk="nvfp4", title="NVFP4 (E2M1, E4M3 scale per 16)",
-    element=E2M1, granularity=Granularity.GROUP, group_size=16, scale_dtype=ScaleDtype.E4M3, pad_to=16,
-    runtime=Runtime("TensorCoreNVFP4Layout", native_since="0.8", min_capability=(10, 0), quantizes_input=True),
-    # half the largest gap (2 of 6) under a scale that E4M3 moved by up to 1/16; small blocks round a subnormal scale
-    error_bound=1 / 6 * (1 + 1 / 16) + 1e-5, tensor_bound=2.0**-10 / 448,
-    source="NVIDIA NVFP4; encoder: comfy-kitchen quantize_nvfp4",
-))
+register(
+    Nvfp4(
+        name="nvfp4",
+        on_disk="nvfp4",
+        title="NVFP4 (E2M1, E4M3 scale per 16)",
+        element=E2M1,
+        granularity=Granularity.GROUP,
+        group_size=16,
+        scale_dtype=ScaleDtype.E4M3,
+        pad_to=16,
+        runtime=Runtime("TensorCoreNVFP4Layout", native_since="0.8", min_capability=(10, 0), quantizes_input=True),
+        # half the largest gap (2 of 6) under a scale that E4M3 moved by up to 1/16; small blocks round a subnormal scale
+        error_bound=1 / 6 * (1 + 1 / 16) + 1e-5,
+        tensor_bound=2.0**-10 / 448,
+        source="NVIDIA NVFP4; encoder: comfy-kitchen quantize_nvfp4",
+    )
+)

@@ -1,4 +1,5 @@
 """The small records that a format is made of."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Bytes are those of `Format.quantize`, for every format whose rows depend on each other through the tensor's absmax at most.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..cancel import poll
-from .base import Format
 from ..numerics.metrics import relative_error
+from .base import Format
 
 _SLICE_WEIGHTS = 1 << 20
 
@@ -34,7 +35,7 @@ def quantize_rows(fmt: Format, w: Tensor, measure: bool = True) -> tuple[dict[st
     wrong = total = 0.0
     for start in range(0, shape[0], step):
         poll()
-        rows = w[start:start + step].to(torch.float32)
+        rows = w[start : start + step].to(torch.float32)
         work = fmt.prepare(rows)
         qp = fmt.absmax_under(work, largest)
         codes = fmt.encode(work, qp)
@@ -44,7 +45,7 @@ def quantize_rows(fmt: Format, w: Tensor, measure: bool = True) -> tuple[dict[st
             total += float(work.norm()) ** 2
         for suffix, part in fmt.pack(codes, qp, tuple(rows.shape)).items():
             axis = fmt.row_axis(suffix)
-            if axis is None:                              # the same for every slice
+            if axis is None:  # the same for every slice
                 out[suffix].copy_(part)
                 continue
             # Slices begin at multiples of the block height and of the swizzle's tile, so parts follow each other.
@@ -53,6 +54,6 @@ def quantize_rows(fmt: Format, w: Tensor, measure: bool = True) -> tuple[dict[st
             out[suffix].narrow(axis, begin, part.shape[axis]).copy_(part)
     if not measure:
         return out, None
-    if not math.isfinite(wrong + total):                  # squares of 1e20 and above
+    if not math.isfinite(wrong + total):  # squares of 1e20 and above
         return out, relative_error(w.to(torch.float32), fmt.dequantize(out, shape))
     return out, math.sqrt(wrong / total) if total else (math.inf if wrong else 0.0)

@@ -1,4 +1,5 @@
 """Row and column slices of a quantized weight, so that algorithms can work on a part of it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .base import Format
 from ..numerics.scales import Granularity, QParams
-
+from .base import Format
 
 # Weights worked on at once: they stay in a CPU's cache; on a GPU fewer launches count more, and memory is what a slice bounds.
 _SLICE = {"cpu": 1 << 19, "cuda": 1 << 21}
@@ -47,12 +47,16 @@ def row_slices(fmt: Format, work: Tensor) -> Iterator[slice]:
 
 def encode_rows(fmt: Format, work: Tensor, qp: QParams) -> Tensor:
     """fmt.encode, a slice of rows at a time: on a GPU the whole weight at once takes up to four copies of it."""
-    parts = [fmt.encode(work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1])))
-             for rows in row_slices(fmt, work)]
+    parts = [
+        fmt.encode(work[rows], tile(fmt, qp, tuple(work.shape), rows, slice(0, work.shape[1])))
+        for rows in row_slices(fmt, work)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def errors_by_rows(fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams, plain: Tensor | None = None) -> Iterator[Tensor]:
+def errors_by_rows(
+    fmt: Format, work: Tensor, codes: Tensor | None, qp: QParams, plain: Tensor | None = None
+) -> Iterator[Tensor]:
     """What a reader decodes minus `work`, a slice of rows at a time. codes None: those of rounding `plain` (None: work) to nearest."""
     plain = work if plain is None else plain
     for rows in row_slices(fmt, work):

@@ -4,6 +4,7 @@ FP8: without one ComfyUI divides by 1, so inputs beyond the largest FP8 value sa
 absmax of every call. Every other format of ComfyUI's ignores the tensor.
 Source: comfy/ops.py (Linear.forward) and comfy/quant_ops.py (the layouts' quantize) of ComfyUI 0.29.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,11 +15,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..stored.layers import StoredLayer
+from ..calibration.statistics.layer import LayerStatistics
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, some_of
 from ..names.layer_names import LayerNames
-from ..calibration.statistics.layer import LayerStatistics
+from ..stored.layers import StoredLayer
 
 SUFFIXES = (".input_scale", ".scale_input")  # the second in legacy fp8_scaled files
 
@@ -63,8 +64,9 @@ def scale_for(rule: InputScaleRule, magnitude: float) -> float:
     return magnitude / rule.largest if magnitude > 0 else 1.0
 
 
-def scales_from_statistics(layers: Mapping[str, StoredLayer], statistics: Mapping[str, LayerStatistics],
-                           percent: float = 100.0) -> dict[str, float]:
+def scales_from_statistics(
+    layers: Mapping[str, StoredLayer], statistics: Mapping[str, LayerStatistics], percent: float = 100.0
+) -> dict[str, float]:
     """{layer of the file: input_scale} for every layer that uses one and was captured.
 
     percent: 100 is the true absmax, the default for a reason: what lies above a percentile saturates, and clipped
@@ -103,14 +105,20 @@ def read_input_scales(path: str | Path) -> dict[str, float]:
     Raises InputFileError: not readable, no scale in it, or a value that is no finite number above 0.
     """
     path = Path(path)
-    found = _from_json(path) if path.suffix == ".json" and not path.name.endswith(".index.json") else _from_tensors(path)
+    found = (
+        _from_json(path) if path.suffix == ".json" and not path.name.endswith(".index.json") else _from_tensors(path)
+    )
     if not found:
-        raise InputFileError(f"{path}: it holds no input scale. Give a JSON object {{layer: number}}, or a quantized model "
-                             "with .input_scale tensors.")
+        raise InputFileError(
+            f"{path}: it holds no input scale. Give a JSON object {{layer: number}}, or a quantized model "
+            "with .input_scale tensors."
+        )
     for layer, value in found.items():
         if not math.isfinite(value) or value <= 0:
-            raise InputFileError(f"{path}: {layer} has the input scale {value}; a finite number above 0 is needed. "
-                                 "Correct it, or leave the layer out.")
+            raise InputFileError(
+                f"{path}: {layer} has the input scale {value}; a finite number above 0 is needed. "
+                "Correct it, or leave the layer out."
+            )
     return found
 
 
@@ -118,10 +126,16 @@ def _from_json(path: Path) -> dict[str, float]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise InputFileError(f"{path}: the file cannot be read as JSON: {err}. Give an object {{layer: number}}.") from err
+        raise InputFileError(
+            f"{path}: the file cannot be read as JSON: {err}. Give an object {{layer: number}}."
+        ) from err
     if not isinstance(content, dict):
-        raise InputFileError(f"{path}: a JSON {type(content).__name__} was found; an object {{layer: number}} is needed.")
-    wrong = [layer for layer, value in content.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
+        raise InputFileError(
+            f"{path}: a JSON {type(content).__name__} was found; an object {{layer: number}} is needed."
+        )
+    wrong = [
+        layer for layer, value in content.items() if isinstance(value, bool) or not isinstance(value, (int, float))
+    ]
     if wrong:
         raise InputFileError(f"{path}: {some_of(wrong, shown=3)}: a number is needed. Correct the file.")
     return {_without_suffix(layer): float(value) for layer, value in content.items()}
@@ -145,8 +159,9 @@ def _without_suffix(name: str) -> str:
     return name
 
 
-def saturation_warnings(layers: Mapping[str, StoredLayer], statistics: Mapping[str, LayerStatistics],
-                        scales: Mapping[str, float]) -> list[str]:
+def saturation_warnings(
+    layers: Mapping[str, StoredLayer], statistics: Mapping[str, LayerStatistics], scales: Mapping[str, float]
+) -> list[str]:
     """One sentence per layer whose captured inputs go beyond what its input_scale lets through.
 
     scales: {layer of the file: input_scale} as the file has them; a layer without one counts as ComfyUI treats it.
@@ -169,11 +184,16 @@ def saturation_of(layer: StoredLayer, largest: float, scale: float | None) -> li
     if largest <= limit * (1 + 1e-6):
         return []
     which = "no input_scale" if scale is None else f"its input_scale {scale:.6g}"
-    return [f"{layer.layer}: inputs reach {largest:.4g}, and {which} saturates them above {limit:.4g}; write an "
-            f"input_scale of {scale_for(rule, largest):.4g}."]
+    return [
+        f"{layer.layer}: inputs reach {largest:.4g}, and {which} saturates them above {limit:.4g}; write an "
+        f"input_scale of {scale_for(rule, largest):.4g}."
+    ]
 
 
 def file_input_scales(source: Source, layers: Mapping[str, StoredLayer]) -> dict[str, float]:
     """{layer: input_scale} of the layers that have one in the file."""
-    return {name: float(source.read(layer.names["input_scale"]).float()) for name, layer in layers.items()
-            if "input_scale" in layer.names and math.prod(source.tensors[layer.names["input_scale"]].shape) == 1}
+    return {
+        name: float(source.read(layer.names["input_scale"]).float())
+        for name, layer in layers.items()
+        if "input_scale" in layer.names and math.prod(source.tensors[layer.names["input_scale"]].shape) == 1
+    }

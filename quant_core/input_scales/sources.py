@@ -1,4 +1,5 @@
 """Where the input scales of a quantized file may come from: a calibration, a LoRA's directions, or random inputs."""
+
 from __future__ import annotations
 
 import time
@@ -6,19 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..calibration.use import CalibrationUse, open_use
 from ..cancel import poll
-from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
-from ..pipeline.report import Progress
-from .rule import file_input_scales, rule_of, saturation_of, scale_for
 from ..names.layer_names import LayerNames
+from ..pipeline.report import Progress
+from ..stored.layers import StoredLayer, stored_layers
+from .rule import file_input_scales, rule_of, saturation_of, scale_for
 from .synthesise import SimulationSettings, index_lora_file, read_directions, simulated_magnitude
-from ..calibration.use import CalibrationUse, open_use
 
 
-def captured_scales(source: Source, calibration: str | Path, percent: float = 100.0,
-                    progress: Callable[[Progress], None] | None = None) -> dict[str, float]:
+def captured_scales(
+    source: Source, calibration: str | Path, percent: float = 100.0, progress: Callable[[Progress], None] | None = None
+) -> dict[str, float]:
     """{layer of the file: input_scale} from a captured calibration, one layer in memory at a time.
 
     percent: 100 is the true absmax; see input_scales.scales_from_statistics. Raises RequestError (another model).
@@ -35,8 +37,12 @@ def captured_scales(source: Source, calibration: str | Path, percent: float = 10
     return scales
 
 
-def captured_saturation(source: Source, calibration: str | Path, scales: Mapping[str, float],
-                        progress: Callable[[Progress], None] | None = None) -> list[str]:
+def captured_saturation(
+    source: Source,
+    calibration: str | Path,
+    scales: Mapping[str, float],
+    progress: Callable[[Progress], None] | None = None,
+) -> list[str]:
     """One sentence per layer whose captured inputs saturate under these scales, or under the file's own where none is given.
 
     scales: {layer of the file: input_scale}. Raises RequestError (another model).
@@ -51,8 +57,12 @@ def captured_saturation(source: Source, calibration: str | Path, scales: Mapping
     return found
 
 
-def simulated_scales(source: Source, settings: SimulationSettings, lora: str | Path | None = None,
-                     progress: Callable[[Progress], None] | None = None) -> tuple[dict[str, float], int]:
+def simulated_scales(
+    source: Source,
+    settings: SimulationSettings,
+    lora: str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[dict[str, float], int]:
     """({layer of the file: input_scale}, how many of them from the LoRA): a guess, from each layer's own decoded weight.
 
     lora: its layers get inputs along its directions, all others random ones. Raises InputFileError.
@@ -71,10 +81,13 @@ def simulated_scales(source: Source, settings: SimulationSettings, lora: str | P
     return scales, informed
 
 
-def _polled(stored: Mapping[str, StoredLayer], source: Source,
-            progress: Callable[[Progress], None] | None) -> Iterator[tuple[str, StoredLayer]]:
+def _polled(
+    stored: Mapping[str, StoredLayer], source: Source, progress: Callable[[Progress], None] | None
+) -> Iterator[tuple[str, StoredLayer]]:
     """The layers, with cancelling and progress between them; bytes are those of the layers' tensors."""
-    sizes = {name: sum(source.tensors[tensor].nbytes for tensor in layer.names.values()) for name, layer in stored.items()}
+    sizes = {
+        name: sum(source.tensors[tensor].nbytes for tensor in layer.names.values()) for name, layer in stored.items()
+    }
     started, done, total = time.monotonic(), 0, sum(sizes.values())
     for count, (name, layer) in enumerate(stored.items(), 1):
         poll()
@@ -82,11 +95,18 @@ def _polled(stored: Mapping[str, StoredLayer], source: Source,
         done += sizes[name]
         if progress is not None:
             elapsed = time.monotonic() - started
-            progress(Progress(name, count, len(stored), done, total, elapsed, elapsed * (total - done) / done if done else None))
+            progress(
+                Progress(
+                    name, count, len(stored), done, total, elapsed, elapsed * (total - done) / done if done else None
+                )
+            )
 
 
 def _shapes(source: Source, stored: Mapping[str, StoredLayer]) -> dict[str, tuple[int, int]]:
     """[N, K] of every linear layer, quantized or not."""
-    plain = {name.removesuffix(".weight"): info.shape for name, info in source.tensors.items()
-             if name.endswith(".weight") and len(info.shape) == 2}
+    plain = {
+        name.removesuffix(".weight"): info.shape
+        for name, info in source.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    }
     return {**plain, **{name: layer.shape for name, layer in stored.items()}}

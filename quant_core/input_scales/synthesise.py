@@ -2,6 +2,7 @@
 
 A guess: a captured calibration is better wherever one can be had. bench/calibration/activations.py measures by how much.
 """
+
 from __future__ import annotations
 
 import math
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
-from ..policy.recipe import layer_generator
 from ..names.layer_names import LayerNames
 from ..names.lora_keys import LoraIndex, index_lora
+from ..policy.recipe import layer_generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,9 @@ class Directions:
     strength: Tensor
 
 
-def simulated_magnitude(layer: str, w: Tensor, settings: SimulationSettings = SimulationSettings(),
-                        directions: Directions | None = None) -> float:
+def simulated_magnitude(
+    layer: str, w: Tensor, settings: SimulationSettings = SimulationSettings(), directions: Directions | None = None
+) -> float:
     """A percentile of |x W^T| over inputs x of unit variance: random ones, or a LoRA's directions where given.
 
     w: [N, K]. What comes out of a layer stands in for what flows into layers of its kind: that is the whole idea, and
@@ -53,8 +55,9 @@ def simulated_magnitude(layer: str, w: Tensor, settings: SimulationSettings = Si
     else:
         x = directions.rows
         if x.shape[1] != w.shape[1]:
-            raise RequestError(f"{layer}: the LoRA has in_features {x.shape[1]}, the layer {w.shape[1]}. It belongs to "
-                               "another model.")
+            raise RequestError(
+                f"{layer}: the LoRA has in_features {x.shape[1]}, the layer {w.shape[1]}. It belongs to another model."
+            )
     magnitudes = (x.to(w.device) @ w.to(torch.float32).T).abs().flatten()
     rank = min(magnitudes.numel(), max(1, math.ceil(settings.percentile / 100.0 * magnitudes.numel())))
     return float(magnitudes.kthvalue(rank).values)
@@ -78,8 +81,10 @@ def read_directions(source: Source, index: LoraIndex, layer: str, in_features: i
         down = source.read(name).to(torch.float32)
         down = down.reshape(len(down), -1) if down.dim() > 1 else down[None]
         if down.shape[1] != in_features:
-            raise InputFileError(f"{source.path}: {name} has {down.shape[1]} inputs, {layer} has {in_features}. The LoRA "
-                                 "belongs to another model.")
+            raise InputFileError(
+                f"{source.path}: {name} has {down.shape[1]} inputs, {layer} has {in_features}. The LoRA "
+                "belongs to another model."
+            )
         strength = down.norm(dim=1)
         if len(ups) == len(index.down[layer]):
             strength = strength * source.read(ups[number]).to(torch.float32).reshape(-1, len(down)).norm(dim=0)

@@ -3,6 +3,7 @@
 So scales and descriptions are left behind: FP8 and INT8 draw noise without a word, packed weights do not load (seen with
 0.29, tests/comfy/test_tools_sampling.py). In 16 bits such files load well.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -22,8 +23,10 @@ def diffusers_warning(names: Collection[str]) -> str | None:
     """Why ComfyUI will not run these tensors quantized, and what to do; None when they have other names."""
     for model, signs in _SIGNS.items():
         if all(sign in names for sign in signs):
-            return (f"The layers have diffusers' names ({model}). ComfyUI renames only weights and biases of such files and loses "
-                    "what quantizing adds: it would draw noise or not load. Quantize the model under ComfyUI's names: take "
-                    "another download, or load the 16-bit file there and use Model from Graph. diffusers' own loader is not "
-                    "concerned.")
+            return (
+                f"The layers have diffusers' names ({model}). ComfyUI renames only weights and biases of such files and loses "
+                "what quantizing adds: it would draw noise or not load. Quantize the model under ComfyUI's names: take "
+                "another download, or load the 16-bit file there and use Model from Graph. diffusers' own loader is not "
+                "concerned."
+            )
     return None

@@ -1,4 +1,5 @@
 """One layer, many names: what files, LoRAs and lists call the layers of a model, resolved against the model itself."""
+
 from __future__ import annotations
 
 import re
@@ -7,10 +8,27 @@ from collections.abc import Iterable
 from ..errors import RequestError
 
 # What stands before a layer's own name, the longest first. Several may stand there in a row.
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.")
+PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "net.",
+    "model.",
+)
 # Kohya-type LoRAs join with underscores after one of these.
-UNDERSCORE_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_prior_unet_", "lycoris_unet_", "lycoris_", "lora_te1_",
-                       "lora_te2_", "lora_te3_", "lora_te_")
+UNDERSCORE_PREFIXES = (
+    "lora_unet_",
+    "lora_transformer_",
+    "lora_prior_unet_",
+    "lycoris_unet_",
+    "lycoris_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lora_te_",
+)
 TEXT_ENCODER = re.compile(r"^(lora_te\d?_|lora_t5|text_encoders?[._]|text_encoder_\d[._]|te\d?_|clip_[lg]\.|t5xxl\.)")
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -25,33 +43,36 @@ _JOINT = r"transformer_blocks.\1"
 _SINGLE = r"single_transformer_blocks.\1"
 # ComfyUI's name of a layer -> what diffusers calls it, or its parts: the rows of a LoRA_A see the same inputs.
 # Source: the module names of the published checkpoints in both layouts (Flux and SD3).
-_DIFFUSERS = tuple((re.compile(pattern + "$"), names) for pattern, names in (
-    (r"double_blocks\.(\d+)\.img_attn\.qkv", _attention(_JOINT, _QKV)),
-    (r"double_blocks\.(\d+)\.txt_attn\.qkv", _attention(_JOINT, _ADDED_QKV)),
-    (r"double_blocks\.(\d+)\.img_attn\.proj", _attention(_JOINT, ("to_out.0",))),
-    (r"double_blocks\.(\d+)\.txt_attn\.proj", _attention(_JOINT, ("to_add_out",))),
-    (r"double_blocks\.(\d+)\.img_mlp\.0", (f"{_JOINT}.ff.net.0.proj",)),
-    (r"double_blocks\.(\d+)\.img_mlp\.2", (f"{_JOINT}.ff.net.2",)),
-    (r"double_blocks\.(\d+)\.txt_mlp\.0", (f"{_JOINT}.ff_context.net.0.proj",)),
-    (r"double_blocks\.(\d+)\.txt_mlp\.2", (f"{_JOINT}.ff_context.net.2",)),
-    (r"double_blocks\.(\d+)\.img_mod\.lin", (f"{_JOINT}.norm1.linear",)),
-    (r"double_blocks\.(\d+)\.txt_mod\.lin", (f"{_JOINT}.norm1_context.linear",)),
-    (r"single_blocks\.(\d+)\.linear1", (*_attention(_SINGLE, _QKV), f"{_SINGLE}.proj_mlp")),
-    (r"single_blocks\.(\d+)\.linear2", (f"{_SINGLE}.proj_out",)),
-    (r"single_blocks\.(\d+)\.modulation\.lin", (f"{_SINGLE}.norm.linear",)),
-    (r"joint_blocks\.(\d+)\.x_block\.attn\.qkv", _attention(_JOINT, _QKV)),
-    (r"joint_blocks\.(\d+)\.context_block\.attn\.qkv", _attention(_JOINT, _ADDED_QKV)),
-    (r"joint_blocks\.(\d+)\.x_block\.attn\.proj", _attention(_JOINT, ("to_out.0",))),
-    (r"joint_blocks\.(\d+)\.context_block\.attn\.proj", _attention(_JOINT, ("to_add_out",))),
-    (r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv", _attention(_JOINT, _QKV, "attn2")),
-    (r"joint_blocks\.(\d+)\.x_block\.attn2\.proj", _attention(_JOINT, ("to_out.0",), "attn2")),
-    (r"joint_blocks\.(\d+)\.x_block\.mlp\.fc1", (f"{_JOINT}.ff.net.0.proj",)),
-    (r"joint_blocks\.(\d+)\.x_block\.mlp\.fc2", (f"{_JOINT}.ff.net.2",)),
-    (r"joint_blocks\.(\d+)\.context_block\.mlp\.fc1", (f"{_JOINT}.ff_context.net.0.proj",)),
-    (r"joint_blocks\.(\d+)\.context_block\.mlp\.fc2", (f"{_JOINT}.ff_context.net.2",)),
-    (r"joint_blocks\.(\d+)\.x_block\.adaLN_modulation\.1", (f"{_JOINT}.norm1.linear",)),
-    (r"joint_blocks\.(\d+)\.context_block\.adaLN_modulation\.1", (f"{_JOINT}.norm1_context.linear",)),
-))
+_DIFFUSERS = tuple(
+    (re.compile(pattern + "$"), names)
+    for pattern, names in (
+        (r"double_blocks\.(\d+)\.img_attn\.qkv", _attention(_JOINT, _QKV)),
+        (r"double_blocks\.(\d+)\.txt_attn\.qkv", _attention(_JOINT, _ADDED_QKV)),
+        (r"double_blocks\.(\d+)\.img_attn\.proj", _attention(_JOINT, ("to_out.0",))),
+        (r"double_blocks\.(\d+)\.txt_attn\.proj", _attention(_JOINT, ("to_add_out",))),
+        (r"double_blocks\.(\d+)\.img_mlp\.0", (f"{_JOINT}.ff.net.0.proj",)),
+        (r"double_blocks\.(\d+)\.img_mlp\.2", (f"{_JOINT}.ff.net.2",)),
+        (r"double_blocks\.(\d+)\.txt_mlp\.0", (f"{_JOINT}.ff_context.net.0.proj",)),
+        (r"double_blocks\.(\d+)\.txt_mlp\.2", (f"{_JOINT}.ff_context.net.2",)),
+        (r"double_blocks\.(\d+)\.img_mod\.lin", (f"{_JOINT}.norm1.linear",)),
+        (r"double_blocks\.(\d+)\.txt_mod\.lin", (f"{_JOINT}.norm1_context.linear",)),
+        (r"single_blocks\.(\d+)\.linear1", (*_attention(_SINGLE, _QKV), f"{_SINGLE}.proj_mlp")),
+        (r"single_blocks\.(\d+)\.linear2", (f"{_SINGLE}.proj_out",)),
+        (r"single_blocks\.(\d+)\.modulation\.lin", (f"{_SINGLE}.norm.linear",)),
+        (r"joint_blocks\.(\d+)\.x_block\.attn\.qkv", _attention(_JOINT, _QKV)),
+        (r"joint_blocks\.(\d+)\.context_block\.attn\.qkv", _attention(_JOINT, _ADDED_QKV)),
+        (r"joint_blocks\.(\d+)\.x_block\.attn\.proj", _attention(_JOINT, ("to_out.0",))),
+        (r"joint_blocks\.(\d+)\.context_block\.attn\.proj", _attention(_JOINT, ("to_add_out",))),
+        (r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv", _attention(_JOINT, _QKV, "attn2")),
+        (r"joint_blocks\.(\d+)\.x_block\.attn2\.proj", _attention(_JOINT, ("to_out.0",), "attn2")),
+        (r"joint_blocks\.(\d+)\.x_block\.mlp\.fc1", (f"{_JOINT}.ff.net.0.proj",)),
+        (r"joint_blocks\.(\d+)\.x_block\.mlp\.fc2", (f"{_JOINT}.ff.net.2",)),
+        (r"joint_blocks\.(\d+)\.context_block\.mlp\.fc1", (f"{_JOINT}.ff_context.net.0.proj",)),
+        (r"joint_blocks\.(\d+)\.context_block\.mlp\.fc2", (f"{_JOINT}.ff_context.net.2",)),
+        (r"joint_blocks\.(\d+)\.x_block\.adaLN_modulation\.1", (f"{_JOINT}.norm1.linear",)),
+        (r"joint_blocks\.(\d+)\.context_block\.adaLN_modulation\.1", (f"{_JOINT}.norm1_context.linear",)),
+    )
+)
 
 
 def strip_prefixes(name: str) -> str:
@@ -60,7 +81,7 @@ def strip_prefixes(name: str) -> str:
         found = next((prefix for prefix in PREFIXES if name.startswith(prefix) and len(name) > len(prefix)), None)
         if found is None:
             return name
-        name = name[len(found):]
+        name = name[len(found) :]
 
 
 class LayerNames:
@@ -86,7 +107,7 @@ class LayerNames:
         found = self._dotted.get(strip_prefixes(name), [])
         if not found:
             prefix = next((prefix for prefix in UNDERSCORE_PREFIXES if name.startswith(prefix)), None)
-            found = self._joined.get(name[len(prefix):], []) if prefix else []
+            found = self._joined.get(name[len(prefix) :], []) if prefix else []
         if len(found) > 1:
             raise RequestError(f"the name {name!r} fits several layers: {', '.join(found)}. Rename it to one of them.")
         return found[0] if found else None

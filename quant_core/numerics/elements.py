@@ -4,6 +4,7 @@ An element knows its grid (`values`), its largest magnitude (`max`), how to roun
 grid points bracket a value, and how codes are stored. It knows nothing of scales or tensors' names.
 All maths is float32; inputs are never changed in place.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class FloatElement:
     def decode(self, codes: Tensor) -> Tensor:
         if codes.is_cuda:
             return codes.to(torch.float32)
-        return look_up(_float_codes(self.dtype), codes.view(torch.uint8))    # 3 times as fast as torch's cast on a CPU
+        return look_up(_float_codes(self.dtype), codes.view(torch.uint8))  # 3 times as fast as torch's cast on a CPU
 
     def round(self, x: Tensor) -> Tensor:
         """Nearest grid value, float32."""
@@ -65,6 +66,7 @@ def _float_neighbours(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
         moved = signed + direction
         codes = torch.where(moved < 0, -moved + 128, moved).clamp(0, 255)
         return torch.cat([values, values[codes.int()]]).to(device)
+
     return step(-1), step(+1)
 
 
@@ -77,7 +79,7 @@ def _float_codes(dtype: torch.dtype, device: str = "cpu") -> Tensor:
 @lru_cache(maxsize=8)
 def _float_grid(dtype: torch.dtype, largest: float) -> Tensor:
     every = _float_codes(dtype)
-    return torch.unique(every[every.abs() <= largest])   # drops NaN and Inf; sorted; -0 and 0 are one
+    return torch.unique(every[every.abs() <= largest])  # drops NaN and Inf; sorted; -0 and 0 are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +148,11 @@ class CodebookElement:
 
 @dataclass(frozen=True, slots=True)
 class _Book:
-    table: Tensor              # f32 [n], code order
-    sorted_values: Tensor      # f32, ascending, distinct
-    codes: Tensor              # uint8: rank -> code
+    table: Tensor  # f32 [n], code order
+    sorted_values: Tensor  # f32, ascending, distinct
+    codes: Tensor  # uint8: rank -> code
     bounds: tuple[float, ...]  # a value belongs to the rank that counts the bounds below it
-    in_order: bool             # rank and code are the same
+    in_order: bool  # rank and code are the same
 
 
 @lru_cache(maxsize=64)
@@ -162,8 +164,13 @@ def _book(table: tuple[float, ...], device: str) -> _Book:
     grid = torch.tensor([value for value, _ in ranked], dtype=torch.float32)
     codes = [code for _, code in ranked]
     bounds = tuple(((grid[:-1] + grid[1:]) / 2).tolist())
-    return _Book(values.to(device), torch.unique(grid).to(device), torch.tensor(codes, dtype=torch.uint8).to(device),
-                 bounds, codes == list(range(len(codes))))
+    return _Book(
+        values.to(device),
+        torch.unique(grid).to(device),
+        torch.tensor(codes, dtype=torch.uint8).to(device),
+        bounds,
+        codes == list(range(len(codes))),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +219,27 @@ INT4 = IntElement("int4", 7.0, 4)
 E2M1 = E2M1Element()
 
 # NormalFloat4: equal-mass quantiles of N(0, 1) with an exact zero and +-1. QLoRA, arXiv 2305.14314, appendix E.
-NF4 = CodebookElement("nf4", (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0))
+NF4 = CodebookElement(
+    "nf4",
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
 
 # bitsandbytes' FP4: sign, 2 exponent bits, 1 mantissa bit with bias 2 and its own exponent order, divided by 12.
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)

@@ -1,11 +1,12 @@
 """How much device memory a layer needs, and where it runs when that is not there. Decided before the layer starts."""
+
 from __future__ import annotations
 
 import torch
 
 # Float32 copies of the weight at the peak, the weight included, as bench/rounding/synthetic.py measured them and rounded up.
 WEIGHT_COPIES = {"nearest": 6.0, "stochastic": 7.0, "gptq": 6.0, "learned": 6.0}
-_HESSIANS = 1.6           # the layer's own, changed in place, and the half that the factor takes
+_HESSIANS = 1.6  # the layer's own, changed in place, and the half that the factor takes
 
 
 def needed_bytes(shape: tuple[int, int], rounding: str, hessian: bool) -> int:
@@ -32,5 +33,7 @@ def choose_device(device: torch.device, free: int | None, needed: int) -> tuple[
     """`device`, or the CPU with the reason. The method stays the same; only its place and speed change."""
     if free is None or needed <= free:
         return device, None
-    return torch.device("cpu"), (f"computed on the CPU: it needs about {needed / 2**30:.1f} GiB, {device} has "
-                                 f"{free / 2**30:.1f} GiB free. Close other programs to use the GPU")
+    return torch.device("cpu"), (
+        f"computed on the CPU: it needs about {needed / 2**30:.1f} GiB, {device} has "
+        f"{free / 2**30:.1f} GiB free. Close other programs to use the GPU"
+    )

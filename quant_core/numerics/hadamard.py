@@ -4,6 +4,7 @@ Rotating spreads an outlier channel over its group, so that one scale per row fi
 orthogonal and symmetric, so it is its own inverse; the runtime rotates the activations the same way.
 Source: ComfyUI's `convrot` formats (comfy-kitchen); the matrix is the Kronecker power of the regular 4x4 one.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -11,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_PANEL = 1024         # rows or columns of a Hessian rotated at once
+_PANEL = 1024  # rows or columns of a Hessian rotated at once
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -41,9 +42,9 @@ def rotate_columns(w: Tensor, group: int) -> Tensor:
 def rotate_hessian(h: Tensor, group: int) -> None:
     """float32 [K, K], H = X^T X becomes the Hessian of the rotated inputs, R^T H R, in place."""
     for start in range(0, len(h), _PANEL):
-        h[start:start + _PANEL] = rotate_columns(h[start:start + _PANEL], group)
+        h[start : start + _PANEL] = rotate_columns(h[start : start + _PANEL], group)
     for start in range(0, len(h), _PANEL):
-        h[:, start:start + _PANEL] = rotate_columns(h[:, start:start + _PANEL].T.contiguous(), group).T
+        h[:, start : start + _PANEL] = rotate_columns(h[:, start : start + _PANEL].T.contiguous(), group).T
 
 
 def largest_group(k: int, limit: int = 4096) -> int | None:

@@ -1,4 +1,5 @@
 """Errors of a quantized weight or output against its reference."""
+
 from __future__ import annotations
 
 import math
@@ -11,7 +12,7 @@ def relative_error(reference: Tensor, approximation: Tensor) -> float:
     reference, approximation = reference.float(), approximation.float()
     norm, error = float(reference.norm()), float((approximation - reference).norm())
     largest = float(reference.abs().max()) if math.isinf(norm) or math.isinf(error) else math.inf
-    if math.isfinite(largest):       # the squares left float32's range, the values did not
+    if math.isfinite(largest):  # the squares left float32's range, the values did not
         norm = float((reference / largest).norm())
         error = float((approximation / largest - reference / largest).norm())
     if norm == 0.0:

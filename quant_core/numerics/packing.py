@@ -1,4 +1,5 @@
 """Pure permutations of codes and scales: nibble packing and the cuBLAS 128x4 scale swizzle, with inverses."""
+
 from __future__ import annotations
 
 import torch
@@ -45,10 +46,10 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     """
     rows, cols = scales.shape
     padded_rows, padded_cols = swizzled_shape(rows, cols)
-    raw = scales.view(torch.uint8)                       # every scale type here is one byte wide
+    raw = scales.view(torch.uint8)  # every scale type here is one byte wide
     padded = raw.new_zeros((padded_rows, padded_cols))
     padded[:rows, :cols] = raw
-    tiles = padded.view(padded_rows // 128, 4, 32, padded_cols // 4, 4)     # [tr, r // 32, r % 32, tc, c]
+    tiles = padded.view(padded_rows // 128, 4, 32, padded_cols // 4, 4)  # [tr, r // 32, r % 32, tc, c]
     return tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_cols).view(scales.dtype)
 
 

@@ -1,4 +1,5 @@
 """Products on tensor cores where float32's last digits decide nothing."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """Exact ranks among a few sorted bounds by table lookup; on a CPU several times faster than torch.bucketize."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ class RankTable:
     low: float
     bins_per_unit: float
     last_bin: int
-    base: Tensor       # uint8 [bins]: bounds below the bin
-    bound: Tensor      # float32 [bins]: the bound inside the bin, inf when there is none
+    base: Tensor  # uint8 [bins]: bounds below the bin
+    bound: Tensor  # float32 [bins]: the bound inside the bin, inf when there is none
 
     def rank(self, x: Tensor) -> Tensor:
         """How many bounds are < x, uint8, any shape: torch.bucketize(x, bounds) to the bit. x: float32, no NaN."""

@@ -3,6 +3,7 @@
 A scale always MULTIPLIES on decode. Scales live as float32 [NB, KB], one per block of the work weight;
 `snap` moves them to what the stored dtype can represent, so that rounding sees the reader's scale.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ F32_MAX = torch.finfo(torch.float32).max
 class Granularity(Enum):
     """Which weights share one scale. `group_size` is the block side where there is one."""
 
-    TENSOR = "tensor"    # one scale
-    ROW = "row"          # one per output channel
-    GROUP = "group"      # one per row and group_size input channels
-    BLOCK = "block"      # one per group_size x group_size tile
+    TENSOR = "tensor"  # one scale
+    ROW = "row"  # one per output channel
+    GROUP = "group"  # one per row and group_size input channels
+    BLOCK = "block"  # one per group_size x group_size tile
 
     def block(self, shape: tuple[int, int], group_size: int | None) -> tuple[int, int]:
         """(rows, columns) of the weights that share a scale, for a work weight of `shape`."""
@@ -121,12 +122,12 @@ class QParams:
         """float32 [NB, KB]: what one unit of an element is worth."""
         return self.scale if self.parent is None else self.scale * self.parent
 
-    def rows(self, blocks: slice) -> "QParams":
+    def rows(self, blocks: slice) -> QParams:
         """The part that belongs to some rows of blocks."""
         cut = lambda t: t if t is None or t.dim() < 2 else t[blocks]  # noqa: E731
         return QParams(self.scale[blocks], cut(self.parent), cut(self.zero), self.codebook)
 
-    def to(self, device: torch.device | str) -> "QParams":
+    def to(self, device: torch.device | str) -> QParams:
         move = lambda t: None if t is None else t.to(device)  # noqa: E731
         return QParams(self.scale.to(device), move(self.parent), move(self.zero), move(self.codebook))
 
@@ -142,4 +143,4 @@ def block_absmax(work: Tensor, block: tuple[int, int]) -> Tensor:
     """float32 [N, K] -> float32 [NB, KB]."""
     view = block_view(work, block)
     # amax then -amin reads the data twice without a full-size abs() copy: less memory traffic on a CPU.
-    return torch.maximum(view.amax(dim=(1, 3)), -view.amin(dim=(1, 3))).abs_()    # abs: no -0 for a block of zeros
+    return torch.maximum(view.amax(dim=(1, 3)), -view.amin(dim=(1, 3))).abs_()  # abs: no -0 for a block of zeros

@@ -1,4 +1,5 @@
 """Whether Triton kernels can run on a device, answered from facts before any is called."""
+
 from __future__ import annotations
 
 import os
@@ -21,7 +22,9 @@ def obstacle(device: torch.device) -> str:
 
 def numbered(device: torch.device) -> torch.device:
     """The device with its number: "cuda" alone is the current one."""
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    )
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -31,8 +34,13 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def _obstacle(device: torch.device) -> str:
-    return judge(device.type, capability_of(device), is_rocm=torch.version.hip is not None, has_triton=find_spec("triton") is not None,
-                 has_compiler=_has_c_compiler())
+    return judge(
+        device.type,
+        capability_of(device),
+        is_rocm=torch.version.hip is not None,
+        has_triton=find_spec("triton") is not None,
+        has_compiler=_has_c_compiler(),
+    )
 
 
 def judge(kind: str, capability: tuple[int, int], *, is_rocm: bool, has_triton: bool, has_compiler: bool) -> str:

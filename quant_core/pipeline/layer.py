@@ -1,4 +1,5 @@
 """One layer: weight + recipe + evidence -> the tensors on disk, their JSON, and how well they fit."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,21 +11,21 @@ from torch import Tensor
 
 from ..algorithms.asymmetric import Followed, InputPairs, follow
 from ..algorithms.bias import can_correct, correct_bias
-from ..cancel import cancel_scope, poll
 from ..algorithms.choosers import CHOOSERS
-from ..numerics.footprint import choose_device, following_bytes, free_bytes, needed_bytes
 from ..algorithms.objective import Objective, make_objective, ratio
 from ..algorithms.options import read_options
-from ..numerics.precision import tensor_core_products
-from ..policy.recipe import Evidence, Recipe, layer_generator
 from ..algorithms.residual import Residual, ResidualOptions, make_residual
 from ..algorithms.rounders import ROUNDERS
-from ..formats.streamed import can_slice, quantize_rows
 from ..algorithms.task import Rounded, Task
+from ..cancel import cancel_scope, poll
+from ..formats.streamed import can_slice, quantize_rows
 from ..formats.tiles import encode_rows, errors_by_rows
+from ..numerics.footprint import choose_device, following_bytes, free_bytes, needed_bytes
+from ..numerics.precision import tensor_core_products
+from ..policy.recipe import Evidence, Recipe, layer_generator
 
 NO_EVIDENCE = Evidence()
-JUDGED_AT_ONCE = 1 << 21      # weights
+JUDGED_AT_ONCE = 1 << 21  # weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,16 @@ class LayerResult:
     residual: Residual | None = None
 
 
-def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = NO_EVIDENCE, measure: bool = True,
-                   bias: Tensor | None = None, cancel: Callable[[], bool] | None = None,
-                   pairs: InputPairs | None = None) -> LayerResult:
+def quantize_layer(
+    layer: str,
+    w: Tensor,
+    recipe: Recipe,
+    evidence: Evidence = NO_EVIDENCE,
+    measure: bool = True,
+    bias: Tensor | None = None,
+    cancel: Callable[[], bool] | None = None,
+    pairs: InputPairs | None = None,
+) -> LayerResult:
     """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. bias: [N], to be corrected; it stays where a
     low-rank part is asked for.
 
@@ -75,7 +83,7 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
     pairs: what the layers quantized before this one do to its inputs; it is rounded to make up for that (asymmetric.py).
     """
     if read_options(ResidualOptions, recipe.options).wants(layer):
-        bias = None                        # the low-rank part takes the mean error too: corrected twice it would come back
+        bias = None  # the low-rank part takes the mean error too: corrected twice it would come back
     with cancel_scope(cancel):
         aim = None if pairs is None else _follow(w, pairs)
         if bias is None or not can_correct(evidence):
@@ -88,15 +96,22 @@ def quantize_layer(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence = N
 def _follow(w: Tensor, pairs: InputPairs) -> Followed:
     device, elsewhere = choose_device(w.device, free_bytes(w.device), following_bytes(tuple(w.shape)))
     found = follow(w.to(device, torch.float32), pairs, poll)
-    return found if elsewhere is None else replace(found, notes=(f"what makes up for the layers before was {elsewhere}",))
+    return (
+        found if elsewhere is None else replace(found, notes=(f"what makes up for the layers before was {elsewhere}",))
+    )
 
 
-def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None,
-              aim: Followed | None) -> LayerResult:
+def _quantize(
+    layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None, aim: Followed | None
+) -> LayerResult:
     """aim: rounded towards its weight instead of w; every error is still w's own, but for the output's."""
     shape, source_dtype = tuple(w.shape), w.dtype
     fmt = recipe.format.for_shape(shape)
-    notes = () if fmt == recipe.format else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
+    notes = (
+        ()
+        if fmt == recipe.format
+        else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
+    )
     scales, rounding = recipe.resolve(evidence)
     wants_more = bias is not None or read_options(ResidualOptions, recipe.options).wants(layer)
     if (scales, rounding) == ("absmax", "nearest") and not wants_more and aim is None and can_slice(fmt, w):
@@ -110,8 +125,18 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
     work = fmt.prepare(aim.weight.to(device)) if moved else plain
     objective = make_objective(fmt, evidence, device)
     rounder = ROUNDERS[rounding]
-    task = rounder.prepare(Task(layer, fmt, work, objective, recipe.options, layer_generator(recipe.seed, layer, "cpu"),
-                                weights=objective.diagonal, plain=plain if moved else None))
+    task = rounder.prepare(
+        Task(
+            layer,
+            fmt,
+            work,
+            objective,
+            recipe.options,
+            layer_generator(recipe.seed, layer, "cpu"),
+            weights=objective.diagonal,
+            plain=plain if moved else None,
+        )
+    )
     rounded = rounder.round_codes(task, CHOOSERS[scales](task))
     judgement = Judgement(scales, rounding, task.judge.name, inputs_left=None if aim is None else aim.left)
     if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
@@ -119,12 +144,20 @@ def _quantize(layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
     error = fmt.decoding_error(plain, rounded.codes, rounded.qp) if measure else None
     new_bias, residual, more = _extras(task, shape, rounded, recipe, evidence, bias)
-    return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), fmt.config(shape, source_dtype), error,
-                       notes + rounded.notes + more, judgement, new_bias, residual)
+    return LayerResult(
+        fmt.pack(rounded.codes, rounded.qp, shape),
+        fmt.config(shape, source_dtype),
+        error,
+        notes + rounded.notes + more,
+        judgement,
+        new_bias,
+        residual,
+    )
 
 
-def _extras(task: Task, shape: tuple[int, int], rounded: Rounded, recipe: Recipe, evidence: Evidence,
-            bias: Tensor | None) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
+def _extras(
+    task: Task, shape: tuple[int, int], rounded: Rounded, recipe: Recipe, evidence: Evidence, bias: Tensor | None
+) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
     """The corrected bias, the low-rank part, and notes; from what a reader decodes, in the layer's own basis."""
     options = read_options(ResidualOptions, recipe.options)
     wanted = options.wants(task.layer)
@@ -134,7 +167,9 @@ def _extras(task: Task, shape: tuple[int, int], rounded: Rounded, recipe: Recipe
     residual = None
     if wanted:
         hessian = None if evidence.hessian is None else evidence.hessian.to(error.device, torch.float32)
-        residual = make_residual(task.fmt.restore(task.work, shape), error, options.residual_rank, Objective(hessian, rows=evidence.count))
+        residual = make_residual(
+            task.fmt.restore(task.work, shape), error, options.residual_rank, Objective(hessian, rows=evidence.count)
+        )
     if bias is None:
         return None, residual, ()
     corrected, note = correct_bias(bias, error, evidence)
@@ -153,7 +188,11 @@ def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, 
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement
-    note = (f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), above "
-            f"{nearest:.4g} of round-to-nearest, which was taken instead")
-    return (Rounded(encode_rows(fmt, plain, qp), qp, rounded.notes + (note,)),
-            replace(judgement, scales="absmax", rounding="nearest", error=nearest, fell_back=True))
+    note = (
+        f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), above "
+        f"{nearest:.4g} of round-to-nearest, which was taken instead"
+    )
+    return (
+        Rounded(encode_rows(fmt, plain, qp), qp, rounded.notes + (note,)),
+        replace(judgement, scales="absmax", rounding="nearest", error=nearest, fell_back=True),
+    )

@@ -1,4 +1,5 @@
 """How far a run is and how long it will take."""
+
 from __future__ import annotations
 
 import time

@@ -1,4 +1,5 @@
 """What a run did: plain data for people, tests and `--report`."""
+
 from __future__ import annotations
 
 import math
@@ -7,8 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from .layer import Judgement
 from ..numerics.metrics import snr_db
+from .layer import Judgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +39,41 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         error = self.weight_error
-        row: dict[str, Any] = {"layer": self.layer, "shape": list(self.shape), "source": self.source, "format": self.format,
-                               "reason": self.reason, "bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
+        row: dict[str, Any] = {
+            "layer": self.layer,
+            "shape": list(self.shape),
+            "source": self.source,
+            "format": self.format,
+            "reason": self.reason,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
         if error is not None:
             snr = snr_db(error)
-            row |= {"weight_error": error if math.isfinite(error) else None, "seconds": round(self.seconds, 4),
-                    "weight_snr_db": round(snr, 3) if math.isfinite(snr) else None}
+            row |= {
+                "weight_error": error if math.isfinite(error) else None,
+                "seconds": round(self.seconds, 4),
+                "weight_snr_db": round(snr, 3) if math.isfinite(snr) else None,
+            }
         if self.judgement is not None:
             row |= {**asdict(self.judgement), "calibration_rows": self.rows}
-        extras = {"bias_corrected": self.bias_corrected, "input_scale": self.input_scale, "residual_error": self.residual_error}
+        extras = {
+            "bias_corrected": self.bias_corrected,
+            "input_scale": self.input_scale,
+            "residual_error": self.residual_error,
+        }
         row |= {key: value for key, value in extras.items() if value is not None}
         return row | ({"notes": list(self.notes)} if self.notes else {})
 
 
 # What Judgement.objective measures, for people. "projected" is the learned rounding's own: the weight's error along the
 # directions in which the weight itself is largest, for want of inputs.
-_MEASURED = {"output": "output error", "weighted": "output error by the inputs' mean squares", "weight": "weight error",
-             "projected": "weight error along the weight's main directions"}
+_MEASURED = {
+    "output": "output error",
+    "weighted": "output error by the inputs' mean squares",
+    "weight": "weight error",
+    "projected": "weight error along the weight's main directions",
+}
 
 
 def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -70,8 +89,10 @@ def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     lines = []
     for objective, found in shares.items():
         worst = max(found, key=found.__getitem__)
-        lines.append(f"{_MEASURED.get(objective, objective)} against rounding to nearest: median {median(found.values()):.2f}x, worst "
-                     f"{found[worst]:.2f}x ({worst})")
+        lines.append(
+            f"{_MEASURED.get(objective, objective)} against rounding to nearest: median {median(found.values()):.2f}x, worst "
+            f"{found[worst]:.2f}x ({worst})"
+        )
     return tuple(lines)
 
 
@@ -126,9 +147,19 @@ class RunReport:
 
     def to_json(self) -> dict[str, Any]:
         error = self.weight_error
-        return {"source": self.source, "target": self.target, "recipe": dict(self.recipe), "device": self.device,
-                "seconds": round(self.seconds, 3), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes,
-                "peak_bytes_estimate": self.peak_bytes, "bits_per_weight": round(self.bits_per_weight, 4),
-                "weight_error": error if math.isfinite(error) else None,
-                "layers_quantized": len(self.quantized), "layers_kept": len(self.layers) - len(self.quantized),
-                "warnings": list(self.warnings), "layers": [layer.to_json() for layer in self.layers]}
+        return {
+            "source": self.source,
+            "target": self.target,
+            "recipe": dict(self.recipe),
+            "device": self.device,
+            "seconds": round(self.seconds, 3),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "peak_bytes_estimate": self.peak_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "weight_error": error if math.isfinite(error) else None,
+            "layers_quantized": len(self.quantized),
+            "layers_kept": len(self.layers) - len(self.quantized),
+            "warnings": list(self.warnings),
+            "layers": [layer.to_json() for layer in self.layers],
+        }

@@ -1,4 +1,5 @@
 """The pipeline: one layer in memory at a time, reading ahead and writing behind while torch computes."""
+
 from __future__ import annotations
 
 import re
@@ -13,33 +14,44 @@ import torch
 from torch import Tensor
 
 from ..algorithms.asymmetric import InputPairs
+from ..algorithms.options import read_options
+from ..algorithms.residual import Residual, ResidualOptions, save_residuals
 from ..calibration.use import CalibrationUse, LayerInputs, OpenCalibration, on_device, open_use
 from ..cancel import cancel_scope, poll
-from ..stored.layers import config_tensor_name
 from ..checkpoint.metadata import encode_config
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, OutputError, RequestError
+from ..policy.general import Policy
+from ..policy.recipe import Recipe
+from ..stored.layers import config_tensor_name
 from .in_order.jobs import InOrder, LiveModel, in_order
 from .layer import NO_EVIDENCE, LayerResult, quantize_layer
-from ..algorithms.options import read_options
 from .plan import LayerPlan, Plan, make_plan
-from ..policy.general import Policy
 from .progress_clock import Clock
-from ..policy.recipe import Recipe
 from .report import LayerReport, Progress, RunReport
-from ..algorithms.residual import Residual, ResidualOptions, save_residuals
 from .verify import check_file
 from .write_behind import Writer
 
 _DEVICE = re.compile(r"cpu|(?P<cuda>cuda)(:(?P<index>\d+))?")
 
 
-def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Policy = Policy(), *,
-            device: str | torch.device = "auto", overwrite: bool = False, allow_nonfinite: bool = False,
-            never_pack: frozenset[str] = frozenset(), calibration: CalibrationUse | None = None,
-            residual_lora: str | Path | None = None, live: LiveModel | None = None,
-            progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> RunReport:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe,
+    policy: Policy = Policy(),
+    *,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    never_pack: frozenset[str] = frozenset(),
+    calibration: CalibrationUse | None = None,
+    residual_lora: str | Path | None = None,
+    live: LiveModel | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> RunReport:
     """The whole way from file to verified file. Raises QuantPressError; on any error no target appears.
 
     allow_nonfinite: a layer with NaN or Inf keeps its source dtype; by default it is an InputFileError.
@@ -52,11 +64,17 @@ def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Poli
     where = pick_device(device)
     lora = _residual_target(residual_lora, Path(target), recipe, policy, overwrite)
     if live is not None and calibration is None:
-        raise RequestError("quantizing in order needs the calibration that was captured from the model. Give both, or neither.")
+        raise RequestError(
+            "quantizing in order needs the calibration that was captured from the model. Give both, or neither."
+        )
     with ExitStack() as stack:
         stack.enter_context(cancel_scope(cancel))
         src = stack.enter_context(open_source(source))
-        known = stack.enter_context(open_use(replace(calibration, in_order=live is not None))) if calibration is not None else None
+        known = (
+            stack.enter_context(open_use(replace(calibration, in_order=live is not None)))
+            if calibration is not None
+            else None
+        )
         plan = make_plan(src, recipe, policy, never_pack=never_pack, calibration=known)
         warnings = plan.warnings
         if allow_nonfinite:
@@ -67,8 +85,9 @@ def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Poli
         residuals: dict[str, Residual] = {}
         with open_sink(target, plan.outputs, plan.metadata, overwrite=overwrite, sources=src.files) as sink:
             reports = []
-            for report, state in run(plan, src, sink, device=where, calibration=known, residuals=residuals, started=started,
-                                     live=live):
+            for report, state in run(
+                plan, src, sink, device=where, calibration=known, residuals=residuals, started=started, live=live
+            ):
                 if report is not None:
                     reports.append(report)
                 if progress is not None:
@@ -78,19 +97,33 @@ def convert(source: str | Path, target: str | Path, recipe: Recipe, policy: Poli
         if lora is not None:
             save_residuals(lora, residuals, {"format": "pt"})
         warnings += known.warnings() if known is not None else ()
-    return RunReport(str(source), str(target), recipe.describe(), tuple(reports), warnings, plan.source_bytes,
-                     plan.output_bytes, plan.peak_bytes, time.monotonic() - started, str(where))
+    return RunReport(
+        str(source),
+        str(target),
+        recipe.describe(),
+        tuple(reports),
+        warnings,
+        plan.source_bytes,
+        plan.output_bytes,
+        plan.peak_bytes,
+        time.monotonic() - started,
+        str(where),
+    )
 
 
-def _residual_target(path: str | Path | None, target: Path, recipe: Recipe, policy: Policy, overwrite: bool) -> Path | None:
+def _residual_target(
+    path: str | Path | None, target: Path, recipe: Recipe, policy: Policy, overwrite: bool
+) -> Path | None:
     """The checked path of the low-rank part; None when the recipe asks for none. RequestError, OutputError."""
     recipes = (recipe, policy.fallback, *(rule.recipe for rule in policy.rules))
     wanted = any(read_options(ResidualOptions, one.options).residual_rank for one in recipes if one is not None)
     if path is None and not wanted:
         return None
     if path is None or not wanted:
-        raise RequestError("a low-rank part needs both a rank and a file to go to: give --residual-lora FILE and --residual-rank N "
-                           "(residual_rank).")
+        raise RequestError(
+            "a low-rank part needs both a rank and a file to go to: give --residual-lora FILE and --residual-rank N "
+            "(residual_rank)."
+        )
     path = Path(path)
     if path.suffix != ".safetensors" or path.resolve() == target.resolve() or not path.parent.is_dir():
         raise OutputError(f"{path}: the low-rank part needs a .safetensors name of its own, in a folder that exists.")
@@ -109,9 +142,17 @@ class _Read:
     pairs: InputPairs | None = None
 
 
-def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, calibration: OpenCalibration | None,
-        residuals: dict[str, Residual], started: float,
-        live: LiveModel | None = None) -> Iterator[tuple[LayerReport | None, Progress]]:
+def run(
+    plan: Plan,
+    src: Source,
+    sink: Sink,
+    *,
+    device: torch.device,
+    calibration: OpenCalibration | None,
+    residuals: dict[str, Residual],
+    started: float,
+    live: LiveModel | None = None,
+) -> Iterator[tuple[LayerReport | None, Progress]]:
     """Yields after each layer (its report) and after each copied tensor (None); the caller may stop at any point.
 
     residuals: {layer: low-rank part} is filled in, on the CPU.
@@ -125,7 +166,11 @@ def run(plan: Plan, src: Source, sink: Sink, *, device: torch.device, calibratio
             if layer.recipe is None:
                 yield _kept(layer), clock.state(layer.layer)
         order = None if live is None else stack.enter_context(in_order(plan.quantized, calibration.known_as, live))
-        for job, data in _read_ahead(plan.quantized, reader, src, calibration) if order is None else _read_on_arrival(order, src, calibration):
+        for job, data in (
+            _read_ahead(plan.quantized, reader, src, calibration)
+            if order is None
+            else _read_on_arrival(order, src, calibration)
+        ):
             poll()
             result, report = _quantize(job, data, device)
             if data.pairs is not None:
@@ -145,8 +190,9 @@ def read_weight(src: Source, job: LayerPlan) -> Tensor:
     return job.stored.decode(src) if job.stored is not None else src.read(f"{job.layer}.weight")
 
 
-def _read_ahead(jobs: Sequence[LayerPlan], reader: ThreadPoolExecutor, src: Source,
-                calibration: OpenCalibration | None) -> Iterator[tuple[LayerPlan, _Read]]:
+def _read_ahead(
+    jobs: Sequence[LayerPlan], reader: ThreadPoolExecutor, src: Source, calibration: OpenCalibration | None
+) -> Iterator[tuple[LayerPlan, _Read]]:
     ahead: Future[_Read] | None = reader.submit(_read, src, jobs[0], calibration) if jobs else None
     for index, job in enumerate(jobs):
         data = ahead.result()
@@ -164,29 +210,51 @@ def _read(src: Source, job: LayerPlan, calibration: OpenCalibration | None) -> _
     if calibration is None:
         return _Read(w)
     recipe = job.recipe
-    hessian = (recipe.scales, recipe.rounding) != ("absmax", "nearest") or read_options(ResidualOptions, recipe.options).wants(job.layer)
-    return _Read(w, None if job.bias is None else src.read(job.bias),
-                 calibration.read(job.layer, recipe.format, job.config, hessian))
+    hessian = (recipe.scales, recipe.rounding) != ("absmax", "nearest") or read_options(
+        ResidualOptions, recipe.options
+    ).wants(job.layer)
+    return _Read(
+        w,
+        None if job.bias is None else src.read(job.bias),
+        calibration.read(job.layer, recipe.format, job.config, hessian),
+    )
 
 
 def _quantize(job: LayerPlan, data: _Read, device: torch.device) -> tuple[LayerResult, LayerReport]:
     began = time.monotonic()
     count = count_nonfinite(data.w)
     if count:
-        raise InputFileError(f"{job.layer}.weight: {count} of {data.w.numel()} values are NaN or Inf. Such a layer draws noise. "
-                             "Take a sound copy of the model, or keep the layer as it is: name it in keep, or give "
-                             "--allow-nonfinite on the command line.")
+        raise InputFileError(
+            f"{job.layer}.weight: {count} of {data.w.numel()} values are NaN or Inf. Such a layer draws noise. "
+            "Take a sound copy of the model, or keep the layer as it is: name it in keep, or give "
+            "--allow-nonfinite on the command line."
+        )
     bias = None if data.bias is None else data.bias.to(device)
-    result = quantize_layer(job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias, pairs=data.pairs)
+    result = quantize_layer(
+        job.layer, data.w.to(device), job.recipe, on_device(data.inputs.evidence, device), bias=bias, pairs=data.pairs
+    )
     return result, LayerReport(
-        job.layer, job.shape, job.source, job.recipe.format.name, job.reason, job.bytes_in, job.bytes_out, result.weight_error,
-        time.monotonic() - began, result.notes, result.judgement, data.inputs.evidence.count,
+        job.layer,
+        job.shape,
+        job.source,
+        job.recipe.format.name,
+        job.reason,
+        job.bytes_in,
+        job.bytes_out,
+        result.weight_error,
+        time.monotonic() - began,
+        result.notes,
+        result.judgement,
+        data.inputs.evidence.count,
         None if job.bias is None else result.bias is not None,
         None if data.inputs.input_scale is None else float(data.inputs.input_scale),
-        None if result.residual is None else result.residual.corrected_error)
+        None if result.residual is None else result.residual.corrected_error,
+    )
 
 
-def _hand_over(job: LayerPlan, data: _Read, result: LayerResult, sink: Sink, writer: Writer, residuals: dict[str, Residual]) -> None:
+def _hand_over(
+    job: LayerPlan, data: _Read, result: LayerResult, sink: Sink, writer: Writer, residuals: dict[str, Residual]
+) -> None:
     tensors = {f"{job.layer}.{suffix}": tensor for suffix, tensor in result.tensors.items()}
     tensors[config_tensor_name(job.layer)] = encode_config(job.config)
     if data.inputs.input_scale is not None:
@@ -258,7 +326,11 @@ def pick_device(device: str | torch.device) -> torch.device:
     if found is None:
         raise RequestError(f"--device {device}: there is no such device. Choose auto, cpu, cuda or cuda:1.")
     if found["cuda"] and not torch.cuda.is_available():
-        raise RequestError("--device cuda: this torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+        raise RequestError(
+            "--device cuda: this torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch."
+        )
     if found["index"] and int(found["index"]) >= torch.cuda.device_count():
-        raise RequestError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0.")
+        raise RequestError(
+            f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0."
+        )
     return torch.device(device)

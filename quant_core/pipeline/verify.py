@@ -1,4 +1,5 @@
 """Checks a file by the rules of the loaders that will read it, and against its source by decoding every layer."""
+
 from __future__ import annotations
 
 import json
@@ -13,13 +14,13 @@ import torch
 
 from ..cancel import poll
 from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
-from ..stored.layers import QUANT_SUFFIXES, stored_layers
-from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config, layer_configs
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, VerificationError, counted
 from ..formats.base import format_of_layer
 from ..numerics.metrics import relative_error, snr_db
+from ..stored.layers import QUANT_SUFFIXES, stored_layers
+from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .plan import RECIPE_KEY
 from .report import Progress
 
@@ -49,8 +50,13 @@ class LayerCheck:
 
     def to_json(self) -> dict[str, Any]:
         finite = self.snr_db is not None and math.isfinite(self.snr_db)
-        return {"layer": self.layer, "format": self.format, "shape": list(self.shape),
-                "relative_error": self.relative_error, "snr_db": round(self.snr_db, 3) if finite else None}
+        return {
+            "layer": self.layer,
+            "format": self.format,
+            "shape": list(self.shape),
+            "relative_error": self.relative_error,
+            "snr_db": round(self.snr_db, 3) if finite else None,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,12 @@ class VerifyReport:
             raise VerificationError(f"{self.path}: {counted(len(self.errors), 'error')}:\n{listed}")
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "ok": not self.errors, "findings": [f.to_json() for f in self.findings],
-                "layers": [layer.to_json() for layer in self.layers]}
+        return {
+            "path": self.path,
+            "ok": not self.errors,
+            "findings": [f.to_json() for f in self.findings],
+            "layers": [layer.to_json() for layer in self.layers],
+        }
 
 
 def check_file(path: str | Path) -> VerifyReport:
@@ -90,8 +100,13 @@ def check_file(path: str | Path) -> VerifyReport:
         return VerifyReport(str(path), tuple(layers), tuple(findings))
 
 
-def verify_file(path: str | Path, against: str | Path | None = None, *, worst_allowed: float = 0.5,
-                progress: Callable[[Progress], None] | None = None) -> VerifyReport:
+def verify_file(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    worst_allowed: float = 0.5,
+    progress: Callable[[Progress], None] | None = None,
+) -> VerifyReport:
     """check_file, and with a source the error of every layer against it; copied tensors must be equal byte for byte.
 
     worst_allowed: a layer whose relative error is larger is an error finding; such a layer draws noise.
@@ -110,8 +125,11 @@ def verify_file(path: str | Path, against: str | Path | None = None, *, worst_al
 def _with_older_forms(src: Source, report: VerifyReport) -> VerifyReport:
     """The report with the layers of legacy and foreign forms, which decode, though ComfyUI's rules do not know them."""
     known = {check.layer for check in report.layers}
-    more = tuple(LayerCheck(layer, entry.format.name, entry.shape) for layer, entry in stored_layers(src).items()
-                 if layer not in known)
+    more = tuple(
+        LayerCheck(layer, entry.format.name, entry.shape)
+        for layer, entry in stored_layers(src).items()
+        if layer not in known
+    )
     return replace(report, layers=report.layers + more)
 
 
@@ -123,8 +141,14 @@ def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[s
             continue
         info = src.tensors[name]
         if info.dtype != "U8" or len(info.shape) != 1:
-            findings.append(Finding("config-dtype", "error", layer, f"{name} is {info.dtype} {list(info.shape)}; "
-                                    "ComfyUI reads a 1-D U8 tensor of JSON bytes."))
+            findings.append(
+                Finding(
+                    "config-dtype",
+                    "error",
+                    layer,
+                    f"{name} is {info.dtype} {list(info.shape)}; ComfyUI reads a 1-D U8 tensor of JSON bytes.",
+                )
+            )
             continue
         try:
             yield layer, decode_config(src.read(name), layer)
@@ -139,11 +163,23 @@ def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[s
         return
     for mismatch in both.mismatches:
         if HEADER_KEY not in src.metadata:
-            findings.append(Finding("header-missing", "warning", "", f"the header has no {HEADER_KEY}; ComfyUI does not need "
-                                    "it, some tools do."))
+            findings.append(
+                Finding(
+                    "header-missing",
+                    "warning",
+                    "",
+                    f"the header has no {HEADER_KEY}; ComfyUI does not need it, some tools do.",
+                )
+            )
             break
-        findings.append(Finding("header-sync", "error", mismatch.layer, f"{mismatch.layer}: {mismatch.kind.value} "
-                                f"({mismatch.detail}). ComfyUI takes the header's."))
+        findings.append(
+            Finding(
+                "header-sync",
+                "error",
+                mismatch.layer,
+                f"{mismatch.layer}: {mismatch.kind.value} ({mismatch.detail}). ComfyUI takes the header's.",
+            )
+        )
 
 
 def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[Finding]) -> LayerCheck | None:
@@ -168,8 +204,11 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
         if info is None:
             problem("tensor-missing", f"{layer}.{spec.suffix} is missing; {fmt.on_disk} needs it.")
         elif CODE_TO_TORCH.get(info.dtype) != spec.dtype or info.shape != spec.shape:
-            problem("tensor-shape", f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
-                    f"{list(shape)} weight needs {TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}.")
+            problem(
+                "tensor-shape",
+                f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
+                f"{list(shape)} weight needs {TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}.",
+            )
     _check_scales(src, layer, names, fmt.signed_scales, findings)
     bias = src.tensors.get(f"{layer}.bias")
     if bias is not None and bias.shape != (shape[0],):
@@ -177,8 +216,12 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
     return LayerCheck(layer, fmt.name, shape)
 
 
-def _check_scales(src: Source, layer: str, names: dict[str, str], signed_scales: bool, findings: list[Finding]) -> None:
-    may_be_negative = {"weight_codebook", "weight_zeros", "pre_quant_scale"} | ({"weight_scale"} if signed_scales else set())
+def _check_scales(
+    src: Source, layer: str, names: dict[str, str], signed_scales: bool, findings: list[Finding]
+) -> None:
+    may_be_negative = {"weight_codebook", "weight_zeros", "pre_quant_scale"} | (
+        {"weight_scale"} if signed_scales else set()
+    )
     for suffix, name in names.items():
         info = src.tensors[name]
         if suffix == "weight" or info.dtype == "U8":
@@ -187,11 +230,25 @@ def _check_scales(src: Source, layer: str, names: dict[str, str], signed_scales:
         bad = int((~torch.isfinite(values)).sum())
         negative = 0 if suffix in may_be_negative else int((values < 0).sum())
         if bad or negative:
-            findings.append(Finding("scale-value", "error", layer, f"{name}: {bad} of {values.numel()} values are NaN or Inf "
-                                    f"and {negative} are negative; scales must be finite and not negative."))
+            findings.append(
+                Finding(
+                    "scale-value",
+                    "error",
+                    layer,
+                    f"{name}: {bad} of {values.numel()} values are NaN or Inf "
+                    f"and {negative} are negative; scales must be finite and not negative.",
+                )
+            )
         if suffix == "input_scale" and (info.shape != () or info.dtype != "F32" or bool((values == 0).any())):
-            findings.append(Finding("input-scale", "error", layer, f"{name} is {info.dtype} {list(info.shape)}; "
-                                    "one positive F32 number without dimensions is needed."))
+            findings.append(
+                Finding(
+                    "input-scale",
+                    "error",
+                    layer,
+                    f"{name} is {info.dtype} {list(info.shape)}; "
+                    "one positive F32 number without dimensions is needed.",
+                )
+            )
 
 
 def _orphans(src: Source, layers: set[str]) -> list[Finding]:
@@ -201,22 +258,43 @@ def _orphans(src: Source, layers: set[str]) -> list[Finding]:
     for name in src.tensors:
         layer, _, last = name.rpartition(".")
         if name.endswith(suffixes) and layer not in layers and f"{layer}.comfy_quant" not in src.tensors:
-            findings.append(Finding("orphan", "error", layer, f"{name} belongs to no layer with a comfy_quant tensor."))
+            findings.append(
+                Finding("orphan", "error", layer, f"{name} belongs to no layer with a comfy_quant tensor.")
+            )
         if name == LEGACY_MARKER or last in LEGACY_NAMES:
             findings.append(Finding("legacy", "warning", layer, f"{name} is of the legacy fp8_scaled form."))
     return findings
 
 
-def _compare_layers(src: Source, ref: Source, report: VerifyReport, worst_allowed: float,
-                    findings: list[Finding], progress: Callable[[Progress], None] | None) -> Iterator[LayerCheck]:
+def _compare_layers(
+    src: Source,
+    ref: Source,
+    report: VerifyReport,
+    worst_allowed: float,
+    findings: list[Finding],
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[LayerCheck]:
     ours, theirs = stored_layers(src), stored_layers(ref)
-    sizes = {check.layer: sum(src.tensors[name].nbytes for name in ours[check.layer].names.values()) for check in report.layers}
+    sizes = {
+        check.layer: sum(src.tensors[name].nbytes for name in ours[check.layer].names.values())
+        for check in report.layers
+    }
     total, done, started = sum(sizes.values()), 0, time.monotonic()
     for index, check in enumerate(report.layers):
         poll()
         if progress is not None:
             elapsed = time.monotonic() - started
-            progress(Progress(check.layer, index, len(sizes), done, total, elapsed, elapsed * (total - done) / done if done else None))
+            progress(
+                Progress(
+                    check.layer,
+                    index,
+                    len(sizes),
+                    done,
+                    total,
+                    elapsed,
+                    elapsed * (total - done) / done if done else None,
+                )
+            )
         done += sizes[check.layer]
         layer = check.layer
         if f"{layer}.weight" not in ref.tensors:
@@ -225,14 +303,28 @@ def _compare_layers(src: Source, ref: Source, report: VerifyReport, worst_allowe
             continue
         reference = theirs[layer].decode(ref) if layer in theirs else ref.read(f"{layer}.weight").to(torch.float32)
         if tuple(reference.shape) != check.shape:
-            findings.append(Finding("source-shape", "error", layer, f"{layer} is {list(check.shape)} here and "
-                                    f"{list(reference.shape)} in the source; this is another model."))
+            findings.append(
+                Finding(
+                    "source-shape",
+                    "error",
+                    layer,
+                    f"{layer} is {list(check.shape)} here and "
+                    f"{list(reference.shape)} in the source; this is another model.",
+                )
+            )
             yield check
             continue
         error = relative_error(reference, ours[layer].decode(src))
         if not error <= worst_allowed:
-            findings.append(Finding("large-error", "error", layer, f"{layer}: relative error {error:.3f} against the source; "
-                                    f"above {worst_allowed} the layer is noise. Keep it, or choose a finer format."))
+            findings.append(
+                Finding(
+                    "large-error",
+                    "error",
+                    layer,
+                    f"{layer}: relative error {error:.3f} against the source; "
+                    f"above {worst_allowed} the layer is noise. Keep it, or choose a finer format.",
+                )
+            )
         yield LayerCheck(layer, check.format, check.shape, error, snr_db(error))
 
 
@@ -243,14 +335,25 @@ def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Find
     findings = []
     for name, info in src.tensors.items():
         owner, last = name.rpartition(".")[0] + ".", name.rpartition(".")[2]
-        if (owner in quantized and last != "bias") or name in consumed or last in LEGACY_NAMES or last == LEGACY_MARKER:
+        if (
+            (owner in quantized and last != "bias")
+            or name in consumed
+            or last in LEGACY_NAMES
+            or last == LEGACY_MARKER
+        ):
             continue
         poll()
         other = ref.tensors.get(name)
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
-            findings.append(Finding("copy-differs", "error", owner[:-1], f"{name} is not in the source with this dtype and shape."))
+            findings.append(
+                Finding("copy-differs", "error", owner[:-1], f"{name} is not in the source with this dtype and shape.")
+            )
         elif name not in corrected and not torch.equal(src.read_bytes(name), ref.read_bytes(name)):
-            findings.append(Finding("copy-differs", "error", owner[:-1], f"{name} differs from the source, though it is not quantized."))
+            findings.append(
+                Finding(
+                    "copy-differs", "error", owner[:-1], f"{name} differs from the source, though it is not quantized."
+                )
+            )
     return findings
 
 
@@ -258,7 +361,7 @@ def _biases_corrected(src: Source) -> bool:
     """Whether the file records that its quantized layers' biases were corrected, and so may differ from the source."""
     try:
         record = json.loads(src.metadata.get(RECIPE_KEY, "{}"))
-    except ValueError:       # not written by QuantPress: nothing may differ
+    except ValueError:  # not written by QuantPress: nothing may differ
         return False
     use = record.get("calibration") if isinstance(record, dict) else None
     return isinstance(use, dict) and use.get("bias_correction") is True

@@ -1,11 +1,12 @@
 """Writing while the next layer is computed."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-_UNWRITTEN_JOBS = 2      # jobs whose tensors wait for the disk
+_UNWRITTEN_JOBS = 2  # jobs whose tensors wait for the disk
 
 
 class Writer:

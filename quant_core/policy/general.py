@@ -2,6 +2,7 @@
 
 Names are matched without their checkpoint prefix. The tables per architecture come on top of this.
 """
+
 from __future__ import annotations
 
 import re
@@ -16,19 +17,28 @@ from .recipe import Recipe
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
 
 # (why a layer is kept, what its name looks like). The first rule that matches is named in the plan.
-_RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((why, re.compile(pattern, re.IGNORECASE)) for why, pattern in (
-    ("part of the VAE", r"^(first_stage_model|vae|vae_decoder|vae_encoder|audio_vae|vocoder)\."),
-    ("a text encoder inside a checkpoint", r"^(cond_stage_model|conditioner|text_encoders?|clip_[lgh]|t5xxl)\."),
-    ("norm", r"norm|(^|[._])ln(_\w+|\d*)?($|\.)"),
-    ("modulation", r"modulation|adaln|scale_shift|(^|[._])mod($|[._])|_mod\d*($|\.)|emb_layers"),
-    ("embedding", r"embed|(^|[._])emb($|[._])|(^|\.)shared$|time_projection|pos_enc"),
-    ("input layer", r"^\w*(img|txt|time|timestep|vector|guidance|context|input|y|cond|llm|text|caption|vision|pooled)_?"
-                    r"(in|projection|proj_in|cond_proj|patchify_proj)($|\.)|^(proj_in|patchify_proj|input_blocks\.0\.|"
-                    r"conv_in|first|input_proj|project_in|to_cond_embed|cap_\w+|audio_patchify_proj)"),
-    ("output layer", r"^(final_layer|final_\w+|last_layer|last|proj_out|out|head|lm_head|output|conv_out|unpatchify|"
-                     r"project_out|audio_proj_out|img_out|nerf_final\w*)($|\.)|lm_head|distilled_guidance_layer"),
-    ("gate or router", r"(^|\.)(router|gate_logits|to_gate_logits)($|\.)"),
-))
+_RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (why, re.compile(pattern, re.IGNORECASE))
+    for why, pattern in (
+        ("part of the VAE", r"^(first_stage_model|vae|vae_decoder|vae_encoder|audio_vae|vocoder)\."),
+        ("a text encoder inside a checkpoint", r"^(cond_stage_model|conditioner|text_encoders?|clip_[lgh]|t5xxl)\."),
+        ("norm", r"norm|(^|[._])ln(_\w+|\d*)?($|\.)"),
+        ("modulation", r"modulation|adaln|scale_shift|(^|[._])mod($|[._])|_mod\d*($|\.)|emb_layers"),
+        ("embedding", r"embed|(^|[._])emb($|[._])|(^|\.)shared$|time_projection|pos_enc"),
+        (
+            "input layer",
+            r"^\w*(img|txt|time|timestep|vector|guidance|context|input|y|cond|llm|text|caption|vision|pooled)_?"
+            r"(in|projection|proj_in|cond_proj|patchify_proj)($|\.)|^(proj_in|patchify_proj|input_blocks\.0\.|"
+            r"conv_in|first|input_proj|project_in|to_cond_embed|cap_\w+|audio_patchify_proj)",
+        ),
+        (
+            "output layer",
+            r"^(final_layer|final_\w+|last_layer|last|proj_out|out|head|lm_head|output|conv_out|unpatchify|"
+            r"project_out|audio_proj_out|img_out|nerf_final\w*)($|\.)|lm_head|distilled_guidance_layer",
+        ),
+        ("gate or router", r"(^|\.)(router|gate_logits|to_gate_logits)($|\.)"),
+    )
+)
 
 NOT_NAMED = "not named in only"
 
@@ -46,7 +56,10 @@ class Rule:
 
     def describe(self) -> dict[str, Any]:
         """JSON object for the file's header."""
-        described: dict[str, Any] = {"pattern": self.pattern, "recipe": self.recipe.describe() if self.recipe else None}
+        described: dict[str, Any] = {
+            "pattern": self.pattern,
+            "recipe": self.recipe.describe() if self.recipe else None,
+        }
         return described | ({"config": dict(self.config)} if self.config else {})
 
 
@@ -69,18 +82,25 @@ class Policy:
     def check(self, layers: Iterable[str]) -> None:
         """PlanError: a regex that does not compile, or that matches no layer."""
         layers, problems = list(layers), []
-        for option, patterns in (("keep", self.keep), ("only", self.only),
-                                 ("rule", tuple(rule.pattern for rule in self.rules))):
+        for option, patterns in (
+            ("keep", self.keep),
+            ("only", self.only),
+            ("rule", tuple(rule.pattern for rule in self.rules)),
+        ):
             for pattern in patterns:
                 try:
                     matches = any(re.search(pattern, layer) for layer in layers)
                 except re.error as err:
-                    problems.append(f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
-                                    "brackets as \\( \\).")
+                    problems.append(
+                        f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
+                        "brackets as \\( \\)."
+                    )
                     continue
                 if not matches:
                     example = f" Layers are called like {layers[len(layers) // 2]!r}." if layers else ""
-                    problems.append(f"{option} {pattern!r} matches none of the {counted(len(layers), 'linear layer')}.{example}")
+                    problems.append(
+                        f"{option} {pattern!r} matches none of the {counted(len(layers), 'linear layer')}.{example}"
+                    )
         if problems:
             raise PlanError(problems)
 
@@ -104,7 +124,7 @@ class Policy:
 def strip_prefix(layer: str) -> str:
     for prefix in CHECKPOINT_PREFIXES:
         if layer.startswith(prefix):
-            return layer[len(prefix):]
+            return layer[len(prefix) :]
     return layer
 
 

@@ -1,9 +1,10 @@
 """A JSON file that gives single layers their own format: regex -> settings, the most specific pattern wins.
 
-    {"_default": {"format": "float8_e4m3fn"},
-     "attn": {"format": "int8_rowwise", "full_precision_matrix_mult": true},
-     "\\\\.0\\\\.img_mod": {"skip": true}}
+{"_default": {"format": "float8_e4m3fn"},
+ "attn": {"format": "int8_rowwise", "full_precision_matrix_mult": true},
+ "\\\\.0\\\\.img_mod": {"skip": true}}
 """
+
 from __future__ import annotations
 
 import json
@@ -16,20 +17,34 @@ from typing import Any
 from ..checkpoint.header import load_json_object
 from ..errors import InputFileError, PlanError, RequestError
 from ..formats.base import Format, all_formats, get_format
-from .recipe import Recipe
 from .general import Rule
+from .recipe import Recipe
 
 _DEFAULT = "_default"
-_SETTINGS = ("format", "skip", "block_size", "group_size", "scaling_mode", "simple", "full_precision_matrix_mult", "scales",
-             "rounding")
+_SETTINGS = (
+    "format",
+    "skip",
+    "block_size",
+    "group_size",
+    "scaling_mode",
+    "simple",
+    "full_precision_matrix_mult",
+    "scales",
+    "rounding",
+)
 _MODES = ("tensor", "row", "block", "block2d", "block3d")
-_LONG_NAME = 8      # literal characters that make a pattern with a digit name a place rather than a kind
+_LONG_NAME = 8  # literal characters that make a pattern with a digit name a place rather than a kind
 
 # (kind, scaling mode) -> our format; block2d is an old word for block.
 FORMAT_OF_MODE = {
-    ("fp8", "tensor"): "float8_e4m3fn", ("fp8", "row"): "float8_e4m3fn_rowwise", ("fp8", "block"): "float8_e4m3fn_blockwise",
-    ("fp8", "block3d"): "float8_e4m3fn_block3d", ("int8", "tensor"): "int8_tensorwise", ("int8", "row"): "int8_rowwise",
-    ("int8", "block"): "int8_blockwise", ("int8", "block3d"): "int8_lodewise",
+    ("fp8", "tensor"): "float8_e4m3fn",
+    ("fp8", "row"): "float8_e4m3fn_rowwise",
+    ("fp8", "block"): "float8_e4m3fn_blockwise",
+    ("fp8", "block3d"): "float8_e4m3fn_block3d",
+    ("int8", "tensor"): "int8_tensorwise",
+    ("int8", "row"): "int8_rowwise",
+    ("int8", "block"): "int8_blockwise",
+    ("int8", "block3d"): "int8_lodewise",
 }
 _KINDS = {"float8_e4m3fn": "fp8", "fp8": "fp8", "int8": "int8", "int8_tensorwise": "int8"}
 _SHORT = {"nf4": "bnb_nf4", "fp4": "bnb_fp4", "af4": "bnb_af4", "hybrid_mxfp8": "mxfp8"}
@@ -107,12 +122,21 @@ def _rule(pattern: str, settings: Any, base: Recipe) -> Rule:
         return Rule(pattern, None)
     name = settings.get("format")
     if not isinstance(name, str) or not name:
-        raise RequestError(f"`format` is {json.dumps(name)}; name one of {', '.join(fmt.name for fmt in all_formats())}, or set "
-                           "\"skip\": true.")
-    fmt = format_for(name, _typed(settings, "scaling_mode", str), _typed(settings, "block_size", int) or
-                     _typed(settings, "group_size", int))
-    recipe = replace(base, format=fmt, scales=_typed(settings, "scales", str) or base.scales,
-                     rounding=_typed(settings, "rounding", str) or base.rounding)
+        raise RequestError(
+            f"`format` is {json.dumps(name)}; name one of {', '.join(fmt.name for fmt in all_formats())}, or set "
+            '"skip": true.'
+        )
+    fmt = format_for(
+        name,
+        _typed(settings, "scaling_mode", str),
+        _typed(settings, "block_size", int) or _typed(settings, "group_size", int),
+    )
+    recipe = replace(
+        base,
+        format=fmt,
+        scales=_typed(settings, "scales", str) or base.scales,
+        rounding=_typed(settings, "rounding", str) or base.rounding,
+    )
     if settings.get("simple") is True:
         recipe = replace(recipe, scales="absmax", rounding="nearest")
     recipe.validate()

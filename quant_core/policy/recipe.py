@@ -1,4 +1,5 @@
 """A recipe says how one layer is quantized; evidence is what is known of its inputs."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class Recipe:
         from ..algorithms.options import check_known
         from ..algorithms.residual import ResidualOptions
         from ..algorithms.rounders import ROUNDER_OPTIONS, ROUNDERS
+
         for what, name, known in (("scales", self.scales, CHOOSERS), ("rounding", self.rounding, ROUNDERS)):
             if name != AUTO and name not in known:
                 raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join((AUTO, *known))}.")
@@ -74,7 +76,12 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """JSON object for the file's header and the report."""
         fmt = self.format
-        described: dict[str, Any] = {"format": fmt.name, "scales": self.scales, "rounding": self.rounding, "seed": self.seed}
+        described: dict[str, Any] = {
+            "format": fmt.name,
+            "scales": self.scales,
+            "rounding": self.rounding,
+            "seed": self.seed,
+        }
         if fmt.group_sizes:
             described["group_size"] = fmt.group_size
         if fmt.rotation is not None:
@@ -85,5 +92,6 @@ class Recipe:
 def layer_generator(seed: int, layer: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on the seed and the layer's name only."""
     import hashlib
+
     digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -5,6 +5,7 @@ flattened weight; `.quant_map` float32 [16]; `.quant_state.bitsandbytes__nf4` JS
 absmax is uint8 codes, and `.nested_absmax`, `.nested_quant_map` [256] and an offset in the JSON decode it.
 Source: bitsandbytes 0.50, functional.QuantState.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputFileError
 from ..checkpoint.header import load_json_object
 from ..checkpoint.source import Source
+from ..errors import InputFileError
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -47,15 +48,15 @@ class BnbState:
             return stored.to(torch.float32)
         values = src.read(self.names["nested_quant_map"]).to(torch.float32)[stored.to(torch.int64)]
         scales = src.read(self.names["nested_absmax"]).to(torch.float32)
-        per_value = scales.repeat_interleave(self.nested_block_size)[:len(values)]
+        per_value = scales.repeat_interleave(self.nested_block_size)[: len(values)]
         return values * per_value + self.nested_offset
 
     def decode(self, src: Source) -> Tensor:
         """float32, of `shape`: exactly what bitsandbytes computes before it casts to the weight's dtype."""
         packed = src.read(self.names["weight"]).view(torch.uint8).reshape(-1)
-        codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:prod(self.shape)]
+        codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[: prod(self.shape)]
         book = src.read(self.names["quant_map"]).to(torch.float32)
-        scales = self.absmax(src).repeat_interleave(self.block_size)[:len(codes)]
+        scales = self.absmax(src).repeat_interleave(self.block_size)[: len(codes)]
         return (book[codes.to(torch.int32)] * scales).reshape(self.shape)
 
 
@@ -81,11 +82,21 @@ def _parse(src: Source, layer: str, names: dict[str, str], quant_type: str) -> B
     quant_type = str(state.get("quant_type", quant_type))
     block_size, shape = state.get("blocksize"), state.get("shape")
     if quant_type not in QUANT_TYPES or type(block_size) is not int or block_size < 1 or not _is_shape(shape):
-        raise InputFileError(f"{where}: the bitsandbytes state {state} is not one this pack reads (nf4 or fp4 with blocksize "
-                             "and shape). Take the unquantized model instead.")
+        raise InputFileError(
+            f"{where}: the bitsandbytes state {state} is not one this pack reads (nf4 or fp4 with blocksize "
+            "and shape). Take the unquantized model instead."
+        )
     nested = state.get("nested_blocksize") if "nested_absmax" in names else None
-    parsed = BnbState(layer, names, quant_type, block_size, str(state.get("dtype", "float32")), tuple(shape), nested,
-                      float(state.get("nested_offset", 0.0)))
+    parsed = BnbState(
+        layer,
+        names,
+        quant_type,
+        block_size,
+        str(state.get("dtype", "float32")),
+        tuple(shape),
+        nested,
+        float(state.get("nested_offset", 0.0)),
+    )
     _check_sizes(src, where, parsed)
     return parsed
 
@@ -104,9 +115,11 @@ def _check_sizes(src: Source, where: str, state: BnbState) -> None:
         name = state.names.get(part, part)
         found = prod(src.tensors[name].shape) if name in src.tensors else 0
         if part == "weight":
-            found = src.tensors[name].nbytes         # quant_storage may be any dtype; the bytes are the same
+            found = src.tensors[name].nbytes  # quant_storage may be any dtype; the bytes are the same
         if found != size:
-            raise InputFileError(f"{where}: {name} has {found} elements; a {list(state.shape)} weight in blocks of "
-                                 f"{state.block_size} needs {size}. The file is damaged: take it from its source again.")
+            raise InputFileError(
+                f"{where}: {name} has {found} elements; a {list(state.shape)} weight in blocks of "
+                f"{state.block_size} needs {size}. The file is damaged: take it from its source again."
+            )
     if state.nested_block_size is None and src.tensors[state.names["absmax"]].dtype == "U8":
         raise InputFileError(f"{where}: absmax is uint8 (nested) and nested_absmax is missing. Take the file again.")

@@ -2,6 +2,7 @@
 
 Every step is exact: the layer decodes to the same weight before and after it.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import TORCH_TO_CODE, TensorInfo
 from ..errors import InputFileError
 from ..formats.base import Format
 from ..formats.records import TensorSpec
 from ..numerics.packing import swizzle_scales
-from ..checkpoint.header import TORCH_TO_CODE, TensorInfo
 
 # {step: what it does}. The names are the repair's finding codes, too.
 STEPS = {
@@ -55,20 +56,23 @@ def steps_to(info: TensorInfo, spec: TensorSpec, fmt: Format, shape: tuple[int, 
     return tuple(steps)
 
 
-def to_canonical(name: str, tensor: Tensor, info: TensorInfo, spec: TensorSpec, fmt: Format,
-                 shape: tuple[int, int]) -> Tensor:
+def to_canonical(
+    name: str, tensor: Tensor, info: TensorInfo, spec: TensorSpec, fmt: Format, shape: tuple[int, int]
+) -> Tensor:
     """The tensor as the format writes it. Raises InputFileError, naming it, when no exact steps lead there."""
     steps = steps_to(info, spec, fmt, shape)
     if steps is None:
-        raise InputFileError(f"{name} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a {list(shape)} weight needs "
-                             f"{TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}. The metadata names another format than the "
-                             "data holds: run `quantpress repair` on the file.")
+        raise InputFileError(
+            f"{name} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a {list(shape)} weight needs "
+            f"{TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}. The metadata names another format than the "
+            "data holds: run `quantpress repair` on the file."
+        )
     if tensor.dtype != spec.dtype:
         same_bytes = "scale-bytes" in steps
         tensor = tensor.reshape(info.shape).view(spec.dtype) if same_bytes else _narrow(name, tensor, spec.dtype)
     if "scale-unswizzled" in steps:
         padded = tensor.new_zeros(_largest_grid(fmt, shape), dtype=torch.uint8)
-        padded[:info.shape[0]] = tensor.view(torch.uint8)
+        padded[: info.shape[0]] = tensor.view(torch.uint8)
         return swizzle_scales(padded).view(spec.dtype)
     return tensor.reshape(spec.shape)
 
@@ -76,7 +80,9 @@ def to_canonical(name: str, tensor: Tensor, info: TensorInfo, spec: TensorSpec, 
 def _narrow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     if not torch.equal(cast.to(tensor.dtype), tensor):
-        raise InputFileError(f"{name} is {tensor.dtype} and holds values that {dtype} cannot. Take the file's source instead.")
+        raise InputFileError(
+            f"{name} is {tensor.dtype} and holds values that {dtype} cannot. Take the file's source instead."
+        )
     return cast
 
 

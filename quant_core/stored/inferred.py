@@ -1,12 +1,13 @@
 """The format of a layer whose metadata is missing or wrong, from the dtypes and shapes of its tensors alone."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.header import TensorInfo
 from ..errors import InputFileError
 from ..numerics.packing import swizzled_shape
-from ..checkpoint.header import TensorInfo
 
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -67,9 +68,11 @@ def _int8(layer: str, weight: tuple[int, ...], scale: tuple[int, ...], unrotated
         return {"format": "int8_tensorwise"}
     if scale in ((rows,), (rows, 1)):
         if not unrotated:
-            raise InputFileError(f"{layer}: int8 with one scale per row and no metadata: the rows may be rotated (ConvRot) or "
-                                 "not, and the file does not say. Name the format: `quantpress repair --assume int8_rowwise` or "
-                                 "`--assume int8_convrot`, or find out with `--against SOURCE`.")
+            raise InputFileError(
+                f"{layer}: int8 with one scale per row and no metadata: the rows may be rotated (ConvRot) or "
+                "not, and the file does not say. Name the format: `quantpress repair --assume int8_rowwise` or "
+                "`--assume int8_convrot`, or find out with `--against SOURCE`."
+            )
         return {"format": "int8_tensorwise", "per_row": True}
     if len(scale) == 2 and scale[1] and cols % scale[1] == 0:
         group = cols // scale[1]
@@ -82,5 +85,7 @@ def _int8(layer: str, weight: tuple[int, ...], scale: tuple[int, ...], unrotated
 
 def _unknown(layer: str, infos: Mapping[str, TensorInfo]) -> InputFileError:
     found = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in infos.items())
-    return InputFileError(f"{layer}: no known format has these tensors without metadata: {found}. Take the model from its "
-                          "source, or another file of it.")
+    return InputFileError(
+        f"{layer}: no known format has these tensors without metadata: {found}. Take the model from its "
+        "source, or another file of it."
+    )

@@ -1,4 +1,5 @@
 """The layers of a checkpoint that are already quantized, and how to decode them with their own scales."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -8,17 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.metadata import CONFIG_SUFFIX, layer_configs
+from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
 from ..formats.base import Format, format_of_layer, get_format
 from .bnb_state import BnbState, bnb_states
 from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
 from .legacy import modelopt_to_comfy, undescribed_layers
-from ..checkpoint.metadata import CONFIG_SUFFIX, layer_configs
-from ..checkpoint.source import Source
 
 # Everything that belongs to a quantized weight; `<layer>.bias` does not, it stays as it is.
-QUANT_SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "weight_zeros", "weight_s_rel", "weight_s_channel",
-                  "weight_codebook", "weight_scalar", "input_scale", "pre_quant_scale", "comfy_quant")
+QUANT_SUFFIXES = (
+    "weight",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_zeros",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
+    "weight_scalar",
+    "input_scale",
+    "pre_quant_scale",
+    "comfy_quant",
+)
 _OPTIONAL = ("input_scale", "weight_codebook")
 _BESIDE_THE_WEIGHT = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar")
 # `hybrid_mxfp8` is MXFP8 with one more number, for GPUs without block scaling; the weight does not depend on it.
@@ -51,7 +63,7 @@ class StoredLayer:
         if self.state is not None:
             return self.state.decode(src)
         w = self.format.dequantize(self.tensors(src), self.shape)
-        if "pre_quant_scale" in self.names:                  # the runtime multiplies the inputs by it
+        if "pre_quant_scale" in self.names:  # the runtime multiplies the inputs by it
             w = w * src.read(self.names["pre_quant_scale"]).to(torch.float32)
         return w
 
@@ -62,16 +74,24 @@ class StoredLayer:
         """
         if self.state is not None:
             return self._from_bitsandbytes(src)
-        read = {suffix: src.read(name) for suffix, name in self.names.items()
-                if suffix not in _BESIDE_THE_WEIGHT and (only in (None, suffix) or self.kind == "modelopt")}
+        read = {
+            suffix: src.read(name)
+            for suffix, name in self.names.items()
+            if suffix not in _BESIDE_THE_WEIGHT and (only in (None, suffix) or self.kind == "modelopt")
+        }
         infos = {suffix: src.tensors[self.names[suffix]] for suffix in read}
         if self.kind == "modelopt":
             read["weight"], read["weight_scale"] = modelopt_to_comfy(read["weight"], read["weight_scale"])
-            infos = {s: replace(i, dtype={"weight_scale": "F8_E4M3"}.get(s, i.dtype), shape=tuple(read[s].shape))
-                     for s, i in infos.items()}
+            infos = {
+                s: replace(i, dtype={"weight_scale": "F8_E4M3"}.get(s, i.dtype), shape=tuple(read[s].shape))
+                for s, i in infos.items()
+            }
         specs = {spec.suffix: spec for spec in self.format.tensor_specs(self.shape)}
-        result = {suffix: to_canonical(self.names[suffix], tensor, infos[suffix], specs[suffix], self.format, self.shape)
-                  for suffix, tensor in read.items() if suffix in specs}
+        result = {
+            suffix: to_canonical(self.names[suffix], tensor, infos[suffix], specs[suffix], self.format, self.shape)
+            for suffix, tensor in read.items()
+            if suffix in specs
+        }
         if "weight_codebook" in specs and "weight_codebook" not in self.names:
             result["weight_codebook"] = self._codebook()
         return result
@@ -91,11 +111,15 @@ class StoredLayer:
     def _from_bitsandbytes(self, src: Source) -> dict[str, Tensor]:
         n, k = self.shape
         if k % self.format.group_size:
-            raise InputFileError(f"{self.layer}: its blocks of {self.format.group_size} run over the ends of the rows "
-                                 f"(in_features={k}), which only bitsandbytes itself reads. Requantize the layer instead.")
-        return {"weight": src.read(self.names["weight"]).view(torch.uint8).reshape(n, k // 2),
-                "weight_scale": self.state.absmax(src).reshape(n, k // self.format.group_size),
-                "weight_codebook": src.read(self.names["quant_map"]).to(torch.float32)}
+            raise InputFileError(
+                f"{self.layer}: its blocks of {self.format.group_size} run over the ends of the rows "
+                f"(in_features={k}), which only bitsandbytes itself reads. Requantize the layer instead."
+            )
+        return {
+            "weight": src.read(self.names["weight"]).view(torch.uint8).reshape(n, k // 2),
+            "weight_scale": self.state.absmax(src).reshape(n, k // self.format.group_size),
+            "weight_codebook": src.read(self.names["quant_map"]).to(torch.float32),
+        }
 
 
 def stored_layers(src: Source) -> dict[str, StoredLayer]:
@@ -120,16 +144,19 @@ def layer_names(src: Source, layer: str) -> dict[str, str]:
     """{suffix: tensor name} of what belongs to a layer with a comfy_quant description."""
     names = {suffix: f"{layer}.{suffix}" for suffix in QUANT_SUFFIXES if f"{layer}.{suffix}" in src.tensors}
     if "weight_scale" not in names and f"{layer}.absmax" in src.tensors:
-        names["weight_scale"] = f"{layer}.absmax"            # the older comfy form of NF4, FP4 and AF4
+        names["weight_scale"] = f"{layer}.absmax"  # the older comfy form of NF4, FP4 and AF4
     return names
 
 
-def describe_layer(src: Source, layer: str, config: Mapping[str, Any], names: Mapping[str, str],
-                   kind: str = "comfy_quant") -> StoredLayer:
+def describe_layer(
+    src: Source, layer: str, config: Mapping[str, Any], names: Mapping[str, str], kind: str = "comfy_quant"
+) -> StoredLayer:
     """The layer under this config. InputFileError when its tensors do not fit it, or one is missing."""
     if "weight" not in names:
-        raise InputFileError(f"{src.path}: {layer} has quantization metadata {dict(config)} but no tensor {layer}.weight. "
-                             "The file is incomplete; take it from its source again.")
+        raise InputFileError(
+            f"{src.path}: {layer} has quantization metadata {dict(config)} but no tensor {layer}.weight. "
+            "The file is incomplete; take it from its source again."
+        )
     name = str(config.get("format"))
     if name in _ALIASES:
         kind = name
@@ -139,19 +166,24 @@ def describe_layer(src: Source, layer: str, config: Mapping[str, Any], names: Ma
     for spec in fmt.tensor_specs(shape):
         if spec.suffix not in names:
             if spec.suffix not in _OPTIONAL:
-                raise InputFileError(f"{src.path}: {layer} is {fmt.on_disk} and lacks {layer}.{spec.suffix}. Run `quantpress "
-                                     "verify` on the file, or take it from its source again.")
+                raise InputFileError(
+                    f"{src.path}: {layer} is {fmt.on_disk} and lacks {layer}.{spec.suffix}. Run `quantpress "
+                    "verify` on the file, or take it from its source again."
+                )
             continue
         info = src.tensors[names[spec.suffix]]
         if kind != "modelopt" and steps_to(info, spec, fmt, shape) is None:
-            raise InputFileError(f"{src.path}: {info.name} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a {list(shape)} "
-                                 f"weight needs {spec.dtype} {list(spec.shape)}. The metadata names another format than the "
-                                 "data holds: run `quantpress repair` on the file.")
+            raise InputFileError(
+                f"{src.path}: {info.name} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a {list(shape)} "
+                f"weight needs {spec.dtype} {list(spec.shape)}. The metadata names another format than the "
+                "data holds: run `quantpress repair` on the file."
+            )
     return StoredLayer(layer, fmt, dict(config), dict(names), shape, kind)
 
 
-def _format_and_shape(src: Source, layer: str, config: dict[str, Any],
-                      names: Mapping[str, str]) -> tuple[Format, tuple[int, int]]:
+def _format_and_shape(
+    src: Source, layer: str, config: dict[str, Any], names: Mapping[str, str]
+) -> tuple[Format, tuple[int, int]]:
     error: RequestError | None = None
     for shapes in shape_variants({suffix: src.tensors[name].shape for suffix, name in names.items()}):
         try:
@@ -166,11 +198,18 @@ def _format_and_shape(src: Source, layer: str, config: dict[str, Any],
 
 def _from_state(src: Source, state: BnbState) -> StoredLayer:
     if len(state.shape) != 2:
-        raise InputFileError(f"{src.path}: {state.layer} is a bitsandbytes weight of shape {list(state.shape)}; only linear "
-                             "weights with two dimensions are read. Take the unquantized model instead.")
+        raise InputFileError(
+            f"{src.path}: {state.layer} is a bitsandbytes weight of shape {list(state.shape)}; only linear "
+            "weights with two dimensions are read. Take the unquantized model instead."
+        )
     fmt = replace(get_format(f"bnb_{state.quant_type}"), group_size=state.block_size)
-    config = {"format": fmt.on_disk, "group_size": state.block_size, "quant_type": state.quant_type,
-              "dtype": state.dtype, "shape": list(state.shape)}
+    config = {
+        "format": fmt.on_disk,
+        "group_size": state.block_size,
+        "quant_type": state.quant_type,
+        "dtype": state.dtype,
+        "shape": list(state.shape),
+    }
     names = {**state.names}
     if f"{state.layer}{CONFIG_SUFFIX}" in src.tensors:
         names["comfy_quant"] = f"{state.layer}{CONFIG_SUFFIX}"

@@ -1,4 +1,5 @@
 """Quantized layers without a comfy_quant description: legacy fp8_scaled and INT8, ModelOpt, files that lost theirs."""
+
 from __future__ import annotations
 
 import json
@@ -9,19 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.source import Source
 from ..errors import InputFileError
 from ..numerics.packing import swizzle_scales, swizzled_shape
-from ..checkpoint.header import TensorInfo
 from .inferred import infer_config
-from ..checkpoint.source import Source
 
 # Legacy fp8_scaled and INT8 files name the same tensors differently.
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 LEGACY_MARKER = "scaled_fp8"
 CODED = ("F8_E4M3", "F8_E5M2", "I8", "U8")
-_BARE_SUFFIXES = ("weight_scale", "weight_scale_2", "weight_zeros", "weight_s_rel", "weight_s_channel", "weight_codebook",
-                  "input_scale", "pre_quant_scale")
-_INVERSE = "weight_scale_inv"       # transformers' name for 2-D block scales; they multiply on decode all the same
+_BARE_SUFFIXES = (
+    "weight_scale",
+    "weight_scale_2",
+    "weight_zeros",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
+    "input_scale",
+    "pre_quant_scale",
+)
+_INVERSE = "weight_scale_inv"  # transformers' name for 2-D block scales; they multiply on decode all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,8 @@ def undescribed_layers(src: Source, described: Collection[str]) -> Iterator[Unde
 
 def _legacy(src: Source, layer: str) -> Undescribed:
     names = {"weight": f"{layer}.weight"} | {
-        suffix: f"{layer}.{old}" for old, suffix in LEGACY_NAMES.items() if f"{layer}.{old}" in src.tensors}
+        suffix: f"{layer}.{old}" for old, suffix in LEGACY_NAMES.items() if f"{layer}.{old}" in src.tensors
+    }
     config = infer_config(layer, _infos(src, names), unrotated=True)
     return Undescribed(layer, "legacy", config, names)
 
@@ -72,10 +82,12 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
     rows, half = infos["weight"].shape
     swizzled, plain = swizzled_shape(rows, half // 8), (rows, half // 8)
     if swizzled == plain or infos["weight_scale"].shape != swizzled:
-        raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
-                             "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
-                             "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
-                             "ModelOpt's hf_quant_config.json beside the file.")
+        raise InputFileError(
+            f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
+            "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
+            "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
+            "ModelOpt's hf_quant_config.json beside the file."
+        )
     return Undescribed(layer, "bare", config, names)
 
 
@@ -116,11 +128,9 @@ def modelopt_to_comfy(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     padded = weight.new_zeros(((rows + 15) // 16 * 16, (half + 7) // 8 * 8))
     padded[:rows, :half] = (weight << 4) | (weight >> 4)
     blocks = torch.zeros((padded.shape[0], padded.shape[1] // 8), dtype=torch.uint8)
-    blocks[:rows, :scale.shape[1]] = scale.view(torch.uint8)
+    blocks[:rows, : scale.shape[1]] = scale.view(torch.uint8)
     return padded, swizzle_scales(blocks).view(torch.float8_e4m3fn)
 
 
 def is_marker(name: str) -> bool:
     return name == LEGACY_MARKER or name.endswith(f".{LEGACY_MARKER}")
-
-

@@ -1,4 +1,5 @@
 """Which layout a file has that does not tell itself, found by decoding a layer each way and comparing with its source."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source
 from ..errors import RequestError
 from ..numerics.metrics import relative_error
 from ..numerics.packing import swizzle_scales
+from ..stored.layers import StoredLayer, stored_layers
 from .diagnose import MODELOPT, diagnose
 
 # The right layout decodes 4-bit weights within about 0.1; a wrong one gives 0.5 and more.
@@ -27,8 +28,15 @@ class Layout:
     error: float
 
 
-_CANDIDATES = ((None, False), (None, True), ("nvfp4", False), ("nvfp4", True), (MODELOPT, False), ("int8_rowwise", False),
-               ("int8_convrot", False))
+_CANDIDATES = (
+    (None, False),
+    (None, True),
+    ("nvfp4", False),
+    ("nvfp4", True),
+    (MODELOPT, False),
+    ("int8_rowwise", False),
+    ("int8_convrot", False),
+)
 
 
 def find_layout(src: Source, reference: Source) -> Layout:
@@ -45,17 +53,23 @@ def find_layout(src: Source, reference: Source) -> Layout:
         if not shared:
             continue
         layer = shared[0]
-        target = known[layer].decode(reference) if layer in known else reference.read(f"{layer}.weight").to(torch.float32)
+        target = (
+            known[layer].decode(reference) if layer in known else reference.read(f"{layer}.weight").to(torch.float32)
+        )
         got = _decode(layers[layer], src, unswizzled)
         if got is not None and got.shape == target.shape:
             tried.append(Layout(assume, unswizzled, layer, relative_error(target, got)))
     best = min(tried, key=lambda layout: layout.error, default=None)
     if best is None:
-        raise RequestError(f"{reference.path}: it shares no layer with {src.path.name} that could be compared. Give the model that "
-                           "the file was made from.")
+        raise RequestError(
+            f"{reference.path}: it shares no layer with {src.path.name} that could be compared. Give the model that "
+            "the file was made from."
+        )
     if not best.error < _RIGHT:
-        raise RequestError(f"{best.layer}: no layout decodes near {reference.path.name}; the nearest is {best.error:.2f} off. Give "
-                           "the model that the file was made from.")
+        raise RequestError(
+            f"{best.layer}: no layout decodes near {reference.path.name}; the nearest is {best.error:.2f} off. Give "
+            "the model that the file was made from."
+        )
     return best
 
 

@@ -4,6 +4,7 @@ The bytes equal those of bitsandbytes 0.50: a weight quantized by round-to-neare
 and `QuantState.as_dict(packed=True)` give, nested statistics included. Those are as its portable kernel rounds them, to
 the nearest code; its CPU kernel first rounds to 65536 steps, and differs in about one code of a thousand.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,10 +12,10 @@ import json
 import torch
 from torch import Tensor
 
-from ..stored.bnb_state import STATE_PREFIX
-from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
+from ..stored.bnb_state import STATE_PREFIX
+from ..stored.layers import StoredLayer, stored_layers
 from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
@@ -33,11 +34,18 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     stored = stored_layers(src)
     if not stored:
         raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it to bnb_nf4 or bnb_fp4 first.")
-    other = [f"{layer} ({entry.format.name})" for layer, entry in stored.items()
-             if not getattr(entry.format, "quant_type", "")]
+    other = [
+        f"{layer} ({entry.format.name})"
+        for layer, entry in stored.items()
+        if not getattr(entry.format, "quant_type", "")
+    ]
     if other:
-        raise PlanError([f"{counted(len(other), 'layer is in a format', 'layers are in formats')} that bitsandbytes has not: {some_of(other)}. Requantize them to "
-                         "bnb_nf4 or bnb_fp4 first."])
+        raise PlanError(
+            [
+                f"{counted(len(other), 'layer is in a format', 'layers are in formats')} that bitsandbytes has not: {some_of(other)}. Requantize them to "
+                "bnb_nf4 or bnb_fp4 first."
+            ]
+        )
     draft = Draft(src)
     outside = {layer: entry for layer, entry in stored.items() if entry.kind != "bitsandbytes"}
     for entry in outside.values():
@@ -46,7 +54,9 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     write_configs(draft, dict.fromkeys(outside), HeaderMode.DROP)
     foreign = [layer for layer, entry in stored.items() if entry.format.quant_type not in _LIBRARY_TYPES]
     if foreign:
-        draft.notes.append(f"{counted(len(foreign), 'layer is', 'layers are')} AF4: this pack reads them, bitsandbytes itself has no such codebook.")
+        draft.notes.append(
+            f"{counted(len(foreign), 'layer is', 'layers are')} AF4: this pack reads them, bitsandbytes itself has no such codebook."
+        )
     return draft.finish()
 
 
@@ -55,8 +65,12 @@ def _export(draft: Draft, stored: StoredLayer, nested: bool) -> None:
     n, k = stored.shape
     draft.retype(weight, "U8", (n * k // 2, 1))
     draft.rename(f"{stored.layer}.weight_codebook", f"{weight}.quant_map")
-    state = {"quant_type": stored.format.quant_type, "blocksize": stored.format.group_size,
-             "dtype": str(stored.config.get("dtype", "bfloat16")), "shape": [n, k]}
+    state = {
+        "quant_type": stored.format.quant_type,
+        "blocksize": stored.format.group_size,
+        "dtype": str(stored.config.get("dtype", "bfloat16")),
+        "shape": [n, k],
+    }
     scales, name, count = f"{stored.layer}.weight_scale", f"{weight}.absmax", n * k // stored.format.group_size
     draft.rename(scales, name)
     if nested:
@@ -64,15 +78,24 @@ def _export(draft: Draft, stored: StoredLayer, nested: bool) -> None:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
         of = (stored.names["weight_scale"],)
         draft.make(name, "U8", (count,), lambda: quantize_absmax(_absmax(stored, src) - offset)[0], of=of)
-        draft.make(f"{weight}.nested_absmax", "F32", (-(-count // NESTED_BLOCK),),
-                   lambda: quantize_absmax(_absmax(stored, src) - offset)[1], after=name, of=of)
+        draft.make(
+            f"{weight}.nested_absmax",
+            "F32",
+            (-(-count // NESTED_BLOCK),),
+            lambda: quantize_absmax(_absmax(stored, src) - offset)[1],
+            after=name,
+            of=of,
+        )
         draft.put(f"{weight}.nested_quant_map", dynamic_map(), after=name)
     elif draft.is_copy(name):
         draft.retype(name, "F32", (count,))
     else:
         draft.make(name, "F32", (count,), lambda: _absmax(stored, src), of=(stored.names["weight_scale"],))
-    draft.put(f"{weight}.{STATE_PREFIX}{stored.format.quant_type}",
-              torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8), after=weight)
+    draft.put(
+        f"{weight}.{STATE_PREFIX}{stored.format.quant_type}",
+        torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8),
+        after=weight,
+    )
 
 
 def _absmax(stored: StoredLayer, src: Source) -> Tensor:

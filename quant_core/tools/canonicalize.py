@@ -1,4 +1,5 @@
 """One stored layer in a draft, turned into the tensors and the config that this pack writes."""
+
 from __future__ import annotations
 
 from enum import Enum
@@ -6,22 +7,22 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..stored.canonical import INPUT_SCALE, steps_to
 from ..checkpoint.header import TORCH_TO_CODE
-from ..stored.layers import StoredLayer
 from ..checkpoint.metadata import Config
 from ..formats.records import TensorSpec
+from ..stored.canonical import INPUT_SCALE, steps_to
+from ..stored.layers import StoredLayer
 from .rewrite import Draft
 
-_STALE = ("params", "quant_map")         # nested settings, lifted to the root; a codebook that is a tensor now
+_STALE = ("params", "quant_map")  # nested settings, lifted to the root; a codebook that is a tensor now
 
 
 class InputScale(Enum):
     """What an FP8 layer without an input_scale gets."""
 
-    KEEP = "keep"          # none
-    UNIT = "unit"          # 1.0
-    WEIGHT = "weight"      # the weight's own scale, as text encoders had it
+    KEEP = "keep"  # none
+    UNIT = "unit"  # 1.0
+    WEIGHT = "weight"  # the weight's own scale, as text encoders had it
 
 
 def canonical_config(stored: StoredLayer, full_precision: bool | None = None, *, complete: bool = False) -> Config:
@@ -35,7 +36,7 @@ def canonical_config(stored: StoredLayer, full_precision: bool | None = None, *,
     if complete or not stored.described:
         derived = stored.format.config(stored.shape, torch.bfloat16)
         if stored.described:
-            derived.pop("dtype", None)                       # of the weight it was made from, which nothing tells
+            derived.pop("dtype", None)  # of the weight it was made from, which nothing tells
         config |= {key: value for key, value in derived.items() if key not in config}
     if full_precision is not None and is_fp8(stored):
         config.pop("full_precision_matrix_mult", None)
@@ -74,15 +75,21 @@ def _place(draft: Draft, stored: StoredLayer, spec: TensorSpec) -> None:
         return
     if old is not None and old in draft:
         draft.rename(old, name)
-    draft.make(name, code, shape, lambda: stored.tensors(src, only=spec.suffix)[spec.suffix],
-               after=f"{stored.layer}.weight", of=tuple(stored.names.values()))
+    draft.make(
+        name,
+        code,
+        shape,
+        lambda: stored.tensors(src, only=spec.suffix)[spec.suffix],
+        after=f"{stored.layer}.weight",
+        of=tuple(stored.names.values()),
+    )
 
 
 def _same_bytes(draft: Draft, stored: StoredLayer, spec: TensorSpec, old: str) -> bool:
     if stored.kind == "modelopt" and spec.suffix != "weight_scale_2":
         return False
     if stored.state is not None and spec.suffix == "weight":
-        return True                                          # packed alike, under another shape
+        return True  # packed alike, under another shape
     steps = steps_to(draft.src.tensors[old], spec, stored.format, stored.shape)
     return steps is not None and not {"scale-dtype", "scale-unswizzled"} & set(steps)
 
@@ -103,8 +110,13 @@ def _place_input_scale(draft: Draft, stored: StoredLayer, wanted: InputScale) ->
     if always or (wanted is InputScale.UNIT and is_fp8(stored)):
         draft.put(name, torch.ones(()), after=f"{stored.layer}.weight")
     elif wanted is InputScale.WEIGHT and stored.format.name in ("float8_e4m3fn", "float8_e5m2"):
-        draft.make(name, "F32", (), lambda: stored.tensors(src, only="weight_scale")["weight_scale"],
-                   after=f"{stored.layer}.weight")
+        draft.make(
+            name,
+            "F32",
+            (),
+            lambda: stored.tensors(src, only="weight_scale")["weight_scale"],
+            after=f"{stored.layer}.weight",
+        )
 
 
 def _known(tensor: Tensor | None) -> Tensor:

@@ -1,14 +1,15 @@
 """Legacy fp8_scaled files that stay legacy: tidied, or given the scale_input that some loaders want."""
+
 from __future__ import annotations
 
 import math
 
 import torch
 
-from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
 from ..checkpoint.source import Source
 from ..errors import RequestError
 from ..policy.general import strip_prefix
+from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
 from .rewrite import Draft, Rewrite
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -35,7 +36,12 @@ def cleanup_legacy(src: Source, *, marker: int = 0, scale_input: bool = False, n
     if normalise:
         for name in draft:
             info = src.tensors.get(name)
-            if info is not None and name.rpartition(".")[2] in LEGACY_NAMES and info.shape and math.prod(info.shape) == 1:
+            if (
+                info is not None
+                and name.rpartition(".")[2] in LEGACY_NAMES
+                and info.shape
+                and math.prod(info.shape) == 1
+            ):
                 draft.retype(name, shape=())
     return draft.finish()
 
@@ -50,8 +56,10 @@ def add_legacy_input(src: Source) -> Rewrite:
 
 def _legacy_draft(src: Source) -> Draft:
     if not any(name.endswith(".scale_weight") for name in src.tensors):
-        raise RequestError(f"{src.path}: no tensor is called scale_weight, so this is no legacy fp8_scaled file. For others see "
-                           "`quantpress repair`.")
+        raise RequestError(
+            f"{src.path}: no tensor is called scale_weight, so this is no legacy fp8_scaled file. For others see "
+            "`quantpress repair`."
+        )
     return Draft(src)
 
 
@@ -69,7 +77,7 @@ def _set_marker(draft: Draft, size: int) -> None:
     markers = [name for name in draft if is_marker(name)]
     if not markers:
         first = next(name for name in draft if name.endswith(".scale_weight"))
-        markers = [first[:len(first) - len(strip_prefix(first))] + LEGACY_MARKER]
+        markers = [first[: len(first) - len(strip_prefix(first))] + LEGACY_MARKER]
     for name in markers:
         if name not in draft or math.prod(src.tensors[name].shape) != size or len(src.tensors[name].shape) != 1:
             of = (name,) if name in draft else ()

@@ -1,4 +1,5 @@
 """Writing layer configs into a draft: the comfy_quant tensors and the header, always together."""
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,14 @@ class HeaderMode(Enum):
     DROP = "removed"
 
 
-def write_configs(draft: Draft, configs: Mapping[str, Config | None], header: HeaderMode = HeaderMode.KEEP,
-                  others: Mapping[str, Config] | None = None, *, complete: bool = True) -> None:
+def write_configs(
+    draft: Draft,
+    configs: Mapping[str, Config | None],
+    header: HeaderMode = HeaderMode.KEEP,
+    others: Mapping[str, Config] | None = None,
+    *,
+    complete: bool = True,
+) -> None:
     """Put configs into the draft. None removes a layer's. A tensor or a header that says the same already stays.
 
     configs: by the layers' names in the draft. others: the rest of the quantized layers, for HeaderMode.BUILD.
@@ -32,7 +39,12 @@ def write_configs(draft: Draft, configs: Mapping[str, Config | None], header: He
             if name in draft:
                 draft.drop(name)
         elif not _says(draft, name, config):
-            draft.put(name, encode_config(config, complete=complete), after=f"{layer}.weight", of=(name,) if name in draft else ())
+            draft.put(
+                name,
+                encode_config(config, complete=complete),
+                after=f"{layer}.weight",
+                of=(name,) if name in draft else (),
+            )
     text = draft.metadata.get(HEADER_KEY)
     if header is HeaderMode.DROP:
         draft.metadata.pop(HEADER_KEY, None)
@@ -56,7 +68,7 @@ def _says(draft: Draft, name: str, config: Config) -> bool:
         return False
     raw = content.src.read(content.name).numpy().tobytes()
     try:
-        return _sorted(load_json_object(raw, name)) == _sorted(config)     # JSON ends before a NUL: refused there
+        return _sorted(load_json_object(raw, name)) == _sorted(config)  # JSON ends before a NUL: refused there
     except InputFileError:
         return False
 
@@ -81,5 +93,3 @@ def header_object(text: str) -> dict[str, object]:
 def _sorted(value: object) -> str:
     # Not Python's ==, which takes true for 1.
     return json.dumps(value, sort_keys=True)
-
-

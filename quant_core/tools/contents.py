@@ -1,13 +1,14 @@
 """What a file is, in a few words, for tools that find nothing to do in it."""
+
 from __future__ import annotations
 
 from collections import Counter
 
-from ..stored.foreign import refusal
-from ..stored.layers import stored_layers
 from ..checkpoint.source import Source
 from ..errors import InputFileError, counted
 from ..pipeline.plan import linear_layers
+from ..stored.foreign import refusal
+from ..stored.layers import stored_layers
 
 OWN_FORM = "comfy_quant"
 
@@ -22,8 +23,12 @@ def describe(src: Source) -> str:
     forms = Counter((entry.kind, entry.format.name) for entry in stored.values())
     if {kind for kind, _ in forms} == {OWN_FORM}:
         names = ", ".join(name for _, name in forms)
-        return f"its {counted(len(stored), 'quantized layer is', 'quantized layers are')} in ComfyUI's own form ({names})"
-    return "it holds " + ", ".join(f"{counted(count, 'layer')} of the {kind} form ({name})" for (kind, name), count in forms.items())
+        return (
+            f"its {counted(len(stored), 'quantized layer is', 'quantized layers are')} in ComfyUI's own form ({names})"
+        )
+    return "it holds " + ", ".join(
+        f"{counted(count, 'layer')} of the {kind} form ({name})" for (kind, name), count in forms.items()
+    )
 
 
 def require_model(src: Source) -> None:
@@ -53,6 +58,11 @@ def holds_bitsandbytes(src: Source) -> bool:
 def nothing_to_import(src: Source) -> str:
     """What a file is that has no layer in bitsandbytes' structure, and what to do instead: sentences without the path."""
     kinds = {entry.kind for entry in stored_layers(src).values()}
-    instead = ("`quantpress migrate`, or the node Migrate Legacy File, converts such a file." if kinds - {OWN_FORM} else
-               "Use it as it is." if kinds else "Quantize it, or use it as it is.")
+    instead = (
+        "`quantpress migrate`, or the node Migrate Legacy File, converts such a file."
+        if kinds - {OWN_FORM}
+        else "Use it as it is."
+        if kinds
+        else "Quantize it, or use it as it is."
+    )
     return f"no layer of it is stored in bitsandbytes' way, so there is nothing to import: {describe(src)}. {instead}"

@@ -1,4 +1,5 @@
 """The way back: every quantized layer decoded with its own scales into a plain file, one layer in memory at a time."""
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,6 @@ from torch import Tensor
 from .._version import __version__
 from ..cancel import cancel_scope, poll
 from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
-from ..stored.layers import QUANT_SUFFIXES, StoredLayer, stored_layers
-from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..checkpoint.metadata import HEADER_KEY
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
@@ -23,6 +22,8 @@ from ..errors import InputFileError, RequestError, some_of
 from ..pipeline.plan import RECIPE_KEY
 from ..pipeline.report import Progress
 from ..pipeline.verify import check_file
+from ..stored.layers import QUANT_SUFFIXES, StoredLayer, stored_layers
+from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Weights cast to FP8 without a scale: their values are what is stored, and all three dtypes hold them exactly.
@@ -54,9 +55,15 @@ class _Job:
     bytes_in: int
 
 
-def dequantize(source: str | Path, target: str | Path, dtype: str = "bf16", *, overwrite: bool = False,
-               progress: Callable[[Progress], None] | None = None,
-               cancel: Callable[[], bool] | None = None) -> DequantizeReport:
+def dequantize(
+    source: str | Path,
+    target: str | Path,
+    dtype: str = "bf16",
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> DequantizeReport:
     """Decode all quantized layers of a file to `dtype` ("bf16", "fp16", "fp32"); copy all else byte for byte.
 
     The header loses `_quantization_metadata`, and its QuantPress record says what was decoded.
@@ -73,16 +80,28 @@ def dequantize(source: str | Path, target: str | Path, dtype: str = "bf16", *, o
         jobs = _jobs(src, stored)
         if not jobs:
             raise RequestError(f"{src.path}: nothing in it is quantized. Use the file as it is.")
-        outputs = [OutputTensor(name, TORCH_TO_CODE[DTYPES[dtype]], jobs[name].shape) if name in jobs
-                   else OutputTensor(name, info.dtype, info.shape)
-                   for name, info in src.tensors.items() if name in jobs or name not in consumed and name not in dropped]
+        outputs = [
+            OutputTensor(name, TORCH_TO_CODE[DTYPES[dtype]], jobs[name].shape)
+            if name in jobs
+            else OutputTensor(name, info.dtype, info.shape)
+            for name, info in src.tensors.items()
+            if name in jobs or name not in consumed and name not in dropped
+        ]
         layers = Counter(job.source for job in jobs.values())
         with open_sink(target, outputs, _metadata(src, dtype, layers), overwrite=overwrite, sources=src.files) as sink:
             _write_all(src, sink, outputs, jobs, DTYPES[dtype], started, progress)
             src.check_unchanged()
             sink.commit(verify=lambda part: check_file(part).raise_for_errors())
-    return DequantizeReport(str(source), str(target), dtype, dict(layers), tuple(sorted(dropped)), src.nbytes,
-                            sum(tensor_bytes(o.dtype, o.shape) for o in outputs), time.monotonic() - started)
+    return DequantizeReport(
+        str(source),
+        str(target),
+        dtype,
+        dict(layers),
+        tuple(sorted(dropped)),
+        src.nbytes,
+        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
+        time.monotonic() - started,
+    )
 
 
 def _jobs(src: Source, stored: Mapping[str, StoredLayer]) -> dict[str, _Job]:
@@ -118,8 +137,10 @@ def _dropped(src: Source, stored: Mapping[str, StoredLayer], consumed: set[str])
         else:
             orphans.append(name)
     if orphans:
-        raise InputFileError(f"{src.path}: {len(orphans)} scales belong to no quantized layer that this pack reads: "
-                             f"{some_of(orphans)}. Run `quantpress verify` on the file, or take its 16-bit source.")
+        raise InputFileError(
+            f"{src.path}: {len(orphans)} scales belong to no quantized layer that this pack reads: "
+            f"{some_of(orphans)}. Run `quantpress verify` on the file, or take its 16-bit source."
+        )
     return dropped
 
 
@@ -129,13 +150,24 @@ def _is_coded(weight: TensorInfo) -> bool:
 
 def _metadata(src: Source, dtype: str, layers: Mapping[str, int]) -> dict[str, str]:
     kept = {key: value for key, value in src.metadata.items() if key not in (HEADER_KEY, RECIPE_KEY)}
-    record = {"version": __version__, "source": src.path.name, "source_hash": src.identity_hash(),
-              "dequantized": {"dtype": dtype, "layers": dict(layers)}}
+    record = {
+        "version": __version__,
+        "source": src.path.name,
+        "source_hash": src.identity_hash(),
+        "dequantized": {"dtype": dtype, "layers": dict(layers)},
+    }
     return {**kept, RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _write_all(src: Source, sink: Sink, outputs: list[OutputTensor], jobs: Mapping[str, _Job], dtype: torch.dtype,
-               started: float, progress: Callable[[Progress], None] | None) -> None:
+def _write_all(
+    src: Source,
+    sink: Sink,
+    outputs: list[OutputTensor],
+    jobs: Mapping[str, _Job],
+    dtype: torch.dtype,
+    started: float,
+    progress: Callable[[Progress], None] | None,
+) -> None:
     total = sum(jobs[o.name].bytes_in if o.name in jobs else src.tensors[o.name].nbytes for o in outputs)
     done = done_layers = 0
     for output in outputs:
@@ -153,8 +185,17 @@ def _write_all(src: Source, sink: Sink, outputs: list[OutputTensor], jobs: Mappi
             done, done_layers = done + job.bytes_in, done_layers + 1
         if progress is not None:
             elapsed = time.monotonic() - started
-            progress(Progress(output.name, done_layers, len(jobs), done, total, elapsed,
-                              elapsed * (total - done) / done if done else None))
+            progress(
+                Progress(
+                    output.name,
+                    done_layers,
+                    len(jobs),
+                    done,
+                    total,
+                    elapsed,
+                    elapsed * (total - done) / done if done else None,
+                )
+            )
 
 
 def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:
@@ -164,8 +205,12 @@ def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:
     weight = decoded.to(dtype)
     if not bool(torch.isfinite(weight).all()):
         if not bool(torch.isfinite(decoded).all()):
-            raise InputFileError(f"{job.name}: the layer decodes to NaN or Inf: its scales or codes are damaged. Run "
-                                 "`quantpress verify` on the file, and take it from its source again.")
-        raise RequestError(f"{job.name}: the largest weight is {float(decoded.abs().max()):.4g}, which {dtype} cannot hold. "
-                           "Use --dtype bf16, or fp32.")
+            raise InputFileError(
+                f"{job.name}: the layer decodes to NaN or Inf: its scales or codes are damaged. Run "
+                "`quantpress verify` on the file, and take it from its source again."
+            )
+        raise RequestError(
+            f"{job.name}: the largest weight is {float(decoded.abs().max()):.4g}, which {dtype} cannot hold. "
+            "Use --dtype bf16, or fp32."
+        )
     return weight.contiguous()

@@ -1,4 +1,5 @@
 """What is wrong with a quantized file: findings with codes, and what each layer really is."""
+
 from __future__ import annotations
 
 import json
@@ -6,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
-from ..names.diffusers import diffusers_warning
 from ..checkpoint.header import TensorInfo
-from ..stored.inferred import infer_config
-from ..stored.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
-from ..stored.legacy import CODED, is_modelopt
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError, counted
 from ..formats.base import get_format
+from ..names.diffusers import diffusers_warning
 from ..pipeline.verify import Finding, check_file
+from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
+from ..stored.inferred import infer_config
+from ..stored.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
+from ..stored.legacy import CODED, is_modelopt
 from .configs import header_object
 from .prefixes import moved_layers, prefix_changes
 
@@ -53,8 +54,12 @@ def diagnose(src: Source, assume: str | None = None) -> Diagnosis:
     moved = moved_layers(src)
     if moved:
         old, new = next(iter(moved.items()))
-        found.note("tensor-prefix", "", f"the scales or descriptions of {counted(len(moved), 'layer')} are called {old!r} and so on, their "
-                   f"weights {new!r}. The former are renamed.")
+        found.note(
+            "tensor-prefix",
+            "",
+            f"the scales or descriptions of {counted(len(moved), 'layer')} are called {old!r} and so on, their "
+            f"weights {new!r}. The former are renamed.",
+        )
     tensors = _tensor_configs(src, moved, found)
     coded = _undescribed(src, {**header, **tensors})
     origin = {new: old for old, new in moved.items()}
@@ -67,8 +72,9 @@ def diagnose(src: Source, assume: str | None = None) -> Diagnosis:
         said = header.get(layer) or tensors.get(layer)
         if layer not in found.layers and said and f"{layer}{CONFIG_SUFFIX}" not in found.drop:
             found.unsettled[layer] = said
-    found.drop += [old + CONFIG_SUFFIX for old, new in moved.items()
-                   if new in found.layers and old + CONFIG_SUFFIX in src.tensors]
+    found.drop += [
+        old + CONFIG_SUFFIX for old, new in moved.items() if new in found.layers and old + CONFIG_SUFFIX in src.tensors
+    ]
     _header_state(src, header, found)
     _orphans(src, {old for old, new in moved.items() if new in found.layers}, found)
     _the_rest(src, found)
@@ -87,19 +93,29 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
         return {}
     configs = {layer: config for layer, config in layers.items() if isinstance(config, dict)}
     if len(configs) < len(layers):
-        found.note("header-json", "", f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are no objects and are left "
-                   "out.")
+        found.note(
+            "header-json",
+            "",
+            f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are no objects and are left "
+            "out.",
+        )
     missing = [layer for layer in configs if f"{layer}.weight" not in src.tensors]
     if not missing:
         return configs
     for rename in prefix_changes():
         moved = {rename(layer): config for layer, config in configs.items()}
         if len(missing) == len(configs) and all(f"{layer}.weight" in src.tensors for layer in moved):
-            found.note("header-prefix", "", f"the header calls the layers {missing[0]!r} and so on; the tensors are called "
-                       f"{rename(missing[0])!r}. The header is renamed.")
+            found.note(
+                "header-prefix",
+                "",
+                f"the header calls the layers {missing[0]!r} and so on; the tensors are called "
+                f"{rename(missing[0])!r}. The header is renamed.",
+            )
             return moved
     for layer in missing:
-        found.note("header-orphan", layer, f"{layer} is in {HEADER_KEY} and not in the file; the entry is removed.", "warning")
+        found.note(
+            "header-orphan", layer, f"{layer} is in {HEADER_KEY} and not in the file; the entry is removed.", "warning"
+        )
     return {layer: config for layer, config in configs.items() if layer not in missing}
 
 
@@ -116,8 +132,11 @@ def _tensor_configs(src: Source, moved: Mapping[str, str], found: Diagnosis) -> 
 def _read_config(src: Source, layer: str, info: TensorInfo, found: Diagnosis) -> Config | None:
     raw = src.read_bytes(info.name)
     if info.dtype != "U8" or len(info.shape) != 1:
-        found.note("config-dtype", layer, f"{info.name} is {info.dtype} {list(info.shape)}; ComfyUI reads 1-D U8. It is "
-                   "written so.")
+        found.note(
+            "config-dtype",
+            layer,
+            f"{info.name} is {info.dtype} {list(info.shape)}; ComfyUI reads 1-D U8. It is written so.",
+        )
     try:
         config, repairs = decode_config(raw, layer, lenient=True)
     except InputFileError as err:
@@ -130,14 +149,25 @@ def _read_config(src: Source, layer: str, info: TensorInfo, found: Diagnosis) ->
 
 def _undescribed(src: Source, described: Mapping[str, Any]) -> list[str]:
     """Layers with coded weights and scales of our names that nothing describes."""
-    return [layer for name, info in src.tensors.items() if (layer := name.removesuffix(".weight")) != name
-            and layer not in described and info.dtype in CODED
-            and any(f"{layer}.{s}" in src.tensors for s in ("weight_scale", "weight_s_rel"))
-            and f"{layer}.weight.absmax" not in src.tensors]
+    return [
+        layer
+        for name, info in src.tensors.items()
+        if (layer := name.removesuffix(".weight")) != name
+        and layer not in described
+        and info.dtype in CODED
+        and any(f"{layer}.{s}" in src.tensors for s in ("weight_scale", "weight_s_rel"))
+        and f"{layer}.weight.absmax" not in src.tensors
+    ]
 
 
-def _settle(src: Source, layer: str, names: dict[str, str], described: tuple[Config | None, Config | None],
-            assume: str | None, found: Diagnosis) -> StoredLayer | None:
+def _settle(
+    src: Source,
+    layer: str,
+    names: dict[str, str],
+    described: tuple[Config | None, Config | None],
+    assume: str | None,
+    found: Diagnosis,
+) -> StoredLayer | None:
     """The layer under the description that fits its tensors. Where both fit, the header's: ComfyUI takes that one."""
     (header, tensor), errors, fitting = described, [], []
     for config in (header, tensor):
@@ -159,8 +189,12 @@ def _settle(src: Source, layer: str, names: dict[str, str], described: tuple[Con
         elif from_tensor and all(tensor.get(key) == value for key, value in _flat(header).items()):
             # convert_to_quant 1.3.1 left per_row out of the header
             chosen, why = from_tensor, "as it says more"
-        found.note("header-sync", layer, f"{layer}: the header says {json.dumps(header)}, the tensor {json.dumps(tensor)}; the "
-                   f"{'tensor' if chosen is from_tensor else 'header'}'s is kept, {why}.")
+        found.note(
+            "header-sync",
+            layer,
+            f"{layer}: the header says {json.dumps(header)}, the tensor {json.dumps(tensor)}; the "
+            f"{'tensor' if chosen is from_tensor else 'header'}'s is kept, {why}.",
+        )
     if chosen:
         return chosen
     return _infer(src, layer, names, (header, tensor), errors, assume, found)
@@ -175,8 +209,15 @@ def _flat(config: Config) -> Config:
     return {**params, **{k: v for k, v in config.items() if k != "params"}} if isinstance(params, dict) else config
 
 
-def _infer(src: Source, layer: str, names: dict[str, str], described: tuple[Config | None, ...],
-           errors: list[InputFileError], assume: str | None, found: Diagnosis) -> StoredLayer | None:
+def _infer(
+    src: Source,
+    layer: str,
+    names: dict[str, str],
+    described: tuple[Config | None, ...],
+    errors: list[InputFileError],
+    assume: str | None,
+    found: Diagnosis,
+) -> StoredLayer | None:
     """A layer without a fitting description, from its tensors. errors: why the ones it has do not fit."""
     if "weight" not in names or src.tensors[names["weight"]].dtype not in CODED:
         _not_quantized(src, layer, names, found)
@@ -195,9 +236,15 @@ def _infer(src: Source, layer: str, names: dict[str, str], described: tuple[Conf
     if any((config or {}).get("full_precision_matrix_mult") is True for config in described):
         stored = replace(stored, config={**stored.config, "full_precision_matrix_mult": True})
     if errors:
-        found.note("config-format", layer, f"{_reason(src, errors[0])} Its tensors are {json.dumps(config)}, which is written.")
+        found.note(
+            "config-format",
+            layer,
+            f"{_reason(src, errors[0])} Its tensors are {json.dumps(config)}, which is written.",
+        )
     else:
-        found.note("config-missing", layer, f"{layer} has scales and no description; its tensors are {json.dumps(config)}.")
+        found.note(
+            "config-missing", layer, f"{layer} has scales and no description; its tensors are {json.dumps(config)}."
+        )
     return stored
 
 
@@ -208,11 +255,17 @@ def _reason(src: Source, error: InputFileError) -> str:
 
 def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
     from ..numerics.packing import swizzled_shape
+
     rows, half = infos["weight"].shape
-    if infos["weight_scale"].shape != swizzled_shape(rows, half // 8) or swizzled_shape(rows, half // 8) == (rows, half // 8):
-        raise InputFileError(f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
-                             "and these shapes fit both. Name the layout, --assume nvfp4 (ComfyUI's) or --assume modelopt, or find "
-                             "it out with --against SOURCE.")
+    if infos["weight_scale"].shape != swizzled_shape(rows, half // 8) or swizzled_shape(rows, half // 8) == (
+        rows,
+        half // 8,
+    ):
+        raise InputFileError(
+            f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
+            "and these shapes fit both. Name the layout, --assume nvfp4 (ComfyUI's) or --assume modelopt, or find "
+            "it out with --against SOURCE."
+        )
 
 
 def _assumed(infos: Mapping[str, TensorInfo], assume: str) -> dict[str, Any]:
@@ -228,14 +281,29 @@ def _not_quantized(src: Source, layer: str, names: Mapping[str, str], found: Dia
     """A description beside a weight that is whole, or beside none."""
     weight = src.tensors.get(f"{layer}.weight")
     if weight is None:
-        found.note("weight-missing", layer, f"{layer} is described as quantized and has no weight. Take the file from its "
-                   "source again.", fixed=False)
+        found.note(
+            "weight-missing",
+            layer,
+            f"{layer} is described as quantized and has no weight. Take the file from its source again.",
+            fixed=False,
+        )
         return
     scales = [name for suffix, name in names.items() if suffix not in ("weight", "comfy_quant")]
-    harmless = all(src.tensors[name].dtype in ("F32", "BF16", "F16") and bool((src.read(name) == 1).all()) for name in scales)
-    found.note("not-quantized", layer, f"{layer} is described as quantized, and its weight is {weight.dtype}. " +
-               ("Description and scales are removed." if harmless else "Its scales are not 1, so the weight may be codes that "
-                "were cast: nothing is changed. Take the file from its source again."), fixed=harmless)
+    harmless = all(
+        src.tensors[name].dtype in ("F32", "BF16", "F16") and bool((src.read(name) == 1).all()) for name in scales
+    )
+    found.note(
+        "not-quantized",
+        layer,
+        f"{layer} is described as quantized, and its weight is {weight.dtype}. "
+        + (
+            "Description and scales are removed."
+            if harmless
+            else "Its scales are not 1, so the weight may be codes that "
+            "were cast: nothing is changed. Take the file from its source again."
+        ),
+        fixed=harmless,
+    )
     if harmless:
         found.drop += [name for suffix, name in names.items() if suffix != "weight"]
 
@@ -248,15 +316,22 @@ def _tensor_steps(src: Source, stored: StoredLayer, found: Diagnosis) -> None:
         info = src.tensors[name]
         steps = steps_to(info, specs[suffix], stored.format, stored.shape)
         if steps is None:
-            found.note("tensor-shape", stored.layer, f"{name} is {info.dtype} {list(info.shape)}, which {stored.format.name} "
-                       "cannot use. Take the file from its source again.", fixed=False)
+            found.note(
+                "tensor-shape",
+                stored.layer,
+                f"{name} is {info.dtype} {list(info.shape)}, which {stored.format.name} "
+                "cannot use. Take the file from its source again.",
+                fixed=False,
+            )
             found.layers.pop(stored.layer, None)
             return
         for step in steps:
             severity = "error" if info.shape != (1,) else "warning"
             found.note(step, stored.layer, f"{name} ({info.dtype} {list(info.shape)}): {STEPS[step]}.", severity)
     if stored.kind in ("comfy_4bit", "hybrid_mxfp8", MODELOPT):
-        found.note("older-form", stored.layer, f"{stored.layer} is in the {stored.kind} form; it is rewritten.", "warning")
+        found.note(
+            "older-form", stored.layer, f"{stored.layer} is in the {stored.kind} form; it is rewritten.", "warning"
+        )
 
 
 def _header_state(src: Source, header: Mapping[str, Config], found: Diagnosis) -> None:
@@ -264,11 +339,19 @@ def _header_state(src: Source, header: Mapping[str, Config], found: Diagnosis) -
     if absent and HEADER_KEY not in src.metadata:
         found.note("header-missing", "", f"the header has no {HEADER_KEY}; it is written.", "warning")
     elif absent:
-        found.note("header-incomplete", "", f"{HEADER_KEY} lacks {counted(len(absent), 'layer')}, such as {absent[0]}; what is missing is added.")
+        found.note(
+            "header-incomplete",
+            "",
+            f"{HEADER_KEY} lacks {counted(len(absent), 'layer')}, such as {absent[0]}; what is missing is added.",
+        )
     for layer in found.layers:
         if layer in header and layer + CONFIG_SUFFIX not in src.tensors:
-            found.note("config-tensor-missing", layer, f"{layer} is described in the header only; its tensor is written.",
-                       "warning")
+            found.note(
+                "config-tensor-missing",
+                layer,
+                f"{layer} is described in the header only; its tensor is written.",
+                "warning",
+            )
 
 
 def _orphans(src: Source, settled: set[str], found: Diagnosis) -> None:
@@ -281,10 +364,14 @@ def _orphans(src: Source, settled: set[str], found: Diagnosis) -> None:
         if name in found.drop or f"{layer}{CONFIG_SUFFIX}" in src.tensors:
             continue
         if weight is not None and weight.dtype not in CODED:
-            found.note("orphan", layer, f"{name} stands beside a {weight.dtype} weight and serves nothing; it is removed.")
+            found.note(
+                "orphan", layer, f"{name} stands beside a {weight.dtype} weight and serves nothing; it is removed."
+            )
             found.drop.append(name)
         elif weight is None:
-            found.note("orphan", layer, f"{name} has no weight beside it. Take the file from its source again.", fixed=False)
+            found.note(
+                "orphan", layer, f"{name} has no weight beside it. Take the file from its source again.", fixed=False
+            )
 
 
 def _the_rest(src: Source, found: Diagnosis) -> None:
@@ -296,5 +383,10 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
         found.note("diffusers-names", "", problem, "warning", fixed=False)
     legacy = [name for name in src.tensors if name.endswith(".scale_weight")]
     if legacy:
-        found.note("legacy", "", f"{counted(len(legacy), 'layer is', 'layers are')} of the legacy form. `quantpress migrate` converts them.", "warning",
-                   fixed=False)
+        found.note(
+            "legacy",
+            "",
+            f"{counted(len(legacy), 'layer is', 'layers are')} of the legacy form. `quantpress migrate` converts them.",
+            "warning",
+            fixed=False,
+        )

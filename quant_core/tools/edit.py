@@ -1,4 +1,5 @@
 """Editing what a file says of its quantized layers: keys added and removed, tensors and header always together."""
+
 from __future__ import annotations
 
 import ast
@@ -41,15 +42,19 @@ def edit(src: Source, change: Edit) -> Rewrite:
     """
     configs = layer_configs(src, lenient=True).layers
     if not configs:
-        raise RequestError(f"{src.path}: no layer has a comfy_quant description to edit. For legacy files run `quantpress "
-                           "migrate` first.")
+        raise RequestError(
+            f"{src.path}: no layer has a comfy_quant description to edit. For legacy files run `quantpress "
+            "migrate` first."
+        )
     chosen = list(configs)
     if change.layers is not None:
         matches = compile_pattern("--layers", change.layers)
         chosen = [layer for layer in configs if matches.search(layer)]
         if not chosen:
-            raise RequestError(f"--layers {change.layers!r} finds none of the {counted(len(configs), 'quantized layer')}, such as "
-                               f"{next(iter(configs))!r}. Correct the pattern.")
+            raise RequestError(
+                f"--layers {change.layers!r} finds none of the {counted(len(configs), 'quantized layer')}, such as "
+                f"{next(iter(configs))!r}. Correct the pattern."
+            )
     edited = {layer: _edited(configs[layer], change) for layer in chosen}
     if not change.force:
         problems = [text for layer in chosen for text in _new_problems(src, layer, configs[layer], edited[layer])]
@@ -83,8 +88,11 @@ def _new_problems(src: Source, layer: str, before: Config, after: Config) -> lis
     check_layer(src, layer, before, old)
     check_layer(src, layer, after, new)
     known = {finding.code for finding in old}
-    return [f"{finding.message} The file would not load; force writes it all the same." for finding in new
-            if finding.code not in known]
+    return [
+        f"{finding.message} The file would not load; force writes it all the same."
+        for finding in new
+        if finding.code not in known
+    ]
 
 
 def parse_pairs(text: str) -> dict[str, Any]:
@@ -95,11 +103,13 @@ def parse_pairs(text: str) -> dict[str, Any]:
     wrapped = text.strip() if text.strip().startswith("{") else "{" + text + "}"
     try:
         pairs = load_json_object(wrapped.encode("utf-8"), "the keys to add")
-    except InputFileError:                       # no JSON; Python's notation, then
+    except InputFileError:  # no JSON; Python's notation, then
         pairs = _python_object(text, wrapped)
     for key, value in pairs.items():
         if isinstance(value, dict):
-            raise RequestError(f"--add {text!r}: {key!r} holds an object; its members belong at the root. Give them there.")
+            raise RequestError(
+                f"--add {text!r}: {key!r} holds an object; its members belong at the root. Give them there."
+            )
     return pairs
 
 
@@ -108,10 +118,14 @@ def _python_object(text: str, wrapped: str) -> dict[str, Any]:
         tree = ast.parse(wrapped, mode="eval").body
         value = _value(tree)
     except (SyntaxError, ValueError, RecursionError) as err:
-        raise RequestError(f"--add {text!r} is neither JSON nor a list of 'key': value ({err}). Write it like "
-                           "\"'full_precision_matrix_mult': true\".") from err
+        raise RequestError(
+            f"--add {text!r} is neither JSON nor a list of 'key': value ({err}). Write it like "
+            "\"'full_precision_matrix_mult': true\"."
+        ) from err
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise RequestError(f"--add {text!r}: keys must be quoted text. Write it like \"'full_precision_matrix_mult': true\".")
+        raise RequestError(
+            f"--add {text!r}: keys must be quoted text. Write it like \"'full_precision_matrix_mult': true\"."
+        )
     return value
 
 
@@ -120,8 +134,12 @@ def _value(node: ast.expr) -> Any:
         return node.value
     if isinstance(node, ast.Name) and node.id in _WORDS:
         return _WORDS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) \
-            and type(node.operand.value) in (int, float):
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and isinstance(node.operand, ast.Constant)
+        and type(node.operand.value) in (int, float)
+    ):
         return -node.operand.value
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(item) for item in node.elts]
@@ -131,6 +149,5 @@ def _value(node: ast.expr) -> Any:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """"a, b" -> ("a", "b"); empty parts are left out."""
+    """ "a, b" -> ("a", "b"); empty parts are left out."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-

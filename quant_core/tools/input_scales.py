@@ -1,4 +1,5 @@
 """Writing `input_scale` into a file that is already quantized; every other tensor keeps its bytes."""
+
 from __future__ import annotations
 
 import json
@@ -12,15 +13,15 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..stored.layers import StoredLayer, stored_layers
 from ..checkpoint.metadata import layer_configs
 from ..checkpoint.part import cannot_write, remove
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError, some_of
-from ..pipeline.report import Progress
-from .rewrite import Draft, Rewrite
 from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
+from ..pipeline.report import Progress
+from ..stored.layers import StoredLayer, stored_layers
+from .rewrite import Draft, Rewrite
 
 METADATA_KEY = "quantpress_input_scales"
 
@@ -36,9 +37,16 @@ class PatchReport:
     notes: tuple[str, ...]
 
 
-def patch_input_scales(source_path: str | Path, target_path: str | Path, scales: Mapping[str, float], *,
-                       method: str = "", overwrite: bool = False, progress: Callable[[Progress], None] | None = None,
-                       cancel: Callable[[], bool] | None = None) -> PatchReport:
+def patch_input_scales(
+    source_path: str | Path,
+    target_path: str | Path,
+    scales: Mapping[str, float],
+    *,
+    method: str = "",
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> PatchReport:
     """Copy a quantized file with input scales added or replaced. scales: {any name of a layer: value}.
 
     method: where they are from, for the header. target_path may be the source itself, with overwrite: the new file is
@@ -71,8 +79,10 @@ def plan_patch(source: Source, scales: Mapping[str, float], method: str = "") ->
     wanted, skipped = _resolve(source, layers, scales)
     if not wanted:
         why = some_of([f"{name}: {reason}" for name, reason in skipped.items()], "; ", 3) or "no scale was given"
-        raise RequestError(f"{source.path}: there is nothing to patch: {why}. Check that the scales are for this model, and "
-                           "that its format uses them (FP8 per tensor and NVFP4 do).")
+        raise RequestError(
+            f"{source.path}: there is nothing to patch: {why}. Check that the scales are for this model, and "
+            "that its format uses them (FP8 per tensor and NVFP4 do)."
+        )
     present, draft = file_input_scales(source, layers), Draft(source)
     added, changed, kept = [], [], []
     for name, value in wanted.items():
@@ -87,13 +97,16 @@ def plan_patch(source: Source, scales: Mapping[str, float], method: str = "") ->
         draft.put(target, tensor, after=_last(source, layer))
         (changed if old else added).append(name)
     draft.metadata[METADATA_KEY] = json.dumps({"pack_version": __version__, "method": method, "layers": len(wanted)})
-    notes = [f"{m.layer} is described {m.kind.value}; it was left so (`quantpress repair` mends it)."
-             for m in layer_configs(source, lenient=True).mismatches]
+    notes = [
+        f"{m.layer} is described {m.kind.value}; it was left so (`quantpress repair` mends it)."
+        for m in layer_configs(source, lenient=True).mismatches
+    ]
     return draft.finish(), PatchReport(tuple(added), tuple(changed), tuple(kept), skipped, tuple(notes))
 
 
-def _resolve(source: Source, layers: Mapping[str, StoredLayer],
-             scales: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+def _resolve(
+    source: Source, layers: Mapping[str, StoredLayer], scales: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
     """({layer: value} to be written, {name: why not})."""
     names, wanted, skipped = LayerNames(layers), {}, {}
     for name, value in scales.items():
@@ -103,8 +116,11 @@ def _resolve(source: Source, layers: Mapping[str, StoredLayer],
         if layer is None:
             skipped[name] = f"{source.path.name} has no quantized layer of this name"
         elif rule_of(layers[layer]) is None:
-            skipped[name] = f"{layers[layer].format.on_disk} does not use input_scale" if not layers[layer].config.get(
-                "full_precision_matrix_mult") else "its matrix multiplication is in full precision"
+            skipped[name] = (
+                f"{layers[layer].format.on_disk} does not use input_scale"
+                if not layers[layer].config.get("full_precision_matrix_mult")
+                else "its matrix multiplication is in full precision"
+            )
         elif float(torch.tensor(value, dtype=torch.float32, device="cpu")) in (0.0, math.inf):
             raise RequestError(f"{name}: the input scale {value} is beyond float32. Correct it.")
         else:

@@ -2,6 +2,7 @@
 
 Reads kohya, diffusers, peft and LyCORIS-LoRA names, fused layers (q, k and v of one weight) and convolutions included.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..names.layer_names import TEXT_ENCODER, LayerNames, diffusers_names, strip_prefixes
-from ..names.lora_keys import Factor, LoraKey, parse_lora_key
 from ..checkpoint.header import CODE_TO_TORCH
-from ..stored.layers import stored_layers
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, counted, some_of
+from ..names.layer_names import TEXT_ENCODER, LayerNames, diffusers_names, strip_prefixes
+from ..names.lora_keys import Factor, LoraKey, parse_lora_key
+from ..stored.layers import stored_layers
 from .rewrite import Draft, Rewrite
 
 RECORD_KEY = "quantpress_loras"
@@ -55,25 +56,41 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
     """
     problems: list[str] = []
     draft = Draft(src)
-    names = LayerNames([name.removesuffix(".weight") for name, info in src.tensors.items()
-                        if name.endswith(".weight") and len(info.shape) >= 2])
+    names = LayerNames(
+        [
+            name.removesuffix(".weight")
+            for name, info in src.tensors.items()
+            if name.endswith(".weight") and len(info.shape) >= 2
+        ]
+    )
     deltas: dict[str, list[Delta]] = {}
     for lora, strength in loras:
         found = _deltas(src, lora, strength, names, skip_unmatched, problems, draft.notes)
         for layer, delta in found:
             deltas.setdefault(layer, []).append(delta)
     stored = stored_layers(src)
-    problems += [f"{layer} is quantized ({stored[layer].format.name}): bake LoRAs into the 16-bit model, or dequantize it "
-                 "first." for layer in deltas if layer in stored][:8]
+    problems += [
+        f"{layer} is quantized ({stored[layer].format.name}): bake LoRAs into the 16-bit model, or dequantize it "
+        "first."
+        for layer in deltas
+        if layer in stored
+    ][:8]
     if problems:
         raise PlanError(problems)
     if not deltas:
-        raise PlanError([f"{lora.path}: nothing in it changes a layer of {src.path.name}. Give a LoRA of this model."
-                         for lora, _ in loras] or ["no LoRA was given."])
+        raise PlanError(
+            [
+                f"{lora.path}: nothing in it changes a layer of {src.path.name}. Give a LoRA of this model."
+                for lora, _ in loras
+            ]
+            or ["no LoRA was given."]
+        )
     for layer, changes in deltas.items():
         name = f"{layer}.weight"
         info = src.tensors[name]
-        draft.make(name, info.dtype, info.shape, lambda name=name, changes=changes: _merged(src, name, changes), of=(name,))
+        draft.make(
+            name, info.dtype, info.shape, lambda name=name, changes=changes: _merged(src, name, changes), of=(name,)
+        )
     draft.metadata[RECORD_KEY] = _record(src, loras)
     draft.notes.append(f"{counted(len(deltas), 'weight')} changed")
     return draft.finish()
@@ -82,7 +99,7 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
 def _merged(src: Source, name: str, changes: Sequence[Delta]) -> Tensor:
     info = src.tensors[name]
     weight = src.read(name).to(torch.float32)
-    flat = weight.flatten(1)                                  # a view: writes reach `weight`
+    flat = weight.flatten(1)  # a view: writes reach `weight`
     for change in changes:
         flat[change.rows] += change.matrix(flat.shape[1])
     merged = weight.to(CODE_TO_TORCH[info.dtype])
@@ -91,16 +108,21 @@ def _merged(src: Source, name: str, changes: Sequence[Delta]) -> Tensor:
     return merged
 
 
-def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip: bool, problems: list[str],
-            notes: list[str]) -> list[tuple[str, Delta]]:
+def _deltas(
+    src: Source, lora: Source, strength: float, names: LayerNames, skip: bool, problems: list[str], notes: list[str]
+) -> list[tuple[str, Delta]]:
     """(layer, change) of one LoRA; problems and notes are added to."""
     factors, other = _factors(lora)
     where = lora.path.name
     if not factors:
-        problems.append(f"{where}: this is no LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
-                        f"called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA.")
+        problems.append(
+            f"{where}: this is no LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
+            f"called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
+        )
     elif other:
-        problems.append(f"{where}: {some_of(sorted(other))}: only plain LoRAs can be baked. Bake it with the tool it was made for.")
+        problems.append(
+            f"{where}: {some_of(sorted(other))}: only plain LoRAs can be baked. Bake it with the tool it was made for."
+        )
     found, unknown, text = [], [], 0
     for base, parts in factors.items():
         layer = names.resolve(base)
@@ -110,7 +132,11 @@ def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip:
             continue
         missing = [factor.value for factor in (Factor.DOWN, Factor.UP) if factor not in parts]
         if Factor.BESIDE in parts or missing:
-            why = f"{parts[Factor.BESIDE]} makes it more than a LoRA" if Factor.BESIDE in parts else f"no {missing[0]} factor"
+            why = (
+                f"{parts[Factor.BESIDE]} makes it more than a LoRA"
+                if Factor.BESIDE in parts
+                else f"no {missing[0]} factor"
+            )
             problems.append(f"{where}: {base}: {why}. Bake it with the tool it was made for.")
             continue
         delta = Delta(lora, base, parts[Factor.DOWN], parts[Factor.UP], parts.get(Factor.ALPHA), slice(0), strength)
@@ -121,11 +147,15 @@ def _deltas(src: Source, lora: Source, strength: float, names: LayerNames, skip:
         else:
             found.append((layer, Delta(lora, base, delta.down, delta.up, delta.alpha, rows, strength)))
     if text:
-        notes.append(f"{where}: {counted(text, 'layer of a text encoder is', 'layers of a text encoder are')} left out.")
+        notes.append(
+            f"{where}: {counted(text, 'layer of a text encoder is', 'layers of a text encoder are')} left out."
+        )
     if unknown:
         sentence = f"{where}: {counted(len(unknown), 'layer is', 'layers are')} not in {src.path.name}: {some_of(unknown, shown=4)}."
-        (notes if skip else problems).append(sentence + (" Left out." if skip else
-                                                         " Give a LoRA of this model, or allow that unmatched layers are skipped."))
+        (notes if skip else problems).append(
+            sentence
+            + (" Left out." if skip else " Give a LoRA of this model, or allow that unmatched layers are skipped.")
+        )
     return found
 
 
@@ -163,11 +193,11 @@ def _misfit(src: Source, lora: Source, layer: str, delta: Delta, rows: slice) ->
     weight = src.tensors[f"{layer}.weight"]
     down, up = lora.tensors[delta.down].shape, lora.tensors[delta.up].shape
     if weight.dtype not in _FLOATS:
-        return None                                           # quantized: said once for all
+        return None  # quantized: said once for all
     if any(lora.tensors[name].dtype not in _FLOATS for name in (delta.down, delta.up)):
         return "its factors are no floating-point tensors."
     needed = (rows.stop - rows.start, *weight.shape[1:])
-    pointwise = all(size == 1 for size in up[2:])             # a 1x1 up factor: the product is a matrix product
+    pointwise = all(size == 1 for size in up[2:])  # a 1x1 up factor: the product is a matrix product
     got = (up[0], *down[1:]) if len(up) >= 2 and len(down) >= 2 else (*up, *down)
     if not pointwise or up[1:2] != down[:1] or _flat(got) != _flat(needed):
         return f"up {list(up)} and down {list(down)} do not make a {list(needed)} change of {layer}. Give a LoRA of this model."
@@ -183,9 +213,12 @@ def _record(src: Source, loras: Sequence[tuple[Source, float]]) -> str:
     try:
         before = json.loads(src.metadata.get(RECORD_KEY, "[]"))
     except ValueError as err:
-        raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no JSON ({err}). Remove it, or take another "
-                             "copy.") from err
+        raise InputFileError(
+            f"{src.path}: the header entry {RECORD_KEY} is no JSON ({err}). Remove it, or take another copy."
+        ) from err
     if not isinstance(before, list):
         raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no list. Remove it, or take another copy.")
-    return json.dumps(before + [{"file": lora.path.name, "hash": lora.identity_hash(), "strength": strength}
-                                for lora, strength in loras])
+    return json.dumps(
+        before
+        + [{"file": lora.path.name, "hash": lora.identity_hash(), "strength": strength} for lora, strength in loras]
+    )

@@ -1,4 +1,5 @@
 """Putting files together and taking them apart: the diffusion model of a checkpoint, and shards."""
+
 from __future__ import annotations
 
 import json
@@ -8,13 +9,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..stored.foreign import part_of, refusal
-from ..stored.layers import QUANT_SUFFIXES
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, RequestError, counted, some_of
 from ..pipeline.report import Progress
+from ..stored.foreign import part_of, refusal
+from ..stored.layers import QUANT_SUFFIXES
 from .configs import header_object
 from .rewrite import Draft, Rewrite
 
@@ -27,8 +28,10 @@ def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
     Raises RequestError: nothing is under the prefix.
     """
     if not any(name.startswith(prefix) for name in src.tensors):
-        raise RequestError(f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Give "
-                           "the prefix of its diffusion model, or use the file as it is.")
+        raise RequestError(
+            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Give "
+            "the prefix of its diffusion model, or use the file as it is."
+        )
     draft = Draft(src, empty=True)
     for name in src.tensors:
         if name.startswith(prefix):
@@ -45,14 +48,18 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
     """
     here = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
     if not here:
-        raise RequestError(f"{checkpoint.path}: no tensor's name begins with {prefix!r}, so it holds no diffusion model to replace. "
-                           "Give the prefix of its diffusion model.")
+        raise RequestError(
+            f"{checkpoint.path}: no tensor's name begins with {prefix!r}, so it holds no diffusion model to replace. "
+            "Give the prefix of its diffusion model."
+        )
     strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
     there = {name.removeprefix(strip) for name in model.tensors}
-    problems = [f"{counted(len(names), 'tensor is', 'tensors are')} only in {where.path.name}: {some_of(sorted(names))}. Are "
-                "these the same model? Force it, if they are meant to differ."
-                for names, where in ((_weights(here) - _weights(there), checkpoint), (_weights(there) - _weights(here), model))
-                if names]
+    problems = [
+        f"{counted(len(names), 'tensor is', 'tensors are')} only in {where.path.name}: {some_of(sorted(names))}. Are "
+        "these the same model? Force it, if they are meant to differ."
+        for names, where in ((_weights(here) - _weights(there), checkpoint), (_weights(there) - _weights(here), model))
+        if names
+    ]
     if problems and not force:
         raise PlanError(problems)
     draft = Draft(checkpoint)
@@ -81,8 +88,15 @@ def join(src: Source) -> Rewrite:
     return Draft(src).finish()
 
 
-def split(src: Source, index: str | Path, max_bytes: int, *, overwrite: bool = False,
-          progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> list[Path]:
+def split(
+    src: Source,
+    index: str | Path,
+    max_bytes: int,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> list[Path]:
     """Shards of at most max_bytes of data, and their index, which is written last; each layer stays in one shard.
 
     index: `<name>.safetensors.index.json`; the shards lie beside it. On an error no index and none of the new shards
@@ -146,7 +160,9 @@ def _groups(src: Source, max_bytes: int) -> list[list[str]]:
     for layer, names in layers.items():
         size = sum(src.tensors[name].nbytes for name in names)
         if size > max_bytes:
-            raise RequestError(f"{layer} alone takes {size} bytes, more than the {max_bytes} allowed for a shard. Allow larger shards.")
+            raise RequestError(
+                f"{layer} alone takes {size} bytes, more than the {max_bytes} allowed for a shard. Allow larger shards."
+            )
         if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0
@@ -163,8 +179,11 @@ def _owner(name: str) -> str:
 def _weights(names: set[str]) -> set[str]:
     """Without what quantization adds to a layer."""
     suffixes = tuple(f".{suffix}" for suffix in (*QUANT_SUFFIXES, "scale_weight", "scale_input") if suffix != "weight")
-    return {name for name in names if not name.endswith(suffixes) and ".weight." not in name
-            and not name.endswith("scaled_fp8")}
+    return {
+        name
+        for name in names
+        if not name.endswith(suffixes) and ".weight." not in name and not name.endswith("scaled_fp8")
+    }
 
 
 def _header_layers(src: Source, rename: Callable[[str], str | None]) -> dict[str, object]:
@@ -187,8 +206,9 @@ def _set_layers(draft: Draft, layers: dict[str, object], present: bool) -> None:
     if not layers:
         draft.metadata.pop(HEADER_KEY, None)
     else:
-        draft.metadata[HEADER_KEY] = json.dumps({**old, "layers": {k: v for k, v in layers.items() if k in described}},
-                                                ensure_ascii=False)
+        draft.metadata[HEADER_KEY] = json.dumps(
+            {**old, "layers": {k: v for k, v in layers.items() if k in described}}, ensure_ascii=False
+        )
 
 
 def _write_text(path: Path, text: str) -> None:

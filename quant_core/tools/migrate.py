@@ -1,4 +1,5 @@
 """Every form that this pack reads -> the comfy_quant form that it writes. Nothing is requantized."""
+
 from __future__ import annotations
 
 import math
@@ -7,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoint.metadata import Config
+from ..checkpoint.source import Source
+from ..errors import InputFileError, PlanError, RequestError, counted, some_of
 from ..names.diffusers import diffusers_warning
 from ..stored.foreign import refusal
 from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import CODED, LEGACY_NAMES, is_marker
-from ..checkpoint.metadata import Config
-from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, RequestError, counted, some_of
 from .canonicalize import InputScale, canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
@@ -49,7 +50,9 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     from_marker = True if full_precision is None and marker_size(src) == 2 else full_precision
     configs: dict[str, Config] = {}
     for layer, entry in stored.items():
-        configs[layer] = canonical_config(entry, from_marker if entry.kind == "legacy" else full_precision, complete=True)
+        configs[layer] = canonical_config(
+            entry, from_marker if entry.kind == "legacy" else full_precision, complete=True
+        )
         canonicalize(draft, entry, options.input_scale)
     write_configs(draft, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
     drop_dummies(draft, stored)
@@ -68,10 +71,13 @@ def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str
     found = [name.removesuffix(".weight") for name in src.tensors if name.endswith(".weight") and matches.search(name)]
     if not found:
         raise PlanError([f"--hp-filter {pattern!r} finds no weight in {src.path}. Correct the pattern."])
-    problems = [f"{layer} must be in high precision (--hp-filter {pattern}) and is "
-                f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
-                "which it is not quantized." for layer in found
-                if layer in stored or src.tensors[f"{layer}.weight"].dtype in CODED]
+    problems = [
+        f"{layer} must be in high precision (--hp-filter {pattern}) and is "
+        f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
+        "which it is not quantized."
+        for layer in found
+        if layer in stored or src.tensors[f"{layer}.weight"].dtype in CODED
+    ]
     if problems:
         raise PlanError(problems)
 
@@ -98,10 +104,15 @@ def drop_dummies(draft: Draft, stored: Mapping[str, StoredLayer]) -> None:
         if is_marker(name):
             draft.drop(name)
         elif last in LEGACY_NAMES and layer not in stored:
-            if last == "scale_weight" and src.tensors[name].dtype in ("F32", "BF16", "F16") \
-                    and bool((src.read(name) != 1).any()):
+            if (
+                last == "scale_weight"
+                and src.tensors[name].dtype in ("F32", "BF16", "F16")
+                and bool((src.read(name) != 1).any())
+            ):
                 odd.append(name)
             draft.drop(name)
     if odd:
-        draft.notes.append(f"{counted(len(odd), 'scale')} beside weights in high precision: not 1, and left out, as such weights "
-                           f"are whole: {some_of(odd)}.")
+        draft.notes.append(
+            f"{counted(len(odd), 'scale')} beside weights in high precision: not 1, and left out, as such weights "
+            f"are whole: {some_of(odd)}."
+        )

@@ -1,12 +1,13 @@
 """Descriptions and scales that stand under another checkpoint prefix than the weights they belong to."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from ..stored.layers import QUANT_SUFFIXES
-from ..stored.legacy import CODED
 from ..checkpoint.source import Source
 from ..policy.general import CHECKPOINT_PREFIXES
+from ..stored.layers import QUANT_SUFFIXES
+from ..stored.legacy import CODED
 
 _BESIDE = tuple(suffix for suffix in QUANT_SUFFIXES if suffix != "weight")
 

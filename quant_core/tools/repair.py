@@ -1,4 +1,5 @@
 """Repairing a quantized file: everything that has one exact answer is put right, the rest is only reported."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -7,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..stored.foreign import refusal
-from ..stored.layers import StoredLayer
 from ..checkpoint.metadata import HEADER_KEY, Config
 from ..checkpoint.source import Source
 from ..errors import RequestError, counted, some_of
 from ..formats.base import get_format
 from ..numerics.packing import swizzle_scales
 from ..pipeline.verify import Finding, check_layer
+from ..stored.foreign import refusal
+from ..stored.layers import StoredLayer
 from .canonicalize import canonical_config, canonicalize
 from .configs import HeaderMode, write_configs
 from .diagnose import BEYOND_REPAIR, MODELOPT, Diagnosis, diagnose
@@ -30,8 +31,10 @@ class Repair:
     rewrite: Rewrite
 
     def to_json(self) -> dict[str, Any]:
-        return {"findings": [{**finding.to_json(), "fixed": finding not in self.unfixed} for finding in self.findings],
-                **self.rewrite.to_json()}
+        return {
+            "findings": [{**finding.to_json(), "fixed": finding not in self.unfixed} for finding in self.findings],
+            **self.rewrite.to_json(),
+        }
 
 
 def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) -> Repair:
@@ -42,7 +45,7 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
     Raises RequestError (no such format; unswizzled without such layers), InputFileError.
     """
     if assume is not None and assume != MODELOPT:
-        get_format(assume)                   # a name that no layer needs is wrong all the same
+        get_format(assume)  # a name that no layer needs is wrong all the same
     found = diagnose(src, assume)
     if not found.layers and (foreign := refusal(src)):
         found.note("foreign", "", foreign, fixed=False)
@@ -69,7 +72,9 @@ def _hidden(src: Source, found: Diagnosis, configs: Mapping[str, Config]) -> tup
     seen: list[Finding] = []
     for layer, config in configs.items():
         check_layer(src, layer, config, seen)
-    hidden = [finding for finding in seen if finding.code in BEYOND_REPAIR and (finding.code, finding.layer) not in known]
+    hidden = [
+        finding for finding in seen if finding.code in BEYOND_REPAIR and (finding.code, finding.layer) not in known
+    ]
     for finding in hidden:
         found.note(finding.code, finding.layer, finding.message, finding.severity, fixed=False)
     return tuple(finding.code for finding in hidden)
@@ -82,7 +87,9 @@ def _as_described(stored: StoredLayer) -> StoredLayer:
 
 def _note_unsettled(draft: Draft, unsettled: Mapping[str, Config]) -> None:
     if unsettled:
-        draft.notes.append(f"{counted(len(unsettled), 'layer is left as it is', 'layers are left as they are')}: {some_of(list(unsettled))}.")
+        draft.notes.append(
+            f"{counted(len(unsettled), 'layer is left as it is', 'layers are left as they are')}: {some_of(list(unsettled))}."
+        )
 
 
 def _swizzle(draft: Draft, layers: list[StoredLayer], findings: list[Finding]) -> None:
@@ -94,10 +101,13 @@ def _swizzle(draft: Draft, layers: list[StoredLayer], findings: list[Finding]) -
         rows, cols = stored.format.scale_grid(stored.format.work_shape(stored.shape))
         if info.shape == (rows, cols) and rows % 128 == 0 and cols % 4 == 0:
             draft.make(name, draft.content(name).dtype, info.shape, _swizzled(stored, draft.src), of=(name,))
-            findings.append(Finding("scale-unswizzled", "error", stored.layer, f"{name}: taken to be in row order, as requested."))
+            findings.append(
+                Finding("scale-unswizzled", "error", stored.layer, f"{name}: taken to be in row order, as requested.")
+            )
 
 
 def _swizzled(stored: StoredLayer, src: Source) -> Callable[[], Tensor]:
     def make() -> Tensor:
         return swizzle_scales(stored.tensors(src, only="weight_scale")["weight_scale"])
+
     return make

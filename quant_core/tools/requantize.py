@@ -1,4 +1,5 @@
 """Any quantized file to any format: each layer decoded with its own scales, then quantized; the loss is told."""
+
 from __future__ import annotations
 
 import re
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..stored.layers import stored_layers
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
-from ..policy.general import Policy
-from ..policy.recipe import Recipe
 from ..pipeline.report import Progress, RunReport
 from ..pipeline.run import convert
+from ..policy.general import Policy
+from ..policy.recipe import Recipe
+from ..stored.layers import stored_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,30 @@ class RequantizeReport:
         return {"formats_before": self.formats_before, "lossless_layers": self.lossless_layers, **self.run.to_json()}
 
 
-def requantize(source: str | Path, target: str | Path, recipe: Recipe, policy: Policy | None = None, *,
-               device: str | torch.device = "auto", overwrite: bool = False,
-               progress: Callable[[Progress], None] | None = None,
-               cancel: Callable[[], bool] | None = None) -> RequantizeReport:
+def requantize(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe,
+    policy: Policy | None = None,
+    *,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> RequantizeReport:
     """policy: None requantizes exactly the layers that are quantized now. Raises QuantPressError; RequestError when none is."""
     with open_source(source) as src:
         before, same = only_quantized(src)
-    report = convert(source, target, recipe, same if policy is None else policy, device=device, overwrite=overwrite,
-                     progress=progress, cancel=cancel)
+    report = convert(
+        source,
+        target,
+        recipe,
+        same if policy is None else policy,
+        device=device,
+        overwrite=overwrite,
+        progress=progress,
+        cancel=cancel,
+    )
     return RequantizeReport(report, before)
 
 
@@ -52,4 +68,5 @@ def only_quantized(src: Source) -> tuple[dict[str, int], Policy]:
     if not stored:
         raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it instead.")
     return dict(Counter(entry.format.name for entry in stored.values())), Policy(
-        only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",))
+        only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",)
+    )

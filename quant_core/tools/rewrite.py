@@ -3,6 +3,7 @@
 Every tool is a function from open sources to a Rewrite. It is the dry run, too: `changes()` lists what differs. What
 no tool touched is copied byte for byte, under the same name, with the same header entry.
 """
+
 from __future__ import annotations
 
 import json
@@ -70,12 +71,13 @@ class Draft:
 
     def __init__(self, src: Source, *, empty: bool = False) -> None:
         self.src = src
-        self._outputs: dict[str, Copy | Made] = {} if empty else {
-            name: Copy(src, name, info.dtype, info.shape) for name, info in src.tensors.items()}
+        self._outputs: dict[str, Copy | Made] = (
+            {} if empty else {name: Copy(src, name, info.dtype, info.shape) for name, info in src.tensors.items()}
+        )
         self.metadata: dict[str, str] = dict(src.metadata)
         self.notes: list[str] = []
         self._sources = [src]
-        self._after: dict[str, list[str]] = {}       # anchor: names to be placed behind it, in order
+        self._after: dict[str, list[str]] = {}  # anchor: names to be placed behind it, in order
 
     def __contains__(self, name: str) -> bool:
         return name in self._outputs
@@ -95,7 +97,9 @@ class Draft:
     def rename(self, old: str, new: str) -> None:
         """Same place, another name. RequestError when `new` is taken."""
         if new != old and new in self._outputs:
-            raise RequestError(f"{self.src.path}: {old} cannot become {new}, which is there already. Drop one of them.")
+            raise RequestError(
+                f"{self.src.path}: {old} cannot become {new}, which is there already. Drop one of them."
+            )
         self._outputs = {new if name == old else name: content for name, content in self._outputs.items()}
 
     def retype(self, name: str, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> None:
@@ -113,8 +117,15 @@ class Draft:
         fixed = tensor.detach().cpu().contiguous()
         self.make(name, TORCH_TO_CODE[fixed.dtype], tuple(fixed.shape), lambda: fixed, after, of)
 
-    def make(self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor], after: str | None = None,
-             of: tuple[str, ...] = ()) -> None:
+    def make(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        after: str | None = None,
+        of: tuple[str, ...] = (),
+    ) -> None:
         """A tensor computed when it is written, in the place of an old one of this name, or behind `after`, or last."""
         content = Made(dtype, shape, make, of)
         if name in self._outputs:
@@ -134,7 +145,7 @@ class Draft:
         info = src.tensors[name]
         self._outputs[new] = Copy(src, name, info.dtype, info.shape)
 
-    def finish(self) -> "Rewrite":
+    def finish(self) -> Rewrite:
         ordered: dict[str, Copy | Made] = {}
         moved = {name for names in self._after.values() for name in names if name in self._outputs}
 
@@ -147,7 +158,7 @@ class Draft:
         for name in self._outputs:
             if name not in moved:
                 place(name)
-        for name in self._outputs:                   # anchors that are gone
+        for name in self._outputs:  # anchors that are gone
             place(name)
         return Rewrite(tuple(self._sources), ordered, dict(self.metadata), tuple(self.notes))
 
@@ -199,12 +210,24 @@ class Rewrite:
 
     def to_json(self) -> dict[str, Any]:
         changes = self.changes()
-        return {"source": str(self.sources[0].path), "tensors": len(self.outputs), "bytes": self.nbytes,
-                "summary": dict(Counter(change.kind for change in changes)),
-                "changes": [change.to_json() for change in changes], "notes": list(self.notes)}
+        return {
+            "source": str(self.sources[0].path),
+            "tensors": len(self.outputs),
+            "bytes": self.nbytes,
+            "summary": dict(Counter(change.kind for change in changes)),
+            "changes": [change.to_json() for change in changes],
+            "notes": list(self.notes),
+        }
 
-    def apply(self, target: str | Path, *, overwrite: bool = False, force: bool = False,
-              progress: Callable[[Progress], None] | None = None, cancel: Callable[[], bool] | None = None) -> None:
+    def apply(
+        self,
+        target: str | Path,
+        *,
+        overwrite: bool = False,
+        force: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> None:
         """Write and verify the file; nothing appears under the target's name unless all went well.
 
         Verified: every copied tensor byte for byte, and that no error of `check_file` is new; force leaves out the
@@ -212,8 +235,10 @@ class Rewrite:
         """
         known = Counter() if force else sum((_errors(src.path) for src in self.sources), Counter(self.told))
         files = [file for src in self.sources for file in src.files]
-        with cancel_scope(cancel), open_sink(target, self.entries(), self.metadata, overwrite=overwrite,
-                                             sources=files) as sink:
+        with (
+            cancel_scope(cancel),
+            open_sink(target, self.entries(), self.metadata, overwrite=overwrite, sources=files) as sink,
+        ):
             started, done, total = time.monotonic(), 0, self.nbytes
             for count, (name, content) in enumerate(self.outputs.items(), 1):
                 poll()
@@ -221,8 +246,17 @@ class Rewrite:
                 done += tensor_bytes(content.dtype, content.shape)
                 if progress is not None:
                     elapsed = time.monotonic() - started
-                    progress(Progress(name, count, len(self.outputs), done, total, elapsed,
-                                      elapsed * (total - done) / done if done else None))
+                    progress(
+                        Progress(
+                            name,
+                            count,
+                            len(self.outputs),
+                            done,
+                            total,
+                            elapsed,
+                            elapsed * (total - done) / done if done else None,
+                        )
+                    )
             for src in self.sources:
                 src.check_unchanged()
             sink.commit(verify=lambda part: self._verify(part, known, force))
@@ -234,15 +268,18 @@ class Rewrite:
                     poll()
                     pairs = zip(written.copy_chunks(name), content.src.copy_chunks(content.name), strict=True)
                     if any(one != other for one, other in pairs):
-                        raise VerificationError(f"{name}: reads back differently from {content.src.path}. Check the disk, "
-                                                "then run again.")
+                        raise VerificationError(
+                            f"{name}: reads back differently from {content.src.path}. Check the disk, then run again."
+                        )
         if force:
             return
         new = _errors(part) - known
         if new:
             messages = [f.message for f in check_file(part).errors if f.code in new]
-            raise VerificationError(f"the result would have {counted(sum(new.values()), 'error')} that the source has not: "
-                                    f"{some_of(messages, ' ', 4)} Nothing was written; force writes it all the same.")
+            raise VerificationError(
+                f"the result would have {counted(sum(new.values()), 'error')} that the source has not: "
+                f"{some_of(messages, ' ', 4)} Nothing was written; force writes it all the same."
+            )
 
 
 def _write(sink: Sink, name: str, content: Copy | Made) -> None:

@@ -1,13 +1,14 @@
 """comfy_quant -> the legacy fp8_scaled form, for loaders that know only that one."""
+
 from __future__ import annotations
 
 import torch
 
-from ..stored.layers import StoredLayer, stored_layers
-from ..stored.legacy import LEGACY_MARKER
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
 from ..policy.general import strip_prefix
+from ..stored.layers import StoredLayer, stored_layers
+from ..stored.legacy import LEGACY_MARKER
 from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
@@ -34,21 +35,27 @@ def to_legacy(src: Source, *, scale_input: bool = False) -> Rewrite:
             draft.put(f"{layer}.scale_input", torch.ones(()), after=f"{layer}.weight")
     write_configs(draft, dict.fromkeys(stored), HeaderMode.DROP)
     first = next(iter(stored))
-    prefix = first[:len(first) - len(strip_prefix(first))]
+    prefix = first[: len(first) - len(strip_prefix(first))]
     draft.put(prefix + LEGACY_MARKER, torch.zeros(2 if full_precision else 0).to(torch.float8_e4m3fn))
     return draft.finish()
 
 
 def _check(stored: dict[str, StoredLayer]) -> bool:
     problems = []
-    other = [f"{layer} ({entry.format.name})" for layer, entry in stored.items() if entry.format.name != "float8_e4m3fn"]
+    other = [
+        f"{layer} ({entry.format.name})" for layer, entry in stored.items() if entry.format.name != "float8_e4m3fn"
+    ]
     if other:
-        problems.append(f"{counted(len(other), 'layer has', 'layers have')} no legacy form, which is FP8 E4M3 with one scale per weight: {some_of(other)}. "
-                        "Requantize them to float8_e4m3fn first.")
+        problems.append(
+            f"{counted(len(other), 'layer has', 'layers have')} no legacy form, which is FP8 E4M3 with one scale per weight: {some_of(other)}. "
+            "Requantize them to float8_e4m3fn first."
+        )
     flags = [bool(entry.config.get("full_precision_matrix_mult")) for entry in stored.values()]
     if len(set(flags)) > 1:
-        problems.append(f"{sum(flags)} of {counted(len(flags), 'layer')} have full_precision_matrix_mult; the legacy form knows only all "
-                        "or none. Set it everywhere or remove it first: `quantpress edit`.")
+        problems.append(
+            f"{sum(flags)} of {counted(len(flags), 'layer')} have full_precision_matrix_mult; the legacy form knows only all "
+            "or none. Set it everywhere or remove it first: `quantpress edit`."
+        )
     if problems:
         raise PlanError(problems)
     return flags[0]

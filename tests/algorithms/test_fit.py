@@ -1,13 +1,10 @@
 """Learned rounding: the loop, its objectives, schedules and stop rules."""
+
 import math
 import weakref
 
 import pytest
 import torch
-from comfyui_quantpress.quant_core.pipeline import layer
-from comfyui_quantpress.quant_core.formats import tiles
-from comfyui_quantpress.quant_core.cancel import cancel_scope
-from comfyui_quantpress.quant_core.errors import Cancelled
 from comfyui_quantpress.quant_core.algorithms.fit import neighbours
 from comfyui_quantpress.quant_core.algorithms.fit.loop import FitSettings, fit
 from comfyui_quantpress.quant_core.algorithms.fit.neighbours import Choice, Neighbours, pack_bits, unpack_bits
@@ -20,11 +17,15 @@ from comfyui_quantpress.quant_core.algorithms.fit.objectives import (
 from comfyui_quantpress.quant_core.algorithms.fit.optimizers import OPTIMIZERS
 from comfyui_quantpress.quant_core.algorithms.fit.relaxations import RELAXATIONS
 from comfyui_quantpress.quant_core.algorithms.fit.schedules import SCHEDULES, ScheduleSettings, StopRule, make_schedule
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
-from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.cancel import cancel_scope
+from comfyui_quantpress.quant_core.errors import Cancelled
+from comfyui_quantpress.quant_core.formats import tiles
+from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.pipeline import layer
+from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
+from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,13 +54,17 @@ def test_learning_lowers_the_projected_error_and_hardly_touches_the_weight_error
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_combination_runs_and_returns_grid_points_no_worse_than_the_start(optimizer, relaxation, schedule, monkeypatch):
+def test_every_combination_runs_and_returns_grid_points_no_worse_than_the_start(
+    optimizer, relaxation, schedule, monkeypatch
+):
     monkeypatch.setattr(neighbours, "FEWEST", 64 * 96 // 3)
     fmt = get_format("int8_rowwise")
     given = task(fmt, weight(64, 96))
     grid = Neighbours(fmt, given.work, fmt.absmax(given.work))
     objective = projected(given, ProjectionSettings())
-    result = fit(grid, RELAXATIONS[relaxation](0.3), objective, FitSettings(40, optimizer, schedule, 0.01), lambda: None)
+    result = fit(
+        grid, RELAXATIONS[relaxation](0.3), objective, FitSettings(40, optimizer, schedule, 0.01), lambda: None
+    )
     start = objective.total_loss([fmt.round(given.work, grid.qp) - given.work])
     assert result.start_loss == pytest.approx(start, rel=1e-5)
     assert result.choice is not None
@@ -92,7 +97,11 @@ def test_bits_come_back_as_they_were(shape):
 @pytest.mark.parametrize("objective", ["projected", "output"])
 def test_slices_of_any_height_give_the_loss_and_the_gradient_of_the_whole(objective):
     w = weight(48, 32)
-    target = Output(w.T @ w) if objective == "output" else projected(task(get_format("int8_rowwise"), w), ProjectionSettings())
+    target = (
+        Output(w.T @ w)
+        if objective == "output"
+        else projected(task(get_format("int8_rowwise"), w), ProjectionSettings())
+    )
     error = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
     slices = [slice(0, 7), slice(7, 40), slice(40, 48)]
     assert target.total_loss(error[rows] for rows in slices) == pytest.approx(target.total_loss([error]), rel=1e-5)
@@ -145,7 +154,7 @@ def test_the_original_optimizer_measures_steps_by_the_gradient_of_the_whole_laye
             optimizer.step(index, variable[rows], gradient[rows].clone(), 0.5)
     assert torch.allclose(variable - before, -0.5 * gradient / gradient.square().mean().sqrt(), rtol=1e-4)
     before = variable.clone()
-    for index, rows in enumerate((slice(0, 2), slice(2, 6))):               # a jump: what the slices gave before counts no more
+    for index, rows in enumerate((slice(0, 2), slice(2, 6))):  # a jump: what the slices gave before counts no more
         optimizer.step(index, variable[rows], 1000 * gradient[rows], 0.5)
     assert torch.allclose(variable[2:] - before[2:], -0.5 * gradient[2:] / gradient.square().mean().sqrt(), rtol=1e-4)
     assert float((variable - before)[:2].square().mean().sqrt()) == pytest.approx(0.5, rel=1e-4)
@@ -174,19 +183,28 @@ class Live(TorchDispatchMode):
         def gone(_):
             del self.held[key]
             self.now -= size
+
         self.held[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 # A layer of 3072 x 3072 is cut into 20 or 28 slices; so is this small one, and what judges it takes the share it takes there.
-@pytest.mark.parametrize("optimizer, relaxation, turns, objective, name", [
-    ("original", "adaround", 2, "projected", "nvfp4"), ("original", "straight_through", 1, "output", "int8_rowwise"),
-    ("adamw", "adaround", 1, "projected", "float8_e4m3fn_rowwise"), ("adamw", "straight_through", 1, "output", "mxfp8"),
-    ("radam", "adaround", 1, "projected", "nvfp4"), ("radam", "straight_through", 1, "projected", "bnb_nf4"),
-    ("radam", "adaround", 1, "output", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    "optimizer, relaxation, turns, objective, name",
+    [
+        ("original", "adaround", 2, "projected", "nvfp4"),
+        ("original", "straight_through", 1, "output", "int8_rowwise"),
+        ("adamw", "adaround", 1, "projected", "float8_e4m3fn_rowwise"),
+        ("adamw", "straight_through", 1, "output", "mxfp8"),
+        ("radam", "adaround", 1, "projected", "nvfp4"),
+        ("radam", "straight_through", 1, "projected", "bnb_nf4"),
+        ("radam", "adaround", 1, "output", "float8_e4m3fn"),
+    ],
+)
 def test_learning_takes_at_most_three_copies_of_the_weight_beyond_weight_and_hessian(
-        optimizer, relaxation, turns, objective, name, monkeypatch):
+    optimizer, relaxation, turns, objective, name, monkeypatch
+):
     monkeypatch.setattr(neighbours, "FEWEST", 0)
     monkeypatch.setitem(tiles._SLICE, "cpu", (1 << 20) * 2**21 // 3072**2)
     monkeypatch.setattr(layer, "JUDGED_AT_ONCE", (1 << 20) * 2**21 // 3072**2)
@@ -208,7 +226,7 @@ def test_learning_is_cancelled_between_two_slices(monkeypatch):
     grid, objective = Neighbours(fmt, given.work, fmt.absmax(given.work)), projected(given, ProjectionSettings())
     per_iteration = len(grid.slices(OPTIMIZERS["original"].parts))
     fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), lambda: asked.append(1))
-    assert per_iteration >= 10 and len(asked) == 3 * per_iteration          # the start takes two passes
+    assert per_iteration >= 10 and len(asked) == 3 * per_iteration  # the start takes two passes
     with pytest.raises(Cancelled), cancel_scope(lambda: True):
         fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), given.poll)
 
@@ -263,19 +281,34 @@ def test_threshold_decides_what_counts_as_an_improvement():
 
 def test_stop_rule_names_its_reason():
     rule = StopRule(loss=0.1, rate=0.01, stall=5)
-    assert [rule.reason(0.05, 1.0, 0), rule.reason(1.0, 0.001, 0), rule.reason(1.0, 1.0, 6), rule.reason(1.0, 1.0, 5)] == [
-        "loss", "lr", "stall", None]
+    assert [
+        rule.reason(0.05, 1.0, 0),
+        rule.reason(1.0, 0.001, 0),
+        rule.reason(1.0, 1.0, 6),
+        rule.reason(1.0, 1.0, 5),
+    ] == ["loss", "lr", "stall", None]
 
 
 def test_scale_refinement_never_ends_above_one_round():
     w, fmt = weight(128, 128), get_format("nvfp4")
-    one, three = (quantize_layer("l", w, Recipe(fmt, "absmax", "learned", options={"iterations": 60, "scale_refinement": rounds}))
-                  for rounds in (1, 3))
+    one, three = (
+        quantize_layer(
+            "l", w, Recipe(fmt, "absmax", "learned", options={"iterations": 60, "scale_refinement": rounds})
+        )
+        for rounds in (1, 3)
+    )
     assert three.judgement.error <= one.judgement.error * 1.0001
 
 
 def test_the_outputs_objective_without_inputs_is_told():
-    result = quantize_layer("l", weight(), Recipe(get_format("nvfp4"), "absmax", "learned", options={"learn_objective": "output", "iterations": 5}))
-    assert any("nothing is known of this layer's inputs" in note for note in result.notes) and result.judgement.objective == "projected"
+    result = quantize_layer(
+        "l",
+        weight(),
+        Recipe(get_format("nvfp4"), "absmax", "learned", options={"learn_objective": "output", "iterations": 5}),
+    )
+    assert (
+        any("nothing is known of this layer's inputs" in note for note in result.notes)
+        and result.judgement.objective == "projected"
+    )
     plain = quantize_layer("l", weight(), Recipe(get_format("nvfp4"), "absmax", "learned", options={"iterations": 5}))
     assert not any("inputs" in note for note in plain.notes)

@@ -1,22 +1,29 @@
 """The three promises of every format x chooser x rounder, over the full product, and the corner cases of layers."""
+
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
-from comfyui_quantpress.quant_core.errors import Cancelled
-from comfyui_quantpress.quant_core.formats.base import all_formats, format_of_layer
-from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.numerics.metrics import relative_error
 from comfyui_quantpress.quant_core.algorithms.objective import make_objective
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe, layer_generator
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
 from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.errors import Cancelled
+from comfyui_quantpress.quant_core.formats.base import all_formats, format_of_layer
+from comfyui_quantpress.quant_core.numerics.metrics import relative_error
+from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
+from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe, layer_generator
 
-FORMATS = [replace(fmt, group_size=min(fmt.group_sizes) if fmt.group_sizes else fmt.group_size,
-                   rotation=16 if fmt.rotation else None) for fmt in all_formats()]
-QUICK = {"iterations": 12}      # learned rounding is judged like the others however short it is
+FORMATS = [
+    replace(
+        fmt,
+        group_size=min(fmt.group_sizes) if fmt.group_sizes else fmt.group_size,
+        rotation=16 if fmt.rotation else None,
+    )
+    for fmt in all_formats()
+]
+QUICK = {"iterations": 12}  # learned rounding is judged like the others however short it is
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,7 +94,11 @@ def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales,
     nearest = objective.total_loss([fmt.round(base, fmt.absmax(base)) - base])
     if ROUNDERS[rounding].unbiased:
         lo, hi = fmt.bracket_columns(base, qp, 0, tuple(base.shape))
-        assert ((work - lo).abs() <= 1e-6 + 1e-5 * base.abs()).logical_or((work - hi).abs() <= 1e-6 + 1e-5 * base.abs()).all()
+        assert (
+            ((work - lo).abs() <= 1e-6 + 1e-5 * base.abs())
+            .logical_or((work - hi).abs() <= 1e-6 + 1e-5 * base.abs())
+            .all()
+        )
     else:
         assert mine <= nearest * (1 + 1e-5)
         assert result.judgement.fell_back == any("taken instead" in note for note in result.notes)
@@ -97,7 +108,9 @@ def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales,
 def test_gptq_lowers_the_output_error_and_more_so_than_scales_alone(fmt):
     w, x, held_out = weight(), inputs(), inputs(seed=9)
     error = lambda scales, rounding: relative_error(  # noqa: E731
-        w @ held_out.T, decoded(fmt, quantize_layer("l", w, Recipe(fmt, scales, rounding), evidence(x)), tuple(w.shape)) @ held_out.T)
+        w @ held_out.T,
+        decoded(fmt, quantize_layer("l", w, Recipe(fmt, scales, rounding), evidence(x)), tuple(w.shape)) @ held_out.T,
+    )
     assert error("search", "gptq") < 0.75 * error("absmax", "nearest")
 
 
@@ -105,8 +118,10 @@ def test_gptq_lowers_the_output_error_and_more_so_than_scales_alone(fmt):
 @pytest.mark.parametrize("scales", CHOOSERS)
 def test_same_seed_gives_the_same_bytes(scales, rounding):
     fmt = next(f for f in FORMATS if f.name == "nvfp4")
-    runs = [quantize_layer("layer", weight(), Recipe(fmt, scales, rounding, seed=3, options=QUICK), evidence(inputs()))
-            for _ in range(2)]
+    runs = [
+        quantize_layer("layer", weight(), Recipe(fmt, scales, rounding, seed=3, options=QUICK), evidence(inputs()))
+        for _ in range(2)
+    ]
     for name, tensor in runs[0].tensors.items():
         again = runs[1].tensors[name]
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), again.reshape(-1).view(torch.uint8))

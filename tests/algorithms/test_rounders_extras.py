@@ -1,18 +1,19 @@
 """What surrounds choosers and rounders: bias correction, the low-rank residual, options, automatic choice."""
+
 from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_quantpress.quant_core.errors import OutputError, RequestError
-from comfyui_quantpress.quant_core.numerics.footprint import WEIGHT_COPIES, choose_device, needed_bytes
-from comfyui_quantpress.quant_core.formats.base import get_format
-from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.algorithms.objective import Objective, make_objective
-from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
 from comfyui_quantpress.quant_core.algorithms.residual import ResidualOptions, lora_keys, low_rank, save_residuals
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
+from comfyui_quantpress.quant_core.errors import OutputError, RequestError
+from comfyui_quantpress.quant_core.formats.base import get_format
 from comfyui_quantpress.quant_core.formats.choose import with_largest_rotation
+from comfyui_quantpress.quant_core.numerics.footprint import WEIGHT_COPIES, choose_device, needed_bytes
+from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products
+from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
+from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
 from safetensors.torch import load_file
 
 NVFP4 = get_format("nvfp4")
@@ -37,7 +38,9 @@ def test_bias_correction_lowers_the_error_on_inputs_with_a_mean():
     bias = torch.randn(64)
     result = quantize_layer("l", w, Recipe(NVFP4), evidence, bias=bias)
     assert result.bias is not None and result.bias.dtype == bias.dtype
-    assert output_error(w, bias, result, evidence.rows) < 0.8 * output_error(w, bias, replace(result, bias=None), evidence.rows)
+    assert output_error(w, bias, result, evidence.rows) < 0.8 * output_error(
+        w, bias, replace(result, bias=None), evidence.rows
+    )
 
 
 def test_bias_is_left_alone_where_the_correction_would_hurt_held_out_inputs():
@@ -86,21 +89,30 @@ def test_a_layer_with_a_residual_keeps_its_bias():
 def test_the_weight_is_rounded_for_what_a_corrected_bias_leaves():
     generator = torch.Generator().manual_seed(0)
     mixing, mean = torch.randn(24, 96, generator=generator), 3 * torch.randn(96, generator=generator)
-    x, held_out = (torch.randn(rows, 24, generator=generator) @ mixing + 0.3 * torch.randn(rows, 96, generator=generator) + mean
-                   for rows in (2000, 300))
-    w, evidence = torch.randn(64, 96, generator=generator), Evidence(hessian=x.T @ x / 2000, mean=x.mean(0), rows=held_out, count=2000)
+    x, held_out = (
+        torch.randn(rows, 24, generator=generator) @ mixing + 0.3 * torch.randn(rows, 96, generator=generator) + mean
+        for rows in (2000, 300)
+    )
+    w, evidence = (
+        torch.randn(64, 96, generator=generator),
+        Evidence(hessian=x.T @ x / 2000, mean=x.mean(0), rows=held_out, count=2000),
+    )
     bias, recipe = torch.zeros(64), Recipe(NVFP4, "search", "gptq")
     result = quantize_layer("l", w, recipe, evidence, bias=bias)
     plain = quantize_layer("l", w, recipe, evidence)
     shift = (w - NVFP4.dequantize(plain.tensors, tuple(w.shape))) @ evidence.mean
-    assert output_error(w, bias, result, evidence.rows) < 0.97 * output_error(w, bias, replace(plain, bias=bias + shift), evidence.rows)
+    assert output_error(w, bias, result, evidence.rows) < 0.97 * output_error(
+        w, bias, replace(plain, bias=bias + shift), evidence.rows
+    )
 
 
 def test_a_refused_correction_leaves_the_weight_as_it_is_without_one():
     w, _, evidence = layer(mean=3.0)
     wrong, recipe = replace(evidence, mean=-evidence.mean), Recipe(NVFP4, "search", "gptq")
     result, plain = quantize_layer("l", w, recipe, wrong, bias=torch.zeros(64)), quantize_layer("l", w, recipe, wrong)
-    assert result.bias is None and all(torch.equal(result.tensors[name], plain.tensors[name]) for name in plain.tensors)
+    assert result.bias is None and all(
+        torch.equal(result.tensors[name], plain.tensors[name]) for name in plain.tensors
+    )
 
 
 def test_centred_evidence_is_that_of_inputs_without_their_mean():
@@ -111,7 +123,9 @@ def test_centred_evidence_is_that_of_inputs_without_their_mean():
     diagonal = make_objective(NVFP4, replace(evidence, hessian=None).centred(), torch.device("cpu")).diagonal
     away = x - x.mean(0)
     assert torch.allclose(full.hessian, away.T @ away / len(x), atol=1e-3)
-    assert torch.allclose(full.diagonal, away.square().mean(0), atol=1e-3) and torch.allclose(diagonal, full.diagonal, atol=1e-3)
+    assert torch.allclose(full.diagonal, away.square().mean(0), atol=1e-3) and torch.allclose(
+        diagonal, full.diagonal, atol=1e-3
+    )
     assert torch.equal(evidence.hessian, kept)
 
 
@@ -127,14 +141,20 @@ def test_rotating_leaves_the_callers_hessian_as_it_is():
 def test_weak_channels_are_not_drowned_by_a_strong_one():
     """A share of the mean diagonal would exceed all other channels' energy, and feedback among them would cease."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 96, generator=generator) + 0.1 * torch.randn(4000, 96, generator=generator)
+    x = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 96, generator=generator) + 0.1 * torch.randn(
+        4000, 96, generator=generator
+    )
     x[:, 5] = 0
     weak, w = x.T @ x / 4000, torch.randn(64, 96, generator=generator)
     hessian = weak.clone()
     hessian[5, 5] = 1e6
     evidence = Evidence(hessian=hessian, count=4000)
-    lost = {rounding: Objective(weak).loss(w - NVFP4.dequantize(quantize_layer("l", w, Recipe(NVFP4, "absmax", rounding), evidence).tensors,
-                                                                (64, 96))) for rounding in ("nearest", "gptq")}
+    lost = {
+        rounding: Objective(weak).loss(
+            w - NVFP4.dequantize(quantize_layer("l", w, Recipe(NVFP4, "absmax", rounding), evidence).tensors, (64, 96))
+        )
+        for rounding in ("nearest", "gptq")
+    }
     assert lost["gptq"] < 0.3 * lost["nearest"]
 
 
@@ -158,8 +178,9 @@ def test_full_rank_residual_is_the_error():
 
 def test_residual_options_choose_layers():
     options = ResidualOptions(8, r"attn\.", 2)
-    assert [options.wants(name) for name in ("blocks.0.attn.qkv", "blocks.2.attn.qkv", "blocks.1.mlp.fc1", "attn.qkv")] == [
-        True, False, False, False]
+    assert [
+        options.wants(name) for name in ("blocks.0.attn.qkv", "blocks.2.attn.qkv", "blocks.1.mlp.fc1", "attn.qkv")
+    ] == [True, False, False, False]
     assert not ResidualOptions().wants("blocks.0.attn.qkv")
     with pytest.raises(RequestError, match="regular expression"):
         ResidualOptions(8, "(").wants("x")
@@ -171,7 +192,9 @@ def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
     names = ("model.diffusion_model.blocks.0.attn.qkv", "diffusion_model.blocks.1.attn.qkv", "blocks.2.attn.qkv")
     save_residuals(tmp_path / "lora.safetensors", dict.fromkeys(names, residual))
     stored = load_file(tmp_path / "lora.safetensors")
-    assert sorted(stored) == sorted(f"diffusion_model.blocks.{i}.attn.qkv.lora_{side}.weight" for i in range(3) for side in ("up", "down"))
+    assert sorted(stored) == sorted(
+        f"diffusion_model.blocks.{i}.attn.qkv.lora_{side}.weight" for i in range(3) for side in ("up", "down")
+    )
     assert torch.equal(stored[lora_keys("blocks.2.attn.qkv")[0]], residual.up)
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
     with pytest.raises(RequestError, match="no layer matches"):
@@ -180,16 +203,19 @@ def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
         save_residuals(tmp_path / "missing" / "lora.safetensors", {"a": residual})
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"dampng": 0.1}, "no option 'dampng'"),
-    ({"damping": "much"}, "damping: found 'much', needs a value of type float"),
-    ({"damping": -1.0}, "damping: found -1.0, needs 1e-06 to 10.0"),
-    ({"order": "random"}, "order: found 'random'. Choose one of activation, natural"),
-    ({"sweeps": True}, "sweeps: found True"),
-    ({"sweeps": 1.5}, "sweeps: found 1.5"),
-    ({"full_matrix": "False"}, "full_matrix: found 'False', needs true or false"),
-    ({"optimizer": "prodigy"}, "optimizer: found 'prodigy'. Choose one of original, adamw, radam"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dampng": 0.1}, "no option 'dampng'"),
+        ({"damping": "much"}, "damping: found 'much', needs a value of type float"),
+        ({"damping": -1.0}, "damping: found -1.0, needs 1e-06 to 10.0"),
+        ({"order": "random"}, "order: found 'random'. Choose one of activation, natural"),
+        ({"sweeps": True}, "sweeps: found True"),
+        ({"sweeps": 1.5}, "sweeps: found 1.5"),
+        ({"full_matrix": "False"}, "full_matrix: found 'False', needs true or false"),
+        ({"optimizer": "prodigy"}, "optimizer: found 'prodigy'. Choose one of original, adamw, radam"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     with pytest.raises(RequestError) as caught:
         Recipe(NVFP4, options=options).validate()

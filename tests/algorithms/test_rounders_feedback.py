@@ -1,16 +1,17 @@
 """Error feedback: the factor, the column pass, its kernel, and what they promise about the objective."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
-from comfyui_quantpress.quant_core.formats.records import ColumnGrid
+from comfyui_quantpress.quant_core.algorithms.factor import PANEL, column_order, factor
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.rounders import feedback, gptq
-from comfyui_quantpress.quant_core.algorithms.factor import PANEL, column_order, factor
 from comfyui_quantpress.quant_core.algorithms.rounders.group_scales import group_order, has_groups
 from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats.records import ColumnGrid
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,7 +24,9 @@ def one_thread():
 
 def hessian(k, seed=0, rows=None):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows or 3 * k, k, generator=generator) @ (torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator))
+    x = torch.randn(rows or 3 * k, k, generator=generator) @ (
+        torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator)
+    )
     return x.T @ x / len(x)
 
 
@@ -54,7 +57,7 @@ def test_factor_refuses_what_is_not_definite():
 def test_damping_is_raised_until_the_factor_exists_and_the_note_says_so():
     fmt = get_format("int8_rowwise")
     h = hessian(40)
-    h -= 0.1 * h.diagonal().mean() * torch.eye(40)            # what rounding in a merged file might do, much larger
+    h -= 0.1 * h.diagonal().mean() * torch.eye(40)  # what rounding in a merged file might do, much larger
     w = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
     result = gptq.round_codes(gptq.prepare(task(fmt, w, h)), fmt.absmax(w))
     assert any("damping raised" in note for note in result.notes)
@@ -68,7 +71,9 @@ def test_uncorrelated_inputs_give_round_to_nearest():
     assert torch.equal(fmt.decode(gptq.round_codes(given, qp).codes, qp), fmt.round(given.work, qp))
 
 
-@pytest.mark.parametrize("fmt", [replace(f, rotation=16 if f.rotation else None) for f in all_formats()], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt", [replace(f, rotation=16 if f.rotation else None) for f in all_formats()], ids=lambda f: f.name
+)
 def test_every_sweep_and_every_refit_lowers_the_objective(fmt):
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)) * 0.1
     losses = []
@@ -89,9 +94,13 @@ def test_column_grid_rounds_as_the_format_does(fmt):
     want = fmt.round(work, qp)[:, order]
     for i in range(len(order)):
         levels = grid.levels if grid.levels.dim() == 1 else grid.levels[:, i]
-        got = feedback.nearest(work[:, order[i]], levels, grid.scale[:, i], None if grid.zero is None else grid.zero[:, i])
+        got = feedback.nearest(
+            work[:, order[i]], levels, grid.scale[:, i], None if grid.zero is None else grid.zero[:, i]
+        )
         far = (got - want[:, i]).abs() > 1e-5 * grid.scale[:, i]
-        tie = ((work[:, order[i]] - got).abs() - (work[:, order[i]] - want[:, i]).abs()).abs() < 1e-5 * grid.scale[:, i]
+        tie = ((work[:, order[i]] - got).abs() - (work[:, order[i]] - want[:, i]).abs()).abs() < 1e-5 * grid.scale[
+            :, i
+        ]
         assert (~far | tie).all()
 
 
@@ -100,6 +109,7 @@ def test_column_grid_rounds_as_the_format_does(fmt):
 def test_kernel_agrees_with_the_torch_pass(kind, shape):
     pytest.importorskip("triton", reason="triton is not installed")
     from comfyui_quantpress.quant_core.algorithms.rounders.feedback_triton import round_block_triton
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(*size, generator=generator).to(device)  # noqa: E731
@@ -114,12 +124,15 @@ def test_kernel_agrees_with_the_torch_pass(kind, shape):
         run(original, target.clone(), errors, inner, grid)
         outcomes.append(errors)
     agree = (outcomes[0] - outcomes[1]).abs() <= 1e-4 * outcomes[0].abs() + 1e-5
-    assert agree[:, 0].all() and agree.float().mean() > 0.97       # one turned weight changes those after it in its row
+    assert agree[:, 0].all() and agree.float().mean() > 0.97  # one turned weight changes those after it in its row
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])
-@pytest.mark.parametrize("fmt", [replace(f, rotation=16 if f.rotation else None) for f in all_formats() if has_groups(f)],
-                         ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt",
+    [replace(f, rotation=16 if f.rotation else None) for f in all_formats() if has_groups(f)],
+    ids=lambda f: f.name,
+)
 def test_scales_updated_on_the_way_round_to_themselves_and_beat_nearest(fmt, order):
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)) * 0.1
     given = gptq.prepare(replace(task(fmt, w, hessian(256)), options={"group_scales": "updated", "order": order}))

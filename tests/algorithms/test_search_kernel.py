@@ -1,16 +1,19 @@
 """The search's fused sums against their specification in torch; by the interpreter on a CPU, compiled on a GPU."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import search
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMATS = [replace(f, rotation=16 if f.rotation else None) for f in all_formats() if f.levels(torch.device("cpu")) is not None]
+FORMATS = [
+    replace(f, rotation=16 if f.rotation else None) for f in all_formats() if f.levels(torch.device("cpu")) is not None
+]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 
 
@@ -36,7 +39,11 @@ def test_losses_and_least_squares_are_those_of_torch(fmt, weighted, kernel):
     got = {}
     for on in (False, True):
         kernel(on)
-        got[on] = [search.block_loss(task, base), search.block_loss(task, smaller), search.least_squares(task, base).effective()]
+        got[on] = [
+            search.block_loss(task, base),
+            search.block_loss(task, smaller),
+            search.least_squares(task, base).effective(),
+        ]
     for torchs, ours in zip(got[False], got[True]):
         assert ours.shape == torchs.shape and torch.allclose(ours, torchs, rtol=2e-4, atol=1e-12)
     assert not torch.equal(got[True][0], got[True][1])

@@ -1,37 +1,69 @@
 """Recorded model calls: what is recorded comes back to the bit, the sample is even and deterministic, and files keep it."""
+
 import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from comfyui_quantpress.quant_core.calibration.calibration import Calibration, ModelIdentity
 from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable, record
 from comfyui_quantpress.quant_core.calibration.merge import merge_files
 from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
-from comfyui_quantpress.quant_core.calibration.storage import METADATA_KEY, load_calibration, open_calibration, save_calibration
+from comfyui_quantpress.quant_core.calibration.storage import (
+    METADATA_KEY,
+    load_calibration,
+    open_calibration,
+    save_calibration,
+)
 from comfyui_quantpress.quant_core.checkpoint.header import TORCH_TO_CODE
 from comfyui_quantpress.quant_core.errors import InputFileError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 LAYER = "blocks.0.up"
 SETTINGS = StatisticsSettings(histogram_rows=50, reservoir_rows=2, sketch_size=4)
-STRANGE = {"plain": object(), "in a list": [1, object()], "a set": {1}, "bytes": b"x", "a key of another type": {1: 2}, "huge": 2**63,
-           "complex": 1j, "sparse": torch.eye(2).to_sparse(), "meta": torch.empty(2, device="meta"), "surrogate": "\ud800",
-           "surrogate key": {"\udfff": 1}, "subclass": type("Float", (float,), {})(1.0), "long text": "x" * 70_000}
+STRANGE = {
+    "plain": object(),
+    "in a list": [1, object()],
+    "a set": {1},
+    "bytes": b"x",
+    "a key of another type": {1: 2},
+    "huge": 2**63,
+    "complex": 1j,
+    "sparse": torch.eye(2).to_sparse(),
+    "meta": torch.empty(2, device="meta"),
+    "surrogate": "\ud800",
+    "surrogate key": {"\udfff": 1},
+    "subclass": type("Float", (float,), {})(1.0),
+    "long text": "x" * 70_000,
+}
 
 
 def nested():
     """Every kind of node and a bf16 tensor, with keys that look like paths."""
-    return {"x": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), "c_crossattn": torch.arange(10).reshape(2, 5).bfloat16(),
-            "none": None, "flag": True, "number": -7, "real": 0.1, "whole real": 1.0, "odd": [float("inf"), float("-inf"), float("nan")],
-            "text": 'ü "quoted"', "": torch.tensor(3.5, dtype=torch.float64), "empty": torch.empty(0, 4, dtype=torch.float16),
-            "control": {"input": [torch.ones(1, dtype=torch.int64), None], "a.b": torch.tensor([True, False]), "a": {"b": torch.zeros(1)},
-                        "50%2E": torch.arange(3, dtype=torch.uint8)},
-            "shapes": (torch.Size([1, 16, 8]), [(1, 2.0)], ()), "transformer_options": {"cond_or_uncond": [0, 1], "nothing": {}}}
+    return {
+        "x": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)),
+        "c_crossattn": torch.arange(10).reshape(2, 5).bfloat16(),
+        "none": None,
+        "flag": True,
+        "number": -7,
+        "real": 0.1,
+        "whole real": 1.0,
+        "odd": [float("inf"), float("-inf"), float("nan")],
+        "text": 'ü "quoted"',
+        "": torch.tensor(3.5, dtype=torch.float64),
+        "empty": torch.empty(0, 4, dtype=torch.float16),
+        "control": {
+            "input": [torch.ones(1, dtype=torch.int64), None],
+            "a.b": torch.tensor([True, False]),
+            "a": {"b": torch.zeros(1)},
+            "50%2E": torch.arange(3, dtype=torch.uint8),
+        },
+        "shapes": (torch.Size([1, 16, 8]), [(1, 2.0)], ()),
+        "transformer_options": {"cond_or_uncond": [0, 1], "nothing": {}},
+    }
 
 
 def assert_same(one, other):
@@ -115,13 +147,23 @@ def test_a_recorded_call_is_an_equal_copy_of_its_own():
 def test_recorded_tensors_are_dense_detached_normal_and_on_the_cpu():
     with torch.inference_mode():
         inference = torch.randn(3, 4).t()
-    parts = {"inference": inference, "strided": torch.randn(6, 6)[::2, 1:], "expanded": torch.ones(1).expand(5),
-             "parameter": nn.Parameter(torch.ones(2)), "part of a large one": torch.zeros(1000)[:2]}
+    parts = {
+        "inference": inference,
+        "strided": torch.randn(6, 6)[::2, 1:],
+        "expanded": torch.ones(1).expand(5),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "part of a large one": torch.zeros(1000)[:2],
+    }
     with torch.inference_mode():
         call = record(parts)
     for name, tensor in call.arguments.items():
         assert torch.equal(tensor, parts[name]), name
-        assert tensor.is_contiguous() and not tensor.is_inference() and not tensor.requires_grad and type(tensor) is torch.Tensor, name
+        assert (
+            tensor.is_contiguous()
+            and not tensor.is_inference()
+            and not tensor.requires_grad
+            and type(tensor) is torch.Tensor
+        ), name
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
@@ -154,7 +196,7 @@ def test_the_smallest_keys_stay_in_their_order(limit):
 
 
 def test_keys_depend_on_seed_run_and_call_and_differ():
-    assert call_key(1, 2, 3) == 7164752611279046      # the first 53 bits of the sha256 of "1, run 2, call 3"
+    assert call_key(1, 2, 3) == 7164752611279046  # the first 53 bits of the sha256 of "1, run 2, call 3"
     keys = {call_key(seed, run, call) for seed in range(4) for run in range(4) for call in range(64)}
     assert len(keys) == 4 * 4 * 64 and all(0 <= key < 2**53 for key in keys)
     assert sorted(numbers(filled(8))) != sorted(numbers(filled(8, seed=1)))
@@ -163,7 +205,7 @@ def test_keys_depend_on_seed_run_and_call_and_differ():
 def test_every_call_is_kept_equally_often():
     kept = [number for seed in range(400) for number in numbers(filled(5, seed=seed, calls=20))]
     counts = [kept.count(number) for number in range(20)]
-    assert 100 - 5 * 9 < min(counts) and max(counts) < 100 + 5 * 9       # mean 100, standard deviation 8.7
+    assert min(counts) > 100 - 5 * 9 and max(counts) < 100 + 5 * 9  # mean 100, standard deviation 8.7
 
 
 def test_a_call_that_is_not_kept_is_not_copied(monkeypatch):
@@ -173,7 +215,7 @@ def test_a_call_that_is_not_kept_is_not_copied(monkeypatch):
     for number in range(100):
         kept += sample.offer(lambda: {"x": torch.full((8,), float(number))}, call_key(0, 0, number))
     assert len(copies) == kept < 30
-    assert not sample.offer(lambda: 1 / 0, 2**53) and sample.refused == 0      # it is not even looked at
+    assert not sample.offer(lambda: 1 / 0, 2**53) and sample.refused == 0  # it is not even looked at
 
 
 def test_over_the_byte_budget_the_largest_keys_go_and_their_like_stays_out():
@@ -184,7 +226,9 @@ def test_over_the_byte_budget_the_largest_keys_go_and_their_like_stays_out():
     assert sample.offer(lambda: {"x": torch.zeros(40, dtype=torch.uint8)}, 1)
     assert sample.offer(lambda: {"x": torch.zeros(50, dtype=torch.uint8)}, 3)
     assert not sample.offer(lambda: {"x": torch.zeros(20, dtype=torch.uint8)}, 4)
-    assert not sample.offer(lambda: {"x": torch.zeros(10, dtype=torch.uint8)}, 5)      # it would fit; calls of key 4 did not
+    assert not sample.offer(
+        lambda: {"x": torch.zeros(10, dtype=torch.uint8)}, 5
+    )  # it would fit; calls of key 4 did not
     assert sample.offer(lambda: {"x": torch.zeros(30, dtype=torch.uint8)}, 2)
     assert [kept.key for kept in sample.kept] == [1, 2] and sample.refused == 0
     assert not sample.offer(lambda: {"x": torch.zeros(101, dtype=torch.uint8)}, 0)
@@ -201,8 +245,10 @@ def test_texts_have_a_budget_of_their_own_for_they_go_into_the_header():
 def test_calls_that_cannot_be_recorded_are_counted_and_take_no_place():
     sample = CallSample(3)
     for number in range(20):
-        sample.offer(lambda: {"number": number, "control": object() if number % 4 == 1 else None} if number % 4 != 3 else None,
-                     call_key(0, 0, number))
+        sample.offer(
+            lambda: {"number": number, "control": object() if number % 4 == 1 else None} if number % 4 != 3 else None,
+            call_key(0, 0, number),
+        )
     assert numbers(sample) == expected(3, [(0, 0, number) for number in range(0, 20, 2)]) and 0 < sample.refused <= 10
 
 
@@ -221,7 +267,9 @@ def test_negative_limits_are_a_mistake():
 def test_merging_is_as_if_one_sample_had_seen_all():
     one, other = filled(9, run=1), filled(9, run=2)
     one.merge(other)
-    assert numbers(one) == expected(9, [(0, run, number) for run in (1, 2) for number in range(30)]) and one.offered == 60
+    assert (
+        numbers(one) == expected(9, [(0, run, number) for run in (1, 2) for number in range(30)]) and one.offered == 60
+    )
     small, large = filled(2), filled(6, run=2, max_bytes=1000)
     small.merge(large)
     assert (small.limit, len(small.kept)) == (6, 6)
@@ -232,7 +280,11 @@ def test_merging_is_as_if_one_sample_had_seen_all():
 
 def test_the_calls_of_a_run_are_one_group():
     groups = [call_group(seed, run, note) for seed in (0, 1) for run in (1, 2) for note in ("seed 5", "seed 6")]
-    assert len(set(groups)) == 8 and call_group(0, 1, "seed 5") == groups[0] and all(0 <= group < 2**53 for group in groups)
+    assert (
+        len(set(groups)) == 8
+        and call_group(0, 1, "seed 5") == groups[0]
+        and all(0 <= group < 2**53 for group in groups)
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -252,11 +304,12 @@ def test_a_file_gives_the_calls_back_in_order(tmp_path):
     loaded = load_calibration(path).calls
     assert (loaded.limit, loaded.max_bytes, loaded.offered, loaded.refused) == (64, sample.max_bytes, 3, 1)
     path.unlink()
-    assert_same(second.arguments, list(loaded.calls())[1].arguments)       # the whole file is in memory
+    assert_same(second.arguments, list(loaded.calls())[1].arguments)  # the whole file is in memory
 
 
 def test_calls_are_read_one_at_a_time(tmp_path, monkeypatch):
     from comfyui_quantpress.quant_core.checkpoint.source import Source
+
     path, read, plain_read = save_calibration(calibration(filled(5)), tmp_path / "c.safetensors"), [], Source.read
     monkeypatch.setattr(Source, "read", lambda self, name: read.append(name) or plain_read(self, name))
     with open_calibration(path) as reader:
@@ -277,14 +330,18 @@ def test_a_layer_of_any_name_keeps_its_tensors_apart(tmp_path):
 def test_a_file_without_calls_loads_with_none(tmp_path):
     path = save_calibration(calibration(CallSample()), tmp_path / "c.safetensors")
     with safe_open(path, "pt") as file:
-        assert "calls" not in json.loads(file.metadata()[METADATA_KEY]) and not any("__calls__" in name for name in file.keys())
+        assert "calls" not in json.loads(file.metadata()[METADATA_KEY]) and not any(
+            "__calls__" in name for name in file.keys()
+        )
     with open_calibration(path) as reader:
         assert reader.call_count == 0 and list(reader.calls()) == []
 
 
 def test_merged_files_are_those_of_a_merge_in_memory(tmp_path):
     samples = [filled(9, run=1), filled(4, run=2), CallSample()]
-    paths = [save_calibration(calibration(sample), tmp_path / f"{at}.safetensors") for at, sample in enumerate(samples)]
+    paths = [
+        save_calibration(calibration(sample), tmp_path / f"{at}.safetensors") for at, sample in enumerate(samples)
+    ]
     random.Random(0).shuffle(paths)
     found = merge_files(paths, tmp_path / "merged.safetensors")
     direct = load_calibration(paths[0])
@@ -306,18 +363,21 @@ def too_deep():
     return {"dict": {"x": tree}}
 
 
-@pytest.mark.parametrize(("change", "tensors", "said"), [
-    (lambda m: None, lambda t: t.pop("__calls__.1.x"), r"__calls__\.1\.x is missing; .* Capture again"),
-    (break_tree({"dict": {"x": {"tensor": "y"}}}), lambda t: None, r"__calls__\.0\.y is missing"),
-    (break_tree({"dict": {"x": {"lambda": 1}}}), lambda t: None, "damaged .*'lambda', which is unknown"),
-    (break_tree({"dict": {"x": {"float": "1"}}}), lambda t: None, "damaged .*'float', which is unknown"),
-    (break_tree({"dict": {"x": {}}}), lambda t: None, "damaged"),
-    (break_tree([1]), lambda t: None, "damaged .*no arguments by name"),
-    (break_tree(too_deep()), lambda t: None, "damaged .*nested too deeply"),
-    (lambda m: m["calls"]["kept"][0].pop("key"), lambda t: None, "damaged .*key"),
-    (lambda m: m.update(calls=[1]), lambda t: None, "damaged"),
-    (lambda m: m["calls"].update(limit=-1), lambda t: None, "damaged .*neither can be negative"),
-])
+@pytest.mark.parametrize(
+    ("change", "tensors", "said"),
+    [
+        (lambda m: None, lambda t: t.pop("__calls__.1.x"), r"__calls__\.1\.x is missing; .* Capture again"),
+        (break_tree({"dict": {"x": {"tensor": "y"}}}), lambda t: None, r"__calls__\.0\.y is missing"),
+        (break_tree({"dict": {"x": {"lambda": 1}}}), lambda t: None, "damaged .*'lambda', which is unknown"),
+        (break_tree({"dict": {"x": {"float": "1"}}}), lambda t: None, "damaged .*'float', which is unknown"),
+        (break_tree({"dict": {"x": {}}}), lambda t: None, "damaged"),
+        (break_tree([1]), lambda t: None, "damaged .*no arguments by name"),
+        (break_tree(too_deep()), lambda t: None, "damaged .*nested too deeply"),
+        (lambda m: m["calls"]["kept"][0].pop("key"), lambda t: None, "damaged .*key"),
+        (lambda m: m.update(calls=[1]), lambda t: None, "damaged"),
+        (lambda m: m["calls"].update(limit=-1), lambda t: None, "damaged .*neither can be negative"),
+    ],
+)
 def test_damaged_calls_are_refused_by_name(tmp_path, change, tensors, said):
     path = save_calibration(calibration(filled(3)), tmp_path / "c.safetensors")
     assert load_calibration(changed(path)).calls.limit == 3

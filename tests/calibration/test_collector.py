@@ -1,10 +1,8 @@
 """Watching a model: hooks come and go, rows are balanced and reproducible, budgets are kept, compiled models refused."""
+
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from torch import nn
-
+from comfyui_quantpress.quant_core.calibration.calibration import fingerprint
 from comfyui_quantpress.quant_core.calibration.capture.budget import (
     LEAST_STAGED,
     MOST_STAGED,
@@ -12,21 +10,23 @@ from comfyui_quantpress.quant_core.calibration.capture.budget import (
     fixed_bytes,
     plan_budget,
 )
-from comfyui_quantpress.quant_core.calibration.calibration import fingerprint
 from comfyui_quantpress.quant_core.calibration.capture.collector import (
     ABSMAX_WHOLE,
     CallContext,
     CaptureSettings,
     Collector,
 )
+from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers, named_linear_layers
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.calibration.statistics.hessian import PANEL, HessianKind, Placement
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers, named_linear_layers
+from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
 from comfyui_quantpress.quant_core.calibration.statistics.selection import Part, chunk_labels, select_rows
 from comfyui_quantpress.quant_core.calibration.statistics.staging import LARGEST_SLOTS
-from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.errors import RequestError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 
 class Net(nn.Module):
@@ -44,13 +44,16 @@ class Net(nn.Module):
 
 def collector(net, budget=Budget(), **settings):
     modules = linear_layers(net)
-    return Collector(modules, plan_budget({name: m.in_features for name, m in modules.items()}, budget),
-                     CaptureSettings(**settings))
+    return Collector(
+        modules, plan_budget({name: m.in_features for name, m in modules.items()}, budget), CaptureSettings(**settings)
+    )
 
 
 def call(net, step, batch=2, tokens=50, dtype=torch.float32, **kwargs):
     g = torch.Generator().manual_seed(step)
-    return net(torch.randn(batch, tokens, 16, generator=g).to(dtype), torch.randn(batch, 8, generator=g).to(dtype), **kwargs)
+    return net(
+        torch.randn(batch, tokens, 16, generator=g).to(dtype), torch.randn(batch, 8, generator=g).to(dtype), **kwargs
+    )
 
 
 def hook_count(net):
@@ -58,8 +61,17 @@ def hook_count(net):
 
 
 def contents(calibration):
-    return {name: [s.sum.tolist(), s.absmax.tolist(), s.histogram.tolist(), s.reservoir.filled().tolist(), s.labels,
-                   s.hessian_sum().tolist()] for name, s in calibration.statistics.items()}
+    return {
+        name: [
+            s.sum.tolist(),
+            s.absmax.tolist(),
+            s.histogram.tolist(),
+            s.reservoir.filled().tolist(),
+            s.labels,
+            s.hessian_sum().tolist(),
+        ]
+        for name, s in calibration.statistics.items()
+    }
 
 
 def run(watch, net, steps=4, labels=("uncond", "cond"), **kwargs):
@@ -73,7 +85,9 @@ def run(watch, net, steps=4, labels=("uncond", "cond"), **kwargs):
 def test_statistics_are_those_of_the_true_inputs():
     net = Net()
     calibration = run(collector(net, holdout=0.0), net)
-    x = torch.cat([torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(step)).view(-1, 16) for step in range(4)])
+    x = torch.cat(
+        [torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(step)).view(-1, 16) for step in range(4)]
+    )
     evidence = to_evidence(calibration.statistics["up"])
     assert evidence.count == 400 and calibration.statistics["up"].labels == {"uncond": 200, "cond": 200}
     assert torch.allclose(evidence.hessian, x.T @ x / 400, rtol=1e-4, atol=1e-5)
@@ -115,6 +129,7 @@ def test_hooks_go_when_a_later_hook_cannot_be_set(monkeypatch):
 
     def refuse(*args, **kwargs):
         raise ValueError("no hook")
+
     monkeypatch.setattr(net.modulation, "register_forward_pre_hook", refuse)
     with pytest.raises(ValueError, match="no hook"), watch.capture(net):
         pytest.fail("must not be reached")
@@ -158,8 +173,11 @@ def test_memory_still_to_come_is_the_plan_less_what_the_seen_layers_hold():
     plan = plan_budget({name: m.in_features for name, m in modules.items()}, Budget())
     assert watch.missing_device_bytes() == plan.device_bytes
     run(watch, net, steps=1)
-    kept = sum(t.nbytes for s in watch.result().statistics.values()
-               for t in (s.absmax, s.sum, s.square_sum, s.histogram, s.reservoir.rows, s.hessian.total()))
+    kept = sum(
+        t.nbytes
+        for s in watch.result().statistics.values()
+        for t in (s.absmax, s.sum, s.square_sum, s.histogram, s.reservoir.rows, s.hessian.total())
+    )
     assert watch.missing_device_bytes() == plan.device_bytes - kept
     watch.reset()
     assert watch.missing_device_bytes() == plan.device_bytes
@@ -192,8 +210,14 @@ def test_runs_accumulate_and_merge_like_one_capture():
 def test_cap_balances_steps_and_labels_whatever_the_calls():
     net = Net()
     watch = collector(net, rows_per_step=24, holdout=0.0)
-    contexts = iter([CallContext(0, 1.0, ("cond",)), CallContext(0, 1.0, ("uncond",)),
-                     CallContext(1, torch.tensor(0.5), ("cond", "uncond")), CallContext(1, torch.tensor(0.5), ("cond",))])
+    contexts = iter(
+        [
+            CallContext(0, 1.0, ("cond",)),
+            CallContext(0, 1.0, ("uncond",)),
+            CallContext(1, torch.tensor(0.5), ("cond", "uncond")),
+            CallContext(1, torch.tensor(0.5), ("cond",)),
+        ]
+    )
     with watch.capture(net, lambda: next(contexts)):
         call(net, 0, tokens=80), call(net, 1, tokens=10), call(net, 2, tokens=60), call(net, 3)
     record = watch.result().runs[0]
@@ -259,7 +283,11 @@ def test_held_out_rows_are_in_no_other_statistic():
     held = statistics.reservoir.filled()
     x = torch.cat(seen)
     is_held = (x.bfloat16()[:, None] == held[None]).all(-1).any(-1)
-    assert int(is_held.sum()) == len(held) == statistics.reservoir.size - int((statistics.reservoir.keys == -torch.inf).sum())
+    assert (
+        int(is_held.sum())
+        == len(held)
+        == statistics.reservoir.size - int((statistics.reservoir.keys == -torch.inf).sum())
+    )
     # 4 steps x 2 labels x 40 rows, a quarter of each held out: all of them fit the reservoir of 128.
     assert len(held) == 80 and int(statistics.count) == 240
 
@@ -271,6 +299,7 @@ def test_weighting_is_asked_per_context_and_label():
     def weight(context, label):
         asked.add((context.step, label))
         return {"cond": 2.0, "uncond": 0.0}[label]
+
     calibration = run(collector(net, weighting=weight, weighting_name="cond only", holdout=0.0), net, steps=2)
     statistics = calibration.statistics["up"]
     assert asked == {(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")}
@@ -308,6 +337,7 @@ def test_a_default_device_set_around_the_model_changes_nothing():
         with watch.capture(net):
             net(x, c)
         return contents(watch.result())
+
     with torch.device("meta"):  # as some loaders do; what is made without a device lands there
         inside = capture()
     assert inside == capture()
@@ -347,6 +377,7 @@ def test_compiled_models_are_refused():
 def test_layers_are_found_by_name_and_pattern():
     class Linear(nn.Module):  # as ComfyUI's mixed-precision one: no nn.Linear
         in_features, out_features = 4, 8
+
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Linear())
     assert list(linear_layers(net)) == ["0", "2"] and list(linear_layers(net, "2")) == ["2"]
     with pytest.raises(RequestError, match="no linear layer called 7"):
@@ -364,6 +395,7 @@ def test_fingerprint_is_the_same_in_any_float_type_and_tells_weights_apart():
 
 
 # --- choosing rows -------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 40), st.floats(0, 0.9), st.integers(0, 2**40))
@@ -397,15 +429,18 @@ SHAPES = {"a.wide": 4096, "b": 512, "c": 1024, "d": 512}
 
 
 # Fixed: 14 MiB of small statistics and staged rows, and 16 MiB of scratch for the widest layer. Hessians: 64, 1, 4, 1.
-@pytest.mark.parametrize(("device", "host", "disk", "expected"), [
-    (400, 0, 0, ["full device", "full device", "full device", "full device"]),
-    (45, 400, 0, ["full host", "full device", "full device", "full device"]),
-    (45, 0, 400, ["full disk", "full device", "full device", "full device"]),
-    (64, 20, 0, ["sketch device", "full device", "full device", "full device"]),
-    (45, 20, 0, ["sketch host", "full device", "full device", "full device"]),
-    (37, 0, 0, ["diagonal -", "full device", "full device", "full device"]),
-    (33, 2, 0, ["diagonal -", "full device", "diagonal -", "full device"]),
-])
+@pytest.mark.parametrize(
+    ("device", "host", "disk", "expected"),
+    [
+        (400, 0, 0, ["full device", "full device", "full device", "full device"]),
+        (45, 400, 0, ["full host", "full device", "full device", "full device"]),
+        (45, 0, 400, ["full disk", "full device", "full device", "full device"]),
+        (64, 20, 0, ["sketch device", "full device", "full device", "full device"]),
+        (45, 20, 0, ["sketch host", "full device", "full device", "full device"]),
+        (37, 0, 0, ["diagonal -", "full device", "full device", "full device"]),
+        (33, 2, 0, ["diagonal -", "full device", "diagonal -", "full device"]),
+    ],
+)
 def test_narrow_layers_come_first_and_each_takes_the_best_place_left(device, host, disk, expected):
     plan = plan_budget(SHAPES, Budget(device * 2**20, host * 2**20, disk * 2**20))
     found = [f"{d.kind.value} {d.placement.value if d.placement else '-'}" for d in plan.decisions]
@@ -415,22 +450,32 @@ def test_narrow_layers_come_first_and_each_takes_the_best_place_left(device, hos
 
 
 @settings(max_examples=100, deadline=None)
-@example([1, 1, 1, 1, 1589], 8709830, 0, 0, False)      # all rows would wait in half of it, but not beside the scratch memory
-@given(st.lists(st.integers(1, 9000), min_size=1, max_size=12), st.integers(0, 2**31), st.integers(0, 2**30),
-       st.integers(0, 2**30), st.booleans())
+@example(
+    [1, 1, 1, 1, 1589], 8709830, 0, 0, False
+)  # all rows would wait in half of it, but not beside the scratch memory
+@given(
+    st.lists(st.integers(1, 9000), min_size=1, max_size=12),
+    st.integers(0, 2**31),
+    st.integers(0, 2**30),
+    st.integers(0, 2**30),
+    st.booleans(),
+)
 def test_the_plan_never_exceeds_the_budget(widths, device, host, disk, hessians):
     shapes, budget = {str(i): k for i, k in enumerate(widths)}, Budget(device, host, disk, hessians=hessians)
 
     def small(staged):
         kind = HessianKind.FULL if hessians else HessianKind.DIAGONAL
         return sum(fixed_bytes(k, StatisticsSettings(staged_rows=staged), kind) for k in widths)
+
     scratch = min(max(widths), PANEL) * max(widths) * 4
     if small(LEAST_STAGED) + scratch > device:
         with pytest.raises(RequestError, match="bytes on the device"):
             plan_budget(shapes, budget)
         return
     plan = plan_budget(shapes, budget)
-    assert small(plan.staged_rows) <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
+    assert (
+        small(plan.staged_rows) <= plan.device_bytes <= device and plan.host_bytes <= host and plan.disk_bytes <= disk
+    )
     assert plan.staged_rows == 1024 or small(2 * plan.staged_rows) > min(device // 2, device - scratch)
     turned = plan_budget(dict(reversed(shapes.items())), budget)
     assert set(turned.decisions) == set(plan.decisions)
@@ -444,7 +489,7 @@ def test_the_largest_models_can_be_captured_within_the_nodes_own_limits():
     plan = plan_budget(shapes, Budget())
     assert plan.staged_rows == LEAST_STAGED and plan.counts()["full on device"] > 15
     watch = Collector({"a": nn.Linear(8, 8)}, plan_budget({"a": 8}, Budget(device_bytes=60_000)))
-    assert watch.settings.statistics.staged_rows == 512      # 1024 would take 35 kB, more than half
+    assert watch.settings.statistics.staged_rows == 512  # 1024 would take 35 kB, more than half
 
 
 def test_hessians_in_ram_are_worked_in_less_often_where_the_device_has_room():
@@ -452,13 +497,19 @@ def test_hessians_in_ram_are_worked_in_less_often_where_the_device_has_room():
     tight = plan_budget(shapes, Budget(device_bytes=130 * 2**20))
     roomy = plan_budget(shapes, Budget(device_bytes=200 * 2**20))
     wide = [plan.decision("wide") for plan in (tight, roomy)]
-    assert [d.placement for d in wide] == [Placement.HOST] * 2 and wide[0].staged_rows < wide[1].staged_rows <= MOST_STAGED
+    assert [d.placement for d in wide] == [Placement.HOST] * 2 and wide[0].staged_rows < wide[
+        1
+    ].staged_rows <= MOST_STAGED
     assert roomy.decision("narrow").staged_rows is None
     net = nn.Linear(8192, 4).requires_grad_(False)
-    watch = Collector({"wide": net}, plan_budget({"wide": 8192}, Budget(device_bytes=200 * 2**20)), CaptureSettings(rows_per_step=2000))
+    watch = Collector(
+        {"wide": net},
+        plan_budget({"wide": 8192}, Budget(device_bytes=200 * 2**20)),
+        CaptureSettings(rows_per_step=2000),
+    )
     with watch.capture(net):
         net(torch.ones(2000, 8192))
-        assert float(watch.result().statistics["wide"].weight) == 0          # they wait, though more than 1024
+        assert float(watch.result().statistics["wide"].weight) == 0  # they wait, though more than 1024
 
 
 def test_fixed_bytes_are_what_the_statistics_really_take():
@@ -466,7 +517,15 @@ def test_fixed_bytes_are_what_the_statistics_really_take():
         s, x = LayerStatistics(640, "cpu", kind), torch.zeros(4, 640, dtype=torch.bfloat16)
         s.see(x)
         s.stage(x, torch.arange(4), [Part("", 1.0, 4)])
-        tensors = [s._largest._total, s._largest._slots, s.sum, s.square_sum, s.histogram, s.reservoir.rows, s._staged.rows]
+        tensors = [
+            s._largest._total,
+            s._largest._slots,
+            s.sum,
+            s.square_sum,
+            s.histogram,
+            s.reservoir.rows,
+            s._staged.rows,
+        ]
         assert sum(t.nbytes for t in tensors) == fixed_bytes(640, s.settings, kind)
 
 
@@ -478,8 +537,11 @@ def test_every_placement_gives_the_same_evidence_for_the_same_run():
         forced = plan
         if name != "device":  # small layers fit the device: put them where the test wants them
             from dataclasses import replace
-            forced = replace(plan, decisions=tuple(replace(d, kind=HessianKind.FULL, placement=Placement(name))
-                                                   for d in plan.decisions))
+
+            forced = replace(
+                plan,
+                decisions=tuple(replace(d, kind=HessianKind.FULL, placement=Placement(name)) for d in plan.decisions),
+            )
         found[name] = run(Collector(modules, forced), net)
     for name in ("host", "disk"):
         for layer in found["device"].statistics:
@@ -491,6 +553,7 @@ def test_disk_files_go_with_reset():
     net = Net()
     watch = collector(net)
     from dataclasses import replace
+
     watch._decisions = {k: replace(d, placement=Placement.DISK) for k, d in watch._decisions.items()}
     run(watch, net)
     folder = watch._disk_folder()
@@ -506,7 +569,7 @@ def test_watching_never_waits_for_the_gpu_and_sees_the_same_rows(budget):
     net, chosen = Net(), {"rows_per_step": 20, "statistics": StatisticsSettings(staged_rows=64)}
     on_cpu = run(collector(net, budget, **chosen), net, steps=12)
     inputs = []
-    for at in range(12):      # as `call` makes them
+    for at in range(12):  # as `call` makes them
         g = torch.Generator().manual_seed(at)
         inputs.append((torch.randn(2, 50, 16, generator=g).cuda(), torch.randn(2, 8, generator=g).cuda()))
     net.cuda()

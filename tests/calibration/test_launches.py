@@ -1,18 +1,35 @@
 """What a capture costs a GPU, counted without one: on the meta device every kernel is seen, and whatever waits fails."""
+
 from collections import Counter
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYERS, WIDTH, TOKENS, STEPS = 4, 32, 2048, 64
-NO_KERNEL = {"view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "t", "transpose", "detach", "expand", "empty",
-             "unsqueeze", "empty_strided", "as_strided", "alias", "reshape", "permute"}
+NO_KERNEL = {
+    "view",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "t",
+    "transpose",
+    "detach",
+    "expand",
+    "empty",
+    "unsqueeze",
+    "empty_strided",
+    "as_strided",
+    "alias",
+    "reshape",
+    "permute",
+}
 
 
 class Kernels(TorchDispatchMode):
@@ -34,13 +51,15 @@ def kernels_per_layer_call(hessians, **settings):
     """Beyond those of the model itself, over steps in which the staged rows were worked in several times."""
     net = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]).to("meta", torch.bfloat16)
     layers = linear_layers(net)
-    watch = Collector(layers, plan_budget({name: WIDTH for name in layers}, Budget(hessians=hessians)), CaptureSettings(**settings))
+    watch = Collector(
+        layers, plan_budget({name: WIDTH for name in layers}, Budget(hessians=hessians)), CaptureSettings(**settings)
+    )
     x, step = torch.empty(2, TOKENS, WIDTH, dtype=torch.bfloat16, device="meta"), iter(range(10**6))
     with torch.inference_mode():
         with Kernels() as plain:
             net(x)
         with watch.capture(net, lambda: CallContext(next(step), 1.0, ("cond", "uncond"))):
-            net(x)      # makes the accumulators
+            net(x)  # makes the accumulators
             with Kernels() as watched:
                 for _ in range(STEPS):
                     net(x)

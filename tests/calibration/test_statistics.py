@@ -1,9 +1,8 @@
 """The streaming statistics against direct float64 computation, and their merging."""
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
+from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.calibration.statistics import histogram as hist
 from comfyui_quantpress.quant_core.calibration.statistics.hessian import (
     PANEL,
@@ -16,17 +15,18 @@ from comfyui_quantpress.quant_core.calibration.statistics.hessian import (
     pack_triangle,
     unpack_triangle,
 )
+from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
 from comfyui_quantpress.quant_core.calibration.statistics.reservoir import Reservoir, draw_keys
 from comfyui_quantpress.quant_core.calibration.statistics.selection import Part
-from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
-from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.errors import RequestError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def inputs(rows=700, k=48, seed=0, dtype=torch.float32):
     """Correlated and heavy-tailed, with two strong channels."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, k, generator=g) @ torch.randn(k, k, generator=g) / k ** 0.5 + 0.3
+    x = torch.randn(rows, k, generator=g) @ torch.randn(k, k, generator=g) / k**0.5 + 0.3
     x = x * torch.randn(rows, k, generator=g).abs()
     x[:, 5] *= 30
     x[:, 11] -= 8
@@ -167,8 +167,16 @@ def of_integers(rows, seed):
 
 def contents(statistics):
     rows = statistics.reservoir.filled().float().tolist()
-    return [statistics.hessian_sum().tolist(), statistics.sum.tolist(), statistics.square_sum.round().tolist(), rows,
-            statistics.absmax.tolist(), statistics.histogram.tolist(), int(statistics.count), statistics.seen]
+    return [
+        statistics.hessian_sum().tolist(),
+        statistics.sum.tolist(),
+        statistics.square_sum.round().tolist(),
+        rows,
+        statistics.absmax.tolist(),
+        statistics.histogram.tolist(),
+        int(statistics.count),
+        statistics.seen,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -198,8 +206,9 @@ def test_merging_refuses_other_widths_and_other_kinds():
 
 # --- percentiles ---------------------------------------------------------------------------------------------------
 
+
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.floats(2.0 ** -39, 2.0 ** 23, width=32), min_size=1, max_size=200), st.floats(0, 100))
+@given(st.lists(st.floats(2.0**-39, 2.0**23, width=32), min_size=1, max_size=200), st.floats(0, 100))
 def test_percentile_is_within_its_stated_error_of_the_order_statistic(values, percent):
     x = torch.tensor(values, dtype=torch.float32)
     counts = hist.new_histogram("cpu")
@@ -229,6 +238,7 @@ def test_percentile_of_a_normal_is_the_known_one():
 
 
 # --- held-out rows -------------------------------------------------------------------------------------------------
+
 
 def test_reservoir_is_a_uniform_sample():
     g, hits = torch.Generator().manual_seed(0), torch.zeros(40)
@@ -260,6 +270,7 @@ def test_reservoir_gives_back_no_row_with_nan():
 
 
 # --- sketch, triangle ----------------------------------------------------------------------------------------------
+
 
 def low_rank(rows=1500, k=96, seed=4):
     g = torch.Generator().manual_seed(seed)
@@ -298,7 +309,7 @@ def test_gram_in_panels_equals_the_whole(monkeypatch):
     monkeypatch.setattr("comfyui_quantpress.quant_core.calibration.statistics.hessian.PANEL", 10)
     x, total = inputs(), torch.zeros(48, 48)
     add_gram(total, x, 0.5)
-    assert not total[10:, :10].any() and total[:10].all()     # what lies below the panels is left to mirror
+    assert not total[10:, :10].any() and total[:10].all()  # what lies below the panels is left to mirror
     mirror(total)
     close(total, 0.5 * x.double().T @ x.double())
 
@@ -342,7 +353,9 @@ def test_a_hessian_on_disk_needs_a_folder():
         FullHessian(4, "cpu", Placement.DISK)
 
 
-@pytest.mark.parametrize(("field", "value"), [("staged_rows", 0), ("histogram_rows", 0), ("reservoir_rows", -1), ("sketch_size", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("staged_rows", 0), ("histogram_rows", 0), ("reservoir_rows", -1), ("sketch_size", 0)]
+)
 def test_settings_refuse_nonsense(field, value):
     with pytest.raises(RequestError, match=field):
         StatisticsSettings(**{field: value})

@@ -1,4 +1,5 @@
 """Calibrations on disk: what is written comes back, merges exactly, and is refused where it does not belong."""
+
 import json
 import time
 import weakref
@@ -6,20 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 from comfyui_quantpress.quant_core.calibration.calibration import (
-    Calibration, ModelIdentity, RunRecord, fingerprint, identity_of_source)
-from comfyui_quantpress.quant_core.calibration.statistics.hessian import HessianKind
+    Calibration,
+    ModelIdentity,
+    RunRecord,
+    fingerprint,
+    identity_of_source,
+)
 from comfyui_quantpress.quant_core.calibration.merge import Merged, merge_files
-from comfyui_quantpress.quant_core.calibration.statistics.reservoir import draw_keys
+from comfyui_quantpress.quant_core.calibration.statistics.hessian import HessianKind
 from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics, StatisticsSettings
+from comfyui_quantpress.quant_core.calibration.statistics.reservoir import draw_keys
 from comfyui_quantpress.quant_core.calibration.storage import (
-    METADATA_KEY, CalibrationReader, load_calibration, open_calibration, save_calibration)
+    METADATA_KEY,
+    CalibrationReader,
+    load_calibration,
+    open_calibration,
+    save_calibration,
+)
 from comfyui_quantpress.quant_core.cancel import cancel_scope
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, RequestError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 SETTINGS = StatisticsSettings(histogram_rows=50, reservoir_rows=6, sketch_size=4)
 LAYERS = {"blocks.0.up": (24, 10), "blocks.0.down": (10, 24), "blocks.0.mod": (8, 12)}
@@ -36,7 +46,9 @@ def calibration(seed=0, layers=LAYERS, fingerprint_="abc"):
             s.add(x[:30].clone(), 1.0, label)
             s.hold_out(x, torch.arange(30, 40), draw_keys(10, 1.0, g))
         statistics[layer] = s
-    run = RunRecord("a cat", True, {0: 30, 1: 30}, {0: 1.0, 1: 0.25}, {"cond": 90, "uncond": 90}, ("style.safetensors",))
+    run = RunRecord(
+        "a cat", True, {0: 30, 1: 30}, {0: 1.0, 1: 0.25}, {"cond": 90, "uncond": 90}, ("style.safetensors",)
+    )
     return Calibration(ModelIdentity(dict(layers), fingerprint_), statistics, (run,), seed, SETTINGS)
 
 
@@ -46,7 +58,9 @@ def same(one, other):
     for field in ("absmax", "sum", "square_sum", "weight", "count", "nonfinite", "histogram"):
         a, b = getattr(one, field), getattr(other, field)
         assert torch.equal(a, b) and a.dtype is b.dtype, field
-    assert torch.equal(one.reservoir.rows, other.reservoir.rows) and torch.equal(one.reservoir.keys, other.reservoir.keys)
+    assert torch.equal(one.reservoir.rows, other.reservoir.rows) and torch.equal(
+        one.reservoir.keys, other.reservoir.keys
+    )
     a, b = one.hessian_sum(), other.hessian_sum()
     assert (a is None and b is None) or torch.equal(a, b)
 
@@ -74,9 +88,16 @@ def test_the_documented_schema_is_what_a_plain_reader_finds(tmp_path):
         manifest = json.loads(file.metadata()[METADATA_KEY])
     assert manifest["schema"] == 1 and manifest["seed"] == 0 and manifest["weighting"] == "uniform"
     assert manifest["model"] == {"fingerprint": "abc", "layers": {k: list(v) for k, v in LAYERS.items()}}
-    assert manifest["runs"] == [{"note": "a cat", "completed": True, "steps": {"0": 30, "1": 30},
-                                 "sigmas": {"0": 1.0, "1": 0.25}, "labels": {"cond": 90, "uncond": 90},
-                                 "loras": ["style.safetensors"]}]
+    assert manifest["runs"] == [
+        {
+            "note": "a cat",
+            "completed": True,
+            "steps": {"0": 30, "1": 30},
+            "sigmas": {"0": 1.0, "1": 0.25},
+            "labels": {"cond": 90, "uncond": 90},
+            "loras": ["style.safetensors"],
+        }
+    ]
     assert manifest["layers"]["blocks.0.up"] == {"seen": 80, "labels": {"cond": 30, "uncond": 30}, "hessian": "full"}
     tensors = load_file(path)
     assert tensors["blocks.0.up.hessian"].shape == (55,) and tensors["blocks.0.down.hessian_sketch"].shape == (4, 24)
@@ -118,18 +139,24 @@ def test_merging_files_never_holds_more_than_two_layers(tmp_path, monkeypatch):
         alive.add(found)
         most.append(len(alive))
         return found
+
     monkeypatch.setattr(CalibrationReader, "statistics", counted)
     merge_files(paths, tmp_path / "merged.safetensors")
-    assert len(most) == 24 and max(most) <= 3      # two of one layer, and the last layer's until it is replaced
+    assert len(most) == 24 and max(most) <= 3  # two of one layer, and the last layer's until it is replaced
 
 
 def test_merging_unlike_files_names_them_and_writes_nothing(tmp_path):
     one = save_calibration(calibration(1), tmp_path / "one.safetensors")
-    for name, other, said in (("strange", calibration(fingerprint_="xyz"), "the weights differ"),
-                              ("late", replace(calibration(), weighting="late"), "weights its rows 'uniform'"),
-                              ("kind", calibration_of_kind(HessianKind.DIAGONAL), "blocks.0.up: .* a full Hessian, .* a diagonal"),
-                              ("sizes", sized(StatisticsSettings(histogram_rows=50, reservoir_rows=7, sketch_size=4)),
-                               "reservoir_rows is 6 in one calibration and 7")):
+    for name, other, said in (
+        ("strange", calibration(fingerprint_="xyz"), "the weights differ"),
+        ("late", replace(calibration(), weighting="late"), "weights its rows 'uniform'"),
+        ("kind", calibration_of_kind(HessianKind.DIAGONAL), "blocks.0.up: .* a full Hessian, .* a diagonal"),
+        (
+            "sizes",
+            sized(StatisticsSettings(histogram_rows=50, reservoir_rows=7, sketch_size=4)),
+            "reservoir_rows is 6 in one calibration and 7",
+        ),
+    ):
         path = save_calibration(other, tmp_path / f"{name}.safetensors")
         with pytest.raises(RequestError, match=said):
             merge_files([one, path], tmp_path / "merged.safetensors")
@@ -145,7 +172,9 @@ def calibration_of_kind(kind):
 
 
 def sized(settings):
-    statistics = {layer: LayerStatistics(k, "cpu", KINDS[layer], settings=settings) for layer, (_, k) in LAYERS.items()}
+    statistics = {
+        layer: LayerStatistics(k, "cpu", KINDS[layer], settings=settings) for layer, (_, k) in LAYERS.items()
+    }
     return replace(calibration(), statistics=statistics, settings=settings)
 
 
@@ -167,11 +196,17 @@ def test_layers_seen_in_one_run_only_are_kept_on_merging():
     assert set(first.statistics) == set(LAYERS) and first.statistics["blocks.0.mod"].seen == 80
 
 
-@pytest.mark.parametrize(("other", "says"), [
-    (ModelIdentity({"blocks.0.up": (24, 10)}, "abc"), "the model has no blocks.0.down, blocks.0.mod"),
-    (ModelIdentity(LAYERS | {"blocks.0.up": (24, 20)}, "abc"), r"blocks.0.up is \[24, 10\] in the calibration and \[24, 20\]"),
-    (ModelIdentity(LAYERS, "xyz"), "the weights differ"),
-])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (ModelIdentity({"blocks.0.up": (24, 10)}, "abc"), "the model has no blocks.0.down, blocks.0.mod"),
+        (
+            ModelIdentity(LAYERS | {"blocks.0.up": (24, 20)}, "abc"),
+            r"blocks.0.up is \[24, 10\] in the calibration and \[24, 20\]",
+        ),
+        (ModelIdentity(LAYERS, "xyz"), "the weights differ"),
+    ],
+)
 def test_another_model_is_refused_by_what_differs(other, says):
     with pytest.raises(RequestError, match=f"c.safetensors belongs to another model: {says}"):
         calibration().model.require_match(other, "c.safetensors")
@@ -179,9 +214,9 @@ def test_another_model_is_refused_by_what_differs(other, says):
 
 def test_what_matches():
     model = calibration().model
-    model.require_match(ModelIdentity(LAYERS | {"more": (1, 1)}, "abc"), "c")     # layers that were not captured
-    model.require_match(ModelIdentity(LAYERS, ""), "c")                           # an unknown fingerprint
-    model.require_match(ModelIdentity(LAYERS, "xyz"), "c", other_weights=True)    # a fine-tune, asked for
+    model.require_match(ModelIdentity(LAYERS | {"more": (1, 1)}, "abc"), "c")  # layers that were not captured
+    model.require_match(ModelIdentity(LAYERS, ""), "c")  # an unknown fingerprint
+    model.require_match(ModelIdentity(LAYERS, "xyz"), "c", other_weights=True)  # a fine-tune, asked for
     with pytest.raises(RequestError, match="the model has no"):
         model.require_match(ModelIdentity({}, "xyz"), "c", other_weights=True)
 
@@ -201,7 +236,9 @@ def test_an_empty_capture_is_refused(tmp_path):
 def test_files_that_are_no_calibration_are_refused(tmp_path):
     plain = tmp_path / "model.safetensors"
     save_file({"w": torch.zeros(2)}, plain)
-    with pytest.raises(InputFileError, match="this is no calibration.*Save Calibration or `quantpress calibration merge` wrote"):
+    with pytest.raises(
+        InputFileError, match="this is no calibration.*Save Calibration or `quantpress calibration merge` wrote"
+    ):
         load_calibration(plain)
     good = save_calibration(calibration(), tmp_path / "c.safetensors")
     tensors = load_file(good)
@@ -214,6 +251,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
         path = tmp_path / "changed.safetensors"
         save_file({k: v for k, v in tensors.items() if k not in drop}, path, {METADATA_KEY: json.dumps(changed)})
         return path
+
     load_calibration(written())
     with pytest.raises(InputFileError, match="schema 9"):
         load_calibration(written(lambda m: m.update(schema=9)))
@@ -222,11 +260,18 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
     with pytest.raises(InputFileError, match="blocks.0.up.absmax is missing"):
         load_calibration(written(drop=("blocks.0.up.absmax",)))
     with pytest.raises(InputFileError, match="blocks.0.up.hessian is F32"):
-        load_calibration(written(lambda m: m["model"]["layers"].update({"blocks.0.up": [24, 11]})
-                                 or tensors.update({f"blocks.0.up.{f}": torch.zeros(11) for f in ("absmax",)}
-                                                   | {f"blocks.0.up.{f}": torch.zeros(11, dtype=torch.float64)
-                                                      for f in ("sum", "square_sum")}
-                                                   | {"blocks.0.up.rows": torch.zeros(6, 11, dtype=torch.bfloat16)})))
+        load_calibration(
+            written(
+                lambda m: (
+                    m["model"]["layers"].update({"blocks.0.up": [24, 11]})
+                    or tensors.update(
+                        {f"blocks.0.up.{f}": torch.zeros(11) for f in ("absmax",)}
+                        | {f"blocks.0.up.{f}": torch.zeros(11, dtype=torch.float64) for f in ("sum", "square_sum")}
+                        | {"blocks.0.up.rows": torch.zeros(6, 11, dtype=torch.bfloat16)}
+                    )
+                )
+            )
+        )
 
 
 def test_an_existing_file_is_kept_unless_overwriting(tmp_path):

@@ -11,15 +11,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-
 from comfyui_quantpress.quant_core.checkpoint import part as part_module
 from comfyui_quantpress.quant_core.checkpoint.sink import OutputTensor, Sink, open_sink
 from comfyui_quantpress.quant_core.errors import OutputError, VerificationError
 
-PLAN = (OutputTensor("a", "U8", (3,)), OutputTensor("w", "BF16", (2, 3)), OutputTensor("s", "F32", ()),
-        OutputTensor("none", "F32", (0, 4)))
-TENSORS = {"a": torch.tensor([1, 2, 3], dtype=torch.uint8), "w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
-           "s": torch.tensor(0.5)}
+PLAN = (
+    OutputTensor("a", "U8", (3,)),
+    OutputTensor("w", "BF16", (2, 3)),
+    OutputTensor("s", "F32", ()),
+    OutputTensor("none", "F32", (0, 4)),
+)
+TENSORS = {
+    "a": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "s": torch.tensor(0.5),
+}
 
 
 def fill(sink: Sink) -> None:
@@ -115,7 +121,10 @@ def test_overwriting_replaces_the_file_only_at_commit(target, folder):
 def test_a_file_that_appears_meanwhile_is_kept(target, folder, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", raising(OSError(errno.EPERM, "Operation not permitted")))
-    with pytest.raises(OutputError, match="appeared while ours was being written"), open_sink(target, PLAN, {}) as sink:
+    with (
+        pytest.raises(OutputError, match="appeared while ours was being written"),
+        open_sink(target, PLAN, {}) as sink,
+    ):
         fill(sink)
         target.write_bytes(b"theirs")
         sink.commit()
@@ -178,11 +187,17 @@ def test_verify_sees_the_finished_file_and_can_refuse_it(target, folder):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda part: os.truncate(part, part.stat().st_size - 1), "cannot be read back .*1 bytes are missing"),
-    (lambda part: part.write_bytes(part.read_bytes().replace(b'"BF16"', b'"XF16"')), "read back .*dtype 'XF16'"),
-    (lambda part: part.write_bytes(part.read_bytes().replace(b'"BF16"', b'"F16" ')), "header reads back differently"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda part: os.truncate(part, part.stat().st_size - 1), "cannot be read back .*1 bytes are missing"),
+        (lambda part: part.write_bytes(part.read_bytes().replace(b'"BF16"', b'"XF16"')), "read back .*dtype 'XF16'"),
+        (
+            lambda part: part.write_bytes(part.read_bytes().replace(b'"BF16"', b'"F16" ')),
+            "header reads back differently",
+        ),
+    ],
+)
 def test_a_file_that_does_not_read_back_as_planned_is_no_output(target, folder, damage, message):
     with pytest.raises(VerificationError, match=message), open_sink(target, PLAN, {}) as sink:
         fill(sink)
@@ -191,8 +206,15 @@ def test_a_file_that_does_not_read_back_as_planned_is_no_output(target, folder, 
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "Free some space"), (errno.EIO, "Check the disk"),
-                                                 (errno.EROFS, "read-only"), (errno.EACCES, "no permission")])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EIO, "Check the disk"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "no permission"),
+    ],
+)
 @pytest.mark.parametrize("call", ["open", "posix_fallocate", "ftruncate", "pwrite", "fsync", "replace"])
 def test_a_failing_disk_is_an_output_error_and_leaves_nothing(target, folder, monkeypatch, call, number, message):
     if not hasattr(os, call):

@@ -6,9 +6,6 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from comfyui_quantpress.quant_core.checkpoint.header import (
     CODE_TO_TORCH,
     DTYPE_BITS,
@@ -18,6 +15,8 @@ from comfyui_quantpress.quant_core.checkpoint.header import (
 )
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, some_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -62,7 +61,10 @@ BAD_FILES = {
     "shape float": (with_header(entry(shape=[2.0]), bytes(8)), r"shape \[2.0\] must be"),
     "shape bool": (with_header(entry(shape=[True, 2]), bytes(8)), r"shape \[True, 2\] must be"),
     "shape negative": (with_header(entry(shape=[-1, -2]), bytes(8)), r"shape \[-1, -2\] must be .* >= 0"),
-    "shape overflows": (with_header(entry(shape=[0, 2**40, 2**40], data_offsets=[0, 0])), "larger than torch can hold"),
+    "shape overflows": (
+        with_header(entry(shape=[0, 2**40, 2**40], data_offsets=[0, 0])),
+        "larger than torch can hold",
+    ),
     "shape too deep": (with_header(entry(shape=[2] + [1] * 64), bytes(8)), "larger than torch can hold"),
     "sub-byte rest": (with_header(entry(dtype="F4", shape=[3]), bytes(8)), "no whole number of bytes"),
     "offsets no pair": (with_header(entry(data_offsets=[8]), bytes(8)), "must be two integers"),
@@ -109,8 +111,10 @@ def test_a_mutated_file_is_refused_or_read_as_the_library_reads_it(tmp_path_fact
     except InputFileError:
         return
     with src:
-        ours = {info.name: (info.dtype, list(info.shape), src.read_bytes(info.name).numpy().tobytes())
-                for info in src.tensors.values()}
+        ours = {
+            info.name: (info.dtype, list(info.shape), src.read_bytes(info.name).numpy().tobytes())
+            for info in src.tensors.values()
+        }
     library = safetensors.deserialize(bytes(content))
     assert ours == {name: (found["dtype"], found["shape"], bytes(found["data"])) for name, found in library}
 
@@ -120,8 +124,11 @@ shapes = st.lists(st.integers(0, 4), max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(CODE_TO_TORCH)), shapes), max_size=6),
-       st.dictionaries(names, st.text(st.characters(codec="utf-8"), max_size=20), max_size=3), st.randoms())
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(sorted(CODE_TO_TORCH)), shapes), max_size=6),
+    st.dictionaries(names, st.text(st.characters(codec="utf-8"), max_size=20), max_size=3),
+    st.randoms(),
+)
 def test_a_file_of_the_library_is_read_bit_for_bit(tmp_path_factory, specs, metadata, rng):
     path = tmp_path_factory.getbasetemp() / "library.safetensors"
     tensors = {}

@@ -10,19 +10,25 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from comfyui_quantpress.quant_core.checkpoint import part as part_module
 from comfyui_quantpress.quant_core.checkpoint.header import CODE_TO_TORCH, DTYPE_BITS, MAX_HEADER_BYTES, build_header
 from comfyui_quantpress.quant_core.checkpoint.sink import OutputTensor, open_sink
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import OutputError, RequestError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-PLAN = (OutputTensor("a", "U8", (3,)), OutputTensor("w", "BF16", (2, 3)), OutputTensor("s", "F32", ()),
-        OutputTensor("none", "F32", (0, 4)))
-TENSORS = {"a": torch.tensor([1, 2, 3], dtype=torch.uint8), "w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
-           "s": torch.tensor(0.5)}
+PLAN = (
+    OutputTensor("a", "U8", (3,)),
+    OutputTensor("w", "BF16", (2, 3)),
+    OutputTensor("s", "F32", ()),
+    OutputTensor("none", "F32", (0, 4)),
+)
+TENSORS = {
+    "a": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "s": torch.tensor(0.5),
+}
 
 
 @pytest.fixture
@@ -41,8 +47,11 @@ shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(CODE_TO_TORCH)), shapes), max_size=6),
-       st.dictionaries(names, st.text(st.characters(codec="utf-8"), max_size=20), max_size=3), st.randoms())
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(sorted(CODE_TO_TORCH)), shapes), max_size=6),
+    st.dictionaries(names, st.text(st.characters(codec="utf-8"), max_size=20), max_size=3),
+    st.randoms(),
+)
 def test_what_is_written_the_library_and_our_reader_read_bit_for_bit(tmp_path_factory, specs, metadata, rng):
     target = tmp_path_factory.getbasetemp() / "written.safetensors"
     tensors = {}
@@ -103,8 +112,13 @@ def test_a_tensor_is_copied_in_chunks_or_whole_with_its_bytes_kept(target, tmp_p
 def test_strided_and_conjugated_tensors_and_parameters_are_written_as_what_they_mean(target):
     w = torch.arange(6.0).reshape(2, 3)
     c = torch.tensor([1 + 2j, 3 - 1j]).conj()
-    given = {"t": w.T, "step": torch.arange(8)[::2], "expanded": torch.tensor([7.0]).expand(3), "conj": c,
-             "parameter": torch.nn.Parameter(w)}
+    given = {
+        "t": w.T,
+        "step": torch.arange(8)[::2],
+        "expanded": torch.tensor([7.0]).expand(3),
+        "conj": c,
+        "parameter": torch.nn.Parameter(w),
+    }
     codes = {"t": "F32", "step": "I64", "expanded": "F32", "conj": "C64", "parameter": "F32"}
     with open_sink(target, [OutputTensor(n, codes[n], tuple(t.shape)) for n, t in given.items()], {}) as sink:
         for name, tensor in given.items():
@@ -126,6 +140,7 @@ def test_writes_from_many_threads_do_not_mix(target, monkeypatch, have_pwrite):
     monkeypatch.setattr(part_module, "MAX_WRITE_BYTES", 100)  # many short writes, which would interleave
     given = {f"t{i}": torch.randint(0, 256, (1000 + i,), dtype=torch.uint8) for i in range(60)}
     with open_sink(target, [OutputTensor(n, "U8", tuple(t.shape)) for n, t in given.items()], {}) as sink:
+
         def copy(name: str) -> None:
             if not name.endswith("0"):
                 sink.write(name, given[name])
@@ -145,16 +160,19 @@ class Logical(torch.Tensor):
     """Like a quantized tensor: its dtype and shape say nothing of its bytes."""
 
 
-@pytest.mark.parametrize(("name", "tensor", "message"), [
-    ("b", torch.zeros(3), "'b' is not in the plan"),
-    ("w", torch.zeros(2, 3), r"w: torch.float32 \(2, 3\) was given; the plan says BF16 \(2, 3\)"),
-    ("w", torch.zeros(3, 2, dtype=torch.bfloat16), r"w: torch.bfloat16 \(3, 2\) was given"),
-    ("s", torch.zeros(1), r"s: torch.float32 \(1,\) was given; the plan says F32 \(\)"),
-    ("s", torch.tensor(0.0, device="meta"), "s: a plain dense tensor is needed, Tensor on meta"),
-    ("w", torch.zeros(2, 3, dtype=torch.bfloat16).to_sparse(), "w: a plain dense tensor is needed"),
-    ("s", torch.tensor(0.0).as_subclass(Logical), "s: a plain dense tensor is needed, Logical"),
-    ("a", TENSORS["a"], "a: bytes 0 to 3 were written before"),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("b", torch.zeros(3), "'b' is not in the plan"),
+        ("w", torch.zeros(2, 3), r"w: torch.float32 \(2, 3\) was given; the plan says BF16 \(2, 3\)"),
+        ("w", torch.zeros(3, 2, dtype=torch.bfloat16), r"w: torch.bfloat16 \(3, 2\) was given"),
+        ("s", torch.zeros(1), r"s: torch.float32 \(1,\) was given; the plan says F32 \(\)"),
+        ("s", torch.tensor(0.0, device="meta"), "s: a plain dense tensor is needed, Tensor on meta"),
+        ("w", torch.zeros(2, 3, dtype=torch.bfloat16).to_sparse(), "w: a plain dense tensor is needed"),
+        ("s", torch.tensor(0.0).as_subclass(Logical), "s: a plain dense tensor is needed, Logical"),
+        ("a", TENSORS["a"], "a: bytes 0 to 3 were written before"),
+    ],
+)
 def test_a_tensor_that_is_not_as_planned_is_refused(target, name, tensor, message):
     with open_sink(target, PLAN, {}) as sink:
         sink.write("a", TENSORS["a"])
@@ -168,8 +186,12 @@ def test_a_tensor_that_is_not_as_planned_is_refused(target, name, tensor, messag
 def test_chunks_stay_inside_their_tensor_and_are_written_once(target):
     with open_sink(target, PLAN, {}) as sink:
         sink.write_chunk("w", 4, bytes(4))
-        for offset, size, message in ((-1, 1, "-1 to 0 were to be"), (11, 2, "11 to 13 .* the plan gives it 12"),
-                                      (0, 5, "0 to 5 were written before"), (7, 2, "7 to 9 were written before")):
+        for offset, size, message in (
+            (-1, 1, "-1 to 0 were to be"),
+            (11, 2, "11 to 13 .* the plan gives it 12"),
+            (0, 5, "0 to 5 were written before"),
+            (7, 2, "7 to 9 were written before"),
+        ):
             with pytest.raises(RequestError, match=f"w: bytes {message}"):
                 sink.write_chunk("w", offset, bytes(size))
         sink.write_chunk("w", 8, bytes(4))

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-
 from comfyui_quantpress.quant_core.checkpoint import source as source_module
 from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata
 from comfyui_quantpress.quant_core.checkpoint.source import Source, open_source
@@ -33,6 +32,7 @@ TWO_SHARDS = {
     "m-00001-of-00002.safetensors": {"b": torch.arange(4.0), "a": torch.ones(2, 2)},
     "m-00002-of-00002.safetensors": {"c": torch.zeros(3, dtype=torch.int8)},
 }
+
 
 def test_a_path_that_cannot_be_opened_is_an_input_error(tmp_path):
     with pytest.raises(InputFileError, match="No such file"):
@@ -187,8 +187,10 @@ def test_metadata_of_shards_is_merged(tmp_path):
         return open_source(index)
 
     one, two = {"a": {"format": "nvfp4"}}, {"c": {"format": "mxfp8"}}
-    with open_with({"format": "pt", HEADER_KEY: build_header_metadata(one)},
-                   {"format": "x", "more": "1", HEADER_KEY: build_header_metadata(two)}) as src:
+    with open_with(
+        {"format": "pt", HEADER_KEY: build_header_metadata(one)},
+        {"format": "x", "more": "1", HEADER_KEY: build_header_metadata(two)},
+    ) as src:
         assert src.metadata == {"format": "pt", "more": "1", HEADER_KEY: build_header_metadata({**one, **two})}
     with pytest.raises(InputFileError, match="a: two shards describe it differently"):
         open_with({HEADER_KEY: build_header_metadata(one)}, {HEADER_KEY: build_header_metadata({"a": two["c"]})})
@@ -215,8 +217,22 @@ def test_an_index_that_disagrees_with_its_shards_names_the_tensors(tmp_path):
         open_source(tmp_path / "model.safetensors.index.json")
 
 
-@pytest.mark.parametrize("name", ["../m.safetensors", "/m.safetensors", "sub/m.safetensors", "..\\m.safetensors",
-                                  "C:m.safetensors", "m.bin", "..", "", "m\0.safetensors", 5, None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../m.safetensors",
+        "/m.safetensors",
+        "sub/m.safetensors",
+        "..\\m.safetensors",
+        "C:m.safetensors",
+        "m.bin",
+        "..",
+        "",
+        "m\0.safetensors",
+        5,
+        None,
+    ],
+)
 def test_an_index_never_leads_out_of_its_folder(tmp_path, name):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     for place in ("m.safetensors", "in/sub/m.safetensors"):
@@ -225,13 +241,16 @@ def test_an_index_never_leads_out_of_its_folder(tmp_path, name):
         open_source(write_shards(tmp_path / "in", {}, weight_map={"a": name}))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "not JSON"),
-    ("[]", "is a JSON list"),
-    ("{}", "weight_map is None"),
-    ('{"weight_map": {}}', "weight_map is {}"),
-    ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' more than once"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("[]", "is a JSON list"),
+        ("{}", "weight_map is None"),
+        ('{"weight_map": {}}', "weight_map is {}"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' more than once"),
+    ],
+)
 def test_a_broken_index_is_refused(tmp_path, text, message):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(text)

@@ -1,19 +1,19 @@
 """`quantpress calibrate` and `quantpress calibration`: from captured files, LoRAs, lists and guesses into a file."""
+
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_key
+from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.formats.base import get_format
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.pipeline.run import convert
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 WIDTH, LAYERS = 64, ("blocks.0.fc1", "blocks.0.fc2")
 KEYS = {f"model.diffusion_model.{layer}.input_scale" for layer in LAYERS}
@@ -36,13 +36,23 @@ def capture(path, seed, width=WIDTH, calls=0):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder, g = tmp_path_factory.mktemp("calibrate"), torch.Generator().manual_seed(0)
-    model = {f"model.diffusion_model.{layer}.weight": torch.randn(2 * WIDTH, WIDTH, generator=g).bfloat16() for layer in LAYERS}
+    model = {
+        f"model.diffusion_model.{layer}.weight": torch.randn(2 * WIDTH, WIDTH, generator=g).bfloat16()
+        for layer in LAYERS
+    }
     save_file(model, folder / "model.safetensors")
-    convert(folder / "model.safetensors", folder / "fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu")
+    convert(
+        folder / "model.safetensors", folder / "fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu"
+    )
     for seed in (1, 2):
         capture(folder / f"cal{seed}.safetensors", seed)
-    save_file({f"lora_unet_blocks_0_fc1.lora_{part}.weight": torch.randn(shape, generator=g)
-               for part, shape in (("down", (4, WIDTH)), ("up", (2 * WIDTH, 4)))}, folder / "lora.safetensors")
+    save_file(
+        {
+            f"lora_unet_blocks_0_fc1.lora_{part}.weight": torch.randn(shape, generator=g)
+            for part, shape in (("down", (4, WIDTH)), ("up", (2 * WIDTH, 4)))
+        },
+        folder / "lora.safetensors",
+    )
     (folder / "scales.json").write_text(json.dumps({layer: 0.25 for layer in LAYERS}))
     return folder
 
@@ -53,22 +63,46 @@ def patched(path):
 
 def test_from_a_calibration_the_true_absmax(files, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert main(["calibrate", str(files / "fp8.safetensors"), str(out), "--from", str(files / "cal1.safetensors")]) == 0
+    assert (
+        main(["calibrate", str(files / "fp8.safetensors"), str(out), "--from", str(files / "cal1.safetensors")]) == 0
+    )
     assert "2 added, 0 changed" in capsys.readouterr().out
     statistics = load_calibration(files / "cal1.safetensors").statistics
-    assert patched(out) == pytest.approx({f"model.diffusion_model.{layer}.input_scale": float(s.absmax.max()) / 448
-                                          for layer, s in statistics.items()})
+    assert patched(out) == pytest.approx(
+        {f"model.diffusion_model.{layer}.input_scale": float(s.absmax.max()) / 448 for layer, s in statistics.items()}
+    )
     before, after = load_file(files / "fp8.safetensors"), load_file(out)
     assert all(torch.equal(after[name].float(), t.float()) for name, t in before.items())
-    main(["calibrate", str(files / "fp8.safetensors"), str(out), "--from", str(files / "cal1.safetensors"), "--percentile", "99",
-          "--overwrite"])
-    assert all(value < 0.9 * float(statistics[name.removeprefix("model.diffusion_model.").removesuffix(".input_scale")].absmax.max()) / 448
-               for name, value in patched(out).items())
+    main(
+        [
+            "calibrate",
+            str(files / "fp8.safetensors"),
+            str(out),
+            "--from",
+            str(files / "cal1.safetensors"),
+            "--percentile",
+            "99",
+            "--overwrite",
+        ]
+    )
+    assert all(
+        value
+        < 0.9
+        * float(statistics[name.removeprefix("model.diffusion_model.").removesuffix(".input_scale")].absmax.max())
+        / 448
+        for name, value in patched(out).items()
+    )
 
 
-@pytest.mark.parametrize("source, said", [
-    (["--simulate"], "64 random inputs, percentile 99.9"), (["--lora", "lora.safetensors"], "lora.safetensors for 1 layer, random inputs for 1"),
-    (["--input-scales", "scales.json"], "file scales.json"), (["--weight-scales"], "the weight scales")])
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        (["--simulate"], "64 random inputs, percentile 99.9"),
+        (["--lora", "lora.safetensors"], "lora.safetensors for 1 layer, random inputs for 1"),
+        (["--input-scales", "scales.json"], "file scales.json"),
+        (["--weight-scales"], "the weight scales"),
+    ],
+)
 def test_the_other_sources_cover_both_layers(files, tmp_path, capsys, source, said):
     out = tmp_path / "out.safetensors"
     source = [str(files / part) if "." in part else part for part in source]
@@ -83,24 +117,33 @@ def test_the_other_sources_cover_both_layers(files, tmp_path, capsys, source, sa
         assert set(found.values()) == {0.25}
     if "--weight-scales" in source:
         weights = load_file(out)
-        assert all(value == float(weights[name.replace("input_scale", "weight_scale")]) for name, value in found.items())
+        assert all(
+            value == float(weights[name.replace("input_scale", "weight_scale")]) for name, value in found.items()
+        )
     main([*arguments[:3], *source, "--overwrite"])
     assert patched(out) == found
 
 
 def test_a_model_without_a_use_for_it_and_another_models_calibration_are_refused(files, tmp_path, capsys):
-    convert(files / "model.safetensors", tmp_path / "int8.safetensors", Recipe(get_format("int8_rowwise")), device="cpu")
+    convert(
+        files / "model.safetensors", tmp_path / "int8.safetensors", Recipe(get_format("int8_rowwise")), device="cpu"
+    )
     assert main(["calibrate", str(tmp_path / "int8.safetensors"), str(tmp_path / "o.safetensors"), "--simulate"]) == 1
     assert "no layer of it can have an input scale" in capsys.readouterr().err
     wide = capture(tmp_path / "wide.safetensors", 1, width=96)
-    assert main(["calibrate", str(files / "fp8.safetensors"), str(tmp_path / "o.safetensors"), "--from", str(wide)]) == 1
+    assert (
+        main(["calibrate", str(files / "fp8.safetensors"), str(tmp_path / "o.safetensors"), "--from", str(wide)]) == 1
+    )
     assert "belongs to another model" in capsys.readouterr().err
     assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_inspect_and_merge(files, tmp_path, capsys):
     both = tmp_path / "both.safetensors"
-    assert main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")]) == 0
+    assert (
+        main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")])
+        == 0
+    )
     assert "2 layers, 2 runs" in capsys.readouterr().out
     assert main(["calibration", "inspect", str(both), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -112,7 +155,10 @@ def test_inspect_and_merge(files, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "run 2: 1 step, seed 2" in text and "blocks.0.fc2" in text and "model call" not in text
     assert shown["calls"] == {"count": 0, "bytes": 0}
-    assert main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")]) == 1
+    assert (
+        main(["calibration", "merge", str(both), str(files / "cal1.safetensors"), str(files / "cal2.safetensors")])
+        == 1
+    )
     with pytest.raises(SystemExit):
         main(["calibration", "merge", str(tmp_path / "x.safetensors"), str(both)])
 
@@ -134,9 +180,28 @@ def test_quantize_makes_the_same_file_with_calls_in_the_calibration(files, tmp_p
     """Bytes of all tensors: the command line cannot run the model, so calls change nothing."""
     made = {}
     for calls in (0, 5):
-        calibration, out = capture(tmp_path / f"cal{calls}.safetensors", 3, calls=calls), tmp_path / f"out{calls}.safetensors"
-        assert main(["quantize", str(files / "model.safetensors"), str(out), "--format", "nvfp4", "--calibration", str(calibration)]) == 0
+        calibration, out = (
+            capture(tmp_path / f"cal{calls}.safetensors", 3, calls=calls),
+            tmp_path / f"out{calls}.safetensors",
+        )
+        assert (
+            main(
+                [
+                    "quantize",
+                    str(files / "model.safetensors"),
+                    str(out),
+                    "--format",
+                    "nvfp4",
+                    "--calibration",
+                    str(calibration),
+                ]
+            )
+            == 0
+        )
         assert "gptq" in capsys.readouterr().out
         made[calls] = load_file(out)
     assert made[0].keys() == made[5].keys()
-    assert all(torch.equal(made[0][name].reshape(-1).view(torch.uint8), made[5][name].reshape(-1).view(torch.uint8)) for name in made[0])
+    assert all(
+        torch.equal(made[0][name].reshape(-1).view(torch.uint8), made[5][name].reshape(-1).view(torch.uint8))
+        for name in made[0]
+    )

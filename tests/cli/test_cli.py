@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
+from comfyui_quantpress.cli.main import COMMANDS, build_parser, main
 from comfyui_quantpress.cli.shared.console import duration_text, json_text, size_text, table_lines, time_text
 from comfyui_quantpress.cli.shared.groups import collapse
-from comfyui_quantpress.cli.main import COMMANDS, build_parser, main
 from comfyui_quantpress.cli.shared.progress import PlainLines, show_progress
 from comfyui_quantpress.quant_core.formats.base import all_formats
 from comfyui_quantpress.quant_core.pipeline.report import Progress
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 FORMATS = [fmt.name for fmt in all_formats()]
 
@@ -26,8 +25,11 @@ FORMATS = [fmt.name for fmt in all_formats()]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(1)
-    tensors = {"img_in.weight": torch.randn(256, 64, generator=generator).bfloat16(),
-               "norm.weight": torch.ones(256), "step": torch.tensor(7)}
+    tensors = {
+        "img_in.weight": torch.randn(256, 64, generator=generator).bfloat16(),
+        "norm.weight": torch.ones(256),
+        "step": torch.tensor(7),
+    }
     for index in range(3):
         tensors[f"blocks.{index}.attn.qkv.weight"] = torch.randn(512, 256, generator=generator).bfloat16()
         tensors[f"blocks.{index}.attn.qkv.bias"] = torch.randn(512, generator=generator).bfloat16()
@@ -61,9 +63,11 @@ def usage_error(args: list[str]) -> int:
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
-    code = ("import sys\nfrom comfyui_quantpress.cli.main import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit:\n"
-            "    print(sorted({'torch', 'numpy', 'rich', 'safetensors', 'PIL'} & sys.modules.keys()), file=sys.stderr)")
+    code = (
+        "import sys\nfrom comfyui_quantpress.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n"
+        "    print(sorted({'torch', 'numpy', 'rich', 'safetensors', 'PIL'} & sys.modules.keys()), file=sys.stderr)"
+    )
     seconds = []
     for _ in range(3):
         began = time.monotonic()
@@ -76,19 +80,32 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 def test_every_module_with_a_command_is_offered():
     text = build_parser().format_help()
-    assert [command.__name__.rpartition(".")[2] for command in COMMANDS if command.__name__.rpartition(".")[2] not in text] == []
+    assert [
+        command.__name__.rpartition(".")[2] for command in COMMANDS if command.__name__.rpartition(".")[2] not in text
+    ] == []
 
 
 def test_version_is_the_packages(capsys):
     assert usage_error(["--version"]) == 0
     from comfyui_quantpress.quant_core._version import __version__
+
     assert capsys.readouterr().out == f"quantpress {__version__}\n"
 
 
-@pytest.mark.parametrize("args", [[], ["press"], ["quantize"], ["quantize", "a", "b"], ["inspect"], ["verify", "a", "--worst"],
-                                  ["dequantize", "a", "b", "--dtype", "int8"],
-                                  ["quantize", "a", "b", "--format", "x", "--seed", "many"],
-                                  ["quantize", "a", "b", "--format", "x", "--dry-run", "--report", "r.json"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["press"],
+        ["quantize"],
+        ["quantize", "a", "b"],
+        ["inspect"],
+        ["verify", "a", "--worst"],
+        ["dequantize", "a", "b", "--dtype", "int8"],
+        ["quantize", "a", "b", "--format", "x", "--seed", "many"],
+        ["quantize", "a", "b", "--format", "x", "--dry-run", "--report", "r.json"],
+    ],
+)
 def test_wrong_usage_exits_with_2(args, capsys):
     assert usage_error(args) == 2
     assert "usage: quantpress" in capsys.readouterr().err
@@ -98,8 +115,13 @@ def test_a_reader_that_stops_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run([sys.executable, "-m", "comfyui_quantpress.cli.main", "formats"], stdin=subprocess.DEVNULL,
-                              stdout=writer, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "comfyui_quantpress.cli.main", "formats"],
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
@@ -123,7 +145,9 @@ def test_quantize_writes_a_verified_file_and_says_what_it_did(model, tmp_path, c
 
 def test_the_report_file_equals_the_json_output(model, tmp_path, capsys):
     report = tmp_path / "report.json"
-    printed = run_json(capsys, "quantize", model, tmp_path / "out.safetensors", "--format", "nvfp4", "--report", report)
+    printed = run_json(
+        capsys, "quantize", model, tmp_path / "out.safetensors", "--format", "nvfp4", "--report", report
+    )
     assert json.loads(report.read_text()) == printed
     assert printed["layers_quantized"] == 3 and printed["layers_kept"] == 1
     assert printed["output_bytes"] < printed["source_bytes"]
@@ -142,16 +166,58 @@ def test_overwrite_replaces_output_and_report(model, tmp_path, capsys):
 
 def test_options_reach_the_recipe(model, tmp_path, capsys):
     target = tmp_path / "out.safetensors"
-    report = run_json(capsys, "quantize", model, target, "--format", "bnb_nf4", "--group-size", "32", "--seed", "5",
-                      "--keep", r"blocks\.2", "--only", "attn", "--only", "img_in", "--device", "cpu")
-    assert report["recipe"] == {"format": "bnb_nf4", "group_size": 32, "rounding": "nearest", "scales": "absmax", "seed": 5}
+    report = run_json(
+        capsys,
+        "quantize",
+        model,
+        target,
+        "--format",
+        "bnb_nf4",
+        "--group-size",
+        "32",
+        "--seed",
+        "5",
+        "--keep",
+        r"blocks\.2",
+        "--only",
+        "attn",
+        "--only",
+        "img_in",
+        "--device",
+        "cpu",
+    )
+    assert report["recipe"] == {
+        "format": "bnb_nf4",
+        "group_size": 32,
+        "rounding": "nearest",
+        "scales": "absmax",
+        "seed": 5,
+    }
     assert {row["layer"]: row["format"] for row in report["layers"]} == {
-        "img_in": "bnb_nf4", "blocks.0.attn.qkv": "bnb_nf4", "blocks.1.attn.qkv": "bnb_nf4", "blocks.2.attn.qkv": None}
+        "img_in": "bnb_nf4",
+        "blocks.0.attn.qkv": "bnb_nf4",
+        "blocks.1.attn.qkv": "bnb_nf4",
+        "blocks.2.attn.qkv": None,
+    }
 
 
 def test_the_fallback_takes_what_the_format_cannot(model, tmp_path, capsys):
-    report = run_json(capsys, "quantize", model, tmp_path / "out.safetensors", "--format", "int8_blockwise", "--group-size",
-                      "128", "--only", "img_in", "--only", "blocks", "--fallback", "int8_rowwise")
+    report = run_json(
+        capsys,
+        "quantize",
+        model,
+        tmp_path / "out.safetensors",
+        "--format",
+        "int8_blockwise",
+        "--group-size",
+        "128",
+        "--only",
+        "img_in",
+        "--only",
+        "blocks",
+        "--fallback",
+        "int8_rowwise",
+    )
     assert {row["layer"]: row["format"] for row in report["layers"]}["img_in"] == "int8_rowwise"
 
 
@@ -170,7 +236,9 @@ def test_a_dry_run_predicts_the_file_and_writes_nothing(fmt, model, tmp_path, ca
     for key in ("recipe", "source_bytes", "output_bytes", "peak_bytes_estimate", "layers_quantized", "layers_kept"):
         assert plan[key] == report[key]
     assert sum(tensor.nbytes for tensor in load_file(target).values()) == plan["output_bytes"]
-    assert [(g["layers"], g["count"], g["format"]) for g in plan["groups"] if g["format"]] == [("blocks.{0..2}.attn.qkv", 3, fmt)]
+    assert [(g["layers"], g["count"], g["format"]) for g in plan["groups"] if g["format"]] == [
+        ("blocks.{0..2}.attn.qkv", 3, fmt)
+    ]
 
 
 def test_a_dry_run_says_why_layers_are_kept_and_that_the_output_exists(model, tmp_path, capsys):
@@ -190,7 +258,9 @@ def test_inspect_shows_groups_recipe_and_no_findings(quantized, capsys):
     content = run_json(capsys, "inspect", quantized)
     assert content["quantized_layers"] == 3 and content["findings"] == []
     assert {g["layers"]: (g["count"], g["format"]) for g in content["groups"]} == {
-        "blocks.{0..2}.attn.qkv": (3, "int8_rowwise"), "img_in": (1, "BF16")}
+        "blocks.{0..2}.attn.qkv": (3, "int8_rowwise"),
+        "img_in": (1, "BF16"),
+    }
     assert content["recipe"]["recipe"]["format"] == "int8_rowwise"
     other = {row["dtype"]: row["count"] for row in content["other"]}
     assert other == {"BF16": 3, "F32": 1, "I64": 1}
@@ -199,9 +269,11 @@ def test_inspect_shows_groups_recipe_and_no_findings(quantized, capsys):
 
 def test_inspect_reads_no_weight(quantized, capsys, monkeypatch):
     from comfyui_quantpress.quant_core.checkpoint.source import Source
+
     real = Source.read_bytes
-    monkeypatch.setattr(Source, "read_bytes",
-                        lambda self, name: pytest.fail(name) if name.endswith(".weight") else real(self, name))
+    monkeypatch.setattr(
+        Source, "read_bytes", lambda self, name: pytest.fail(name) if name.endswith(".weight") else real(self, name)
+    )
     assert main(["inspect", str(quantized)]) == 0
 
 
@@ -258,37 +330,49 @@ def test_formats_lists_the_registry(capsys):
     assert {row["native_since"] is None for row in rows} == {True, False}
     assert main(["formats"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:2 + len(FORMATS)]] == FORMATS
+    assert [line.split()[0] for line in lines[2 : 2 + len(FORMATS)]] == FORMATS
 
 
 # --- the small parts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("names", "patterns"), [
-    ([], []),
-    (["a"], [("a", 1)]),
-    (["b.0.x", "b.1.x", "b.2.x"], [("b.{0..2}.x", 3)]),
-    (["b.0.x", "b.2.x", "b.3.x", "b.7.x"], [("b.{0,2..3,7}.x", 4)]),
-    (["b.0.x.0", "b.0.x.2", "b.1.x.0", "b.1.x.2"], [("b.{0..1}.x.{0,2}", 4)]),
-    (["b.0.x.0", "b.0.x.2", "b.1.x.0"], [("b.{0..1}.x.0", 2), ("b.0.x.2", 1)]),
-    (["b.0.x", "c.0.x", "b.1.x"], [("b.{0..1}.x", 2), ("c.0.x", 1)]),
-    (["block_0.x", "block_1.x"], [("block_0.x", 1), ("block_1.x", 1)]),
-    (["b.00.x", "b.0.x"], [("b.00.x", 1), ("b.0.x", 1)]),
-])
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        ([], []),
+        (["a"], [("a", 1)]),
+        (["b.0.x", "b.1.x", "b.2.x"], [("b.{0..2}.x", 3)]),
+        (["b.0.x", "b.2.x", "b.3.x", "b.7.x"], [("b.{0,2..3,7}.x", 4)]),
+        (["b.0.x.0", "b.0.x.2", "b.1.x.0", "b.1.x.2"], [("b.{0..1}.x.{0,2}", 4)]),
+        (["b.0.x.0", "b.0.x.2", "b.1.x.0"], [("b.{0..1}.x.0", 2), ("b.0.x.2", 1)]),
+        (["b.0.x", "c.0.x", "b.1.x"], [("b.{0..1}.x", 2), ("c.0.x", 1)]),
+        (["block_0.x", "block_1.x"], [("block_0.x", 1), ("block_1.x", 1)]),
+        (["b.00.x", "b.0.x"], [("b.00.x", 1), ("b.0.x", 1)]),
+    ],
+)
 def test_collapse_stands_for_exactly_the_names(names, patterns):
     assert collapse(names) == patterns
 
 
 def test_sizes_times_and_tables_read_well():
     assert [size_text(n) for n in (0, 999, 1000, 23_456_789, 8e9, 2.5e13)] == [
-        "0 bytes", "999 bytes", "1.0 kB", "23.5 MB", "8.0 GB", "25.0 TB"]
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "23.5 MB",
+        "8.0 GB",
+        "25.0 TB",
+    ]
     assert [time_text(s) for s in (0.4, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
     assert [duration_text(s) for s in (0.44, 59.9, 59.96, 61)] == ["0.4 s", "59.9 s", "1:00", "1:01"]
     assert table_lines([("a", "1"), ("bb", "22")], ("n", "x"), right=(1,)) == ["n    x", "--  --", "a    1", "bb  22"]
 
 
 def test_json_holds_no_nan_or_infinity():
-    assert json.loads(json_text({"a": [float("nan"), 1.5], "b": {"c": float("-inf")}})) == {"a": [None, 1.5], "b": {"c": None}}
+    assert json.loads(json_text({"a": [float("nan"), 1.5], "b": {"c": float("-inf")}})) == {
+        "a": [None, 1.5],
+        "b": {"c": None},
+    }
 
 
 def lines_at(times_and_bytes: list[tuple[float, int]]) -> list[str]:
@@ -351,20 +435,39 @@ def test_demo_prints_a_row_per_format_as_it_is_done(tmp_path, capsys, monkeypatc
     from comfyui_quantpress.demo import run as demo_run
     from comfyui_quantpress.demo.results import FormatRow
 
-    row = FormatRow("nvfp4", "nvfp4.safetensors", 10_000_000, 4.5, 20.4, 19.9, 15.0, float("inf"), 0.5, 1.5, 29, 15, {}, "layout")
+    row = FormatRow(
+        "nvfp4", "nvfp4.safetensors", 10_000_000, 4.5, 20.4, 19.9, 15.0, float("inf"), 0.5, 1.5, 29, 15, {}, "layout"
+    )
     asked = {}
 
     def run_demo(out_dir, formats=None, progress=None):
         asked.update(out_dir=out_dir, formats=formats)
         progress(demo_run.DemoProgress("quantize", "nvfp4", 0, 1))
         progress(demo_run.DemoProgress("row", "nvfp4", 1, 1, row))
-        return demo_run.DemoResult((row,), out_dir / "s.png", out_dir / "r.csv", out_dir / "r.json", 18_000_000, 1.0, 3.0)
+        return demo_run.DemoResult(
+            (row,), out_dir / "s.png", out_dir / "r.csv", out_dir / "r.json", 18_000_000, 1.0, 3.0
+        )
 
     monkeypatch.setattr(demo_run, "run_demo", run_demo)
     assert main(["demo", "--out", str(tmp_path), "--format", "nvfp4"]) == 0
     out, err = capsys.readouterr()
     assert asked == {"out_dir": tmp_path, "formats": ["nvfp4"]} and err == ""
-    assert out.splitlines()[2].split() == ["nvfp4", "10.0", "MB", "4.50", "20.4", "dB", "19.9", "dB", "inf", "dB", "0.5", "s", "1.5", "s"]
+    assert out.splitlines()[2].split() == [
+        "nvfp4",
+        "10.0",
+        "MB",
+        "4.50",
+        "20.4",
+        "dB",
+        "19.9",
+        "dB",
+        "inf",
+        "dB",
+        "0.5",
+        "s",
+        "1.5",
+        "s",
+    ]
     assert str(tmp_path / "s.png") in out
 
 

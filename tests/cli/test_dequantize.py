@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
+from comfyui_quantpress.cli.main import main
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
+from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.stored.layers import stored_layers
+from comfyui_quantpress.quant_core.tools.dequantize import DTYPES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core.stored.layers import stored_layers
-from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.tools.dequantize import DTYPES
-from comfyui_quantpress.quant_core.formats.base import all_formats
 
 FORMATS = [fmt.name for fmt in all_formats()]
 LAYER = "blocks.0.fc"
@@ -21,8 +20,15 @@ LAYER = "blocks.0.fc"
 def model(tmp_path_factory):
     generator = torch.Generator().manual_seed(2)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_file({f"{LAYER}.weight": torch.randn(256, 256, generator=generator), f"{LAYER}.bias": torch.randn(256, generator=generator),
-               "norm.weight": torch.ones(256).half()}, path, metadata={"author": "somebody"})
+    save_file(
+        {
+            f"{LAYER}.weight": torch.randn(256, 256, generator=generator),
+            f"{LAYER}.bias": torch.randn(256, generator=generator),
+            "norm.weight": torch.ones(256).half(),
+        },
+        path,
+        metadata={"author": "somebody"},
+    )
     return path
 
 
@@ -53,15 +59,23 @@ def test_the_header_says_what_was_decoded_and_no_longer_that_it_is_quantized(mod
         metadata = file.metadata()
     assert metadata["author"] == "somebody" and "_quantization_metadata" not in metadata
     record = json.loads(metadata["quantpress"])
-    assert record["dequantized"] == {"dtype": "bf16", "layers": {"bnb_nf4": 1}} and record["source"] == "coded.safetensors"
+    assert (
+        record["dequantized"] == {"dtype": "bf16", "layers": {"bnb_nf4": 1}}
+        and record["source"] == "coded.safetensors"
+    )
 
 
 def legacy_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
-    return {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
-            "a.weight": torch.randn(16, 32, generator=generator).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.25),
-            "a.scale_input": torch.tensor(1.0), "b.weight": torch.randn(16, 32, generator=generator).bfloat16(),
-            "b.scale_weight": torch.tensor(1.0), "b.bias": torch.zeros(16)}
+    return {
+        "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+        "a.weight": torch.randn(16, 32, generator=generator).to(torch.float8_e4m3fn),
+        "a.scale_weight": torch.tensor(0.25),
+        "a.scale_input": torch.tensor(1.0),
+        "b.weight": torch.randn(16, 32, generator=generator).bfloat16(),
+        "b.scale_weight": torch.tensor(1.0),
+        "b.bias": torch.zeros(16),
+    }
 
 
 def test_a_legacy_file_loses_marker_and_scales(tmp_path):

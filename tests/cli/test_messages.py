@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-from comfyui_quantpress.cli.shared.groups import collapse_sentences
 from comfyui_quantpress.cli.main import main
+from comfyui_quantpress.cli.shared.groups import collapse_sentences
 from comfyui_quantpress.cli.shared.wording import PATTERNS, PHRASES, message
 from comfyui_quantpress.quant_core.errors import PlanError, RequestError, counted, did_you_mean
 from comfyui_quantpress.quant_core.pipeline.report import against_nearest
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 QUANTIZE = ["quantize", "model", "out", "--format", "int8_rowwise"]
@@ -24,18 +23,41 @@ def folder(tmp_path_factory) -> Path:
     model = {f"blocks.{i}.attn.qkv.weight": torch.randn(512, 256, generator=generator).bfloat16() for i in range(3)}
     model |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(512) for i in range(3)}
     save_file(model, folder / "model.safetensors")
-    lora = {f"diffusion_model.blocks.{i}.attn.qkv.lora_{part}.weight": torch.randn(shape, generator=generator)
-            for i in (0, 9) for part, shape in (("down", (4, 256)), ("up", (512, 4)))}
+    lora = {
+        f"diffusion_model.blocks.{i}.attn.qkv.lora_{part}.weight": torch.randn(shape, generator=generator)
+        for i in (0, 9)
+        for part, shape in (("down", (4, 256)), ("up", (512, 4)))
+    }
     save_file(lora, folder / "style.safetensors")
-    save_file({"layer.absmax": torch.ones(4)}, folder / "calibration.safetensors", metadata={"quantpress_calibration": "{}"})
+    save_file(
+        {"layer.absmax": torch.ones(4)}, folder / "calibration.safetensors", metadata={"quantpress_calibration": "{}"}
+    )
     save_file({"decoder.0.weight": torch.zeros(4, 4, 3, 3)}, folder / "vae.safetensors")
     save_file({"model.diffusion_model.other.weight": torch.zeros(4, 4)}, folder / "checkpoint.safetensors")
     save_file(model, folder / "model-00001-of-00002.safetensors")
-    for name, content in (("empty", b""), ("text", b"no model at all\n" * 40), ("cut", (folder / "model.safetensors").read_bytes()[:999])):
+    for name, content in (
+        ("empty", b""),
+        ("text", b"no model at all\n" * 40),
+        ("cut", (folder / "model.safetensors").read_bytes()[:999]),
+    ):
         (folder / f"{name}.safetensors").write_bytes(content)
     (folder / "bad.json").write_text("{no json")
-    assert main(["quantize", str(folder / "model.safetensors"), str(folder / "int8.safetensors"), "--format", "int8_rowwise"]) == 0
-    assert main(["quantize", str(folder / "model.safetensors"), str(folder / "taken.safetensors"), "--format", "bnb_nf4"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(folder / "model.safetensors"),
+                str(folder / "int8.safetensors"),
+                "--format",
+                "int8_rowwise",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["quantize", str(folder / "model.safetensors"), str(folder / "taken.safetensors"), "--format", "bnb_nf4"])
+        == 0
+    )
     return folder
 
 
@@ -45,36 +67,47 @@ def run(folder, tmp_path, capsys):
     known = {path.stem: str(path) for path in folder.iterdir()}
 
     def run(*args: str) -> tuple[int, str, str]:
-        names = {**known, "out": str(tmp_path / "out.safetensors"), "missing/out": str(tmp_path / "missing" / "out.safetensors")}
+        names = {
+            **known,
+            "out": str(tmp_path / "out.safetensors"),
+            "missing/out": str(tmp_path / "missing" / "out.safetensors"),
+        }
         before = {path: path.read_bytes() for path in folder.iterdir()}
         code = main([names.get(arg, arg) for arg in args])
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
         return (code, *capsys.readouterr())
+
     return run
 
 
 # --- wrong files and wrong requests --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["quantize", "style", *QUANTIZE[2:]], ["this file is a LoRA", "merge lora"]),
-    (["quantize", "calibration", *QUANTIZE[2:]], ["this file is a calibration"]),
-    (["quantize", "vae", *QUANTIZE[2:]], ["no linear weight", "'decoder.0.weight'", "text encoder"]),
-    (["quantize", "model-00001-of-00002", *QUANTIZE[2:]], ["shard 1 of 2", ".index.json"]),
-    (["quantize", "empty", *QUANTIZE[2:]], ["empty (0 bytes)", "Download"]),
-    (["quantize", "text", *QUANTIZE[2:]], ["no safetensors file"]),
-    (["quantize", "cut", *QUANTIZE[2:]], ["truncated", "Download it again"]),
-    (["quantize", "model", "missing/out", *QUANTIZE[3:]], ["the folder", "is missing. Create it"]),
-    (["quantize", "model", "model", *QUANTIZE[3:], "--overwrite"], ["same file as the source", "Choose another name"]),
-    (["template", "style", "out"], ["this file is a LoRA"]),
-    (["template", "vae", "out"], ["no linear weight"]),
-    (["verify", "int8", "--against", "style"], ["this file is a LoRA"]),
-    (["merge", "lora", "style", "out", "--lora", "style"], ["this file is a LoRA"]),
-    (["merge", "lora", "model", "out", "--lora", "model"], ["this is no LoRA", "none of its 6 tensors"]),
-    (["merge", "join", "model", "out"], ["one file already"]),
-    (["calibrate", "int8", "out", "--simulate"], ["no layer of it can have an input scale", "int8_rowwise"]),
-    ([*QUANTIZE, "--layer-config", "bad"], ["bad.json is not JSON", "Correct it there"]),
-])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["quantize", "style", *QUANTIZE[2:]], ["this file is a LoRA", "merge lora"]),
+        (["quantize", "calibration", *QUANTIZE[2:]], ["this file is a calibration"]),
+        (["quantize", "vae", *QUANTIZE[2:]], ["no linear weight", "'decoder.0.weight'", "text encoder"]),
+        (["quantize", "model-00001-of-00002", *QUANTIZE[2:]], ["shard 1 of 2", ".index.json"]),
+        (["quantize", "empty", *QUANTIZE[2:]], ["empty (0 bytes)", "Download"]),
+        (["quantize", "text", *QUANTIZE[2:]], ["no safetensors file"]),
+        (["quantize", "cut", *QUANTIZE[2:]], ["truncated", "Download it again"]),
+        (["quantize", "model", "missing/out", *QUANTIZE[3:]], ["the folder", "is missing. Create it"]),
+        (
+            ["quantize", "model", "model", *QUANTIZE[3:], "--overwrite"],
+            ["same file as the source", "Choose another name"],
+        ),
+        (["template", "style", "out"], ["this file is a LoRA"]),
+        (["template", "vae", "out"], ["no linear weight"]),
+        (["verify", "int8", "--against", "style"], ["this file is a LoRA"]),
+        (["merge", "lora", "style", "out", "--lora", "style"], ["this file is a LoRA"]),
+        (["merge", "lora", "model", "out", "--lora", "model"], ["this is no LoRA", "none of its 6 tensors"]),
+        (["merge", "join", "model", "out"], ["one file already"]),
+        (["calibrate", "int8", "out", "--simulate"], ["no layer of it can have an input scale", "int8_rowwise"]),
+        ([*QUANTIZE, "--layer-config", "bad"], ["bad.json is not JSON", "Correct it there"]),
+    ],
+)
 def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
     code, out, err = run(*args)
     assert code == 1 and out == "" and err.startswith("quantpress: error: ")
@@ -82,34 +115,52 @@ def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["quantize", "model", "taken", *QUANTIZE[3:]], ["or replace it with --overwrite"]),
-    (["dequantize", "int8", "taken"], ["or replace it with --overwrite"]),
-    (["edit", "int8", "taken", "--add", "'a': 1"], ["or replace it with --overwrite"]),
-    (["template", "model", "taken"], ["or replace it with --overwrite"]),
-    (["merge", "lora", "model", "out", "--lora", "style"], ["1 layer is not in", "with --skip-unmatched"]),
-    (["merge", "split", "model", "out.safetensors.index.json", "--max-gb", "0.0001"], ["Allow larger shards with --max-gb"]),
-    (["merge", "extract", "model", "out"], ["with --prefix"]),
-    (["merge", "insert", "checkpoint", "model", "out"], ["Use --force, if they are meant to differ"]),
-    (["edit", "int8", "out", "--remove", "format"], ["blocks.{0..2}.attn.qkv (3 layers): without `format`", "or use --force"]),
-    (["edit", "int8", "out", "--add", "'format': 'nvfp4'"], ["(3 layers) is missing", "--force writes it all the same"]),
-    ([*QUANTIZE, "--keep", "("], ["--keep '(' is no regular expression"]),
-    ([*QUANTIZE, "--only", "nosuch"], ["--only 'nosuch' matches none of the 3 linear layers"]),
-    ([*QUANTIZE, "--keep", "."], ["or name the layers with --only"]),
-    ([*QUANTIZE, "--rule", "nosuch=keep"], ["--rule 'nosuch' matches none"]),
-    ([*QUANTIZE, "--rule", "attn=nvp4"], ["--rule 'attn=nvp4': there is no format", "Did you mean nvfp4?"]),
-    (["quantize", "model", "out", "--format", "int8_rowise"], ["--format: there is no format", "Did you mean int8_rowwise?"]),
-    ([*QUANTIZE, "--fallback", "nvp4"], ["--fallback: there is no format"]),
-    ([*QUANTIZE, "--scales", "minmax"], ["--scales: there is no method 'minmax'"]),
-    ([*QUANTIZE, "--rounding", "up"], ["--rounding: there is no method 'up'"]),
-    ([*QUANTIZE, "--option", "iteratons=3"], ["--option: there is no setting 'iteratons'", "Did you mean iterations?"]),
-    ([*QUANTIZE, "--option", "iterations=few"], ["--option iterations: found 'few'"]),
-    ([*QUANTIZE, "--group-size", "37"], ["--group-size 37 is not offered"]),
-    ([*QUANTIZE, "--rotation", "37"], ["--rotation 37 is not offered"]),
-    ([*QUANTIZE, "--add-config", "foo"], ["--add-config 'foo' is neither"]),
-    ([*QUANTIZE, "--residual-lora", "r.bin"], ["--residual-lora needs"]),
-    (["repair", "int8", "out", "--assume", "nvp4"], ["Did you mean nvfp4?"]),
-])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["quantize", "model", "taken", *QUANTIZE[3:]], ["or replace it with --overwrite"]),
+        (["dequantize", "int8", "taken"], ["or replace it with --overwrite"]),
+        (["edit", "int8", "taken", "--add", "'a': 1"], ["or replace it with --overwrite"]),
+        (["template", "model", "taken"], ["or replace it with --overwrite"]),
+        (["merge", "lora", "model", "out", "--lora", "style"], ["1 layer is not in", "with --skip-unmatched"]),
+        (
+            ["merge", "split", "model", "out.safetensors.index.json", "--max-gb", "0.0001"],
+            ["Allow larger shards with --max-gb"],
+        ),
+        (["merge", "extract", "model", "out"], ["with --prefix"]),
+        (["merge", "insert", "checkpoint", "model", "out"], ["Use --force, if they are meant to differ"]),
+        (
+            ["edit", "int8", "out", "--remove", "format"],
+            ["blocks.{0..2}.attn.qkv (3 layers): without `format`", "or use --force"],
+        ),
+        (
+            ["edit", "int8", "out", "--add", "'format': 'nvfp4'"],
+            ["(3 layers) is missing", "--force writes it all the same"],
+        ),
+        ([*QUANTIZE, "--keep", "("], ["--keep '(' is no regular expression"]),
+        ([*QUANTIZE, "--only", "nosuch"], ["--only 'nosuch' matches none of the 3 linear layers"]),
+        ([*QUANTIZE, "--keep", "."], ["or name the layers with --only"]),
+        ([*QUANTIZE, "--rule", "nosuch=keep"], ["--rule 'nosuch' matches none"]),
+        ([*QUANTIZE, "--rule", "attn=nvp4"], ["--rule 'attn=nvp4': there is no format", "Did you mean nvfp4?"]),
+        (
+            ["quantize", "model", "out", "--format", "int8_rowise"],
+            ["--format: there is no format", "Did you mean int8_rowwise?"],
+        ),
+        ([*QUANTIZE, "--fallback", "nvp4"], ["--fallback: there is no format"]),
+        ([*QUANTIZE, "--scales", "minmax"], ["--scales: there is no method 'minmax'"]),
+        ([*QUANTIZE, "--rounding", "up"], ["--rounding: there is no method 'up'"]),
+        (
+            [*QUANTIZE, "--option", "iteratons=3"],
+            ["--option: there is no setting 'iteratons'", "Did you mean iterations?"],
+        ),
+        ([*QUANTIZE, "--option", "iterations=few"], ["--option iterations: found 'few'"]),
+        ([*QUANTIZE, "--group-size", "37"], ["--group-size 37 is not offered"]),
+        ([*QUANTIZE, "--rotation", "37"], ["--rotation 37 is not offered"]),
+        ([*QUANTIZE, "--add-config", "foo"], ["--add-config 'foo' is neither"]),
+        ([*QUANTIZE, "--residual-lora", "r.bin"], ["--residual-lora needs"]),
+        (["repair", "int8", "out", "--assume", "nvp4"], ["Did you mean nvfp4?"]),
+    ],
+)
 def test_an_error_names_the_flag_that_it_is_about(args, words, run, tmp_path):
     code, out, err = run(*args)
     assert code == 1 and [word for word in words if word not in err] == []
@@ -122,7 +173,9 @@ def test_every_flag_that_a_message_may_name_exists():
 
 
 def test_a_flag_is_named_only_where_the_command_has_it():
-    err = RequestError("x. Choose another name, or allow overwriting. Nothing was written; force writes it all the same.")
+    err = RequestError(
+        "x. Choose another name, or allow overwriting. Nothing was written; force writes it all the same."
+    )
     assert "--" not in message(err, argparse.Namespace())
     assert "force" not in message(err, argparse.Namespace(overwrite=False))
     assert message(err, argparse.Namespace(overwrite=False, force=False)).count("--") == 2
@@ -131,15 +184,24 @@ def test_a_flag_is_named_only_where_the_command_has_it():
 # --- nothing to do -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (["migrate", "model", "out"], ["nothing in it is quantized", "3 in BF16", "Nothing was written"]),
-    (["migrate", "int8", "out"], ["its 3 quantized layers are in ComfyUI's own form (int8_rowwise)", "use it as it is"]),
-    (["migrate", "int8", "--dry-run"], ["There is nothing to migrate"]),
-    (["migrate", "style", "out"], ["this file is a LoRA"]),
-    (["bitsandbytes", "import", "model", "out"], ["nothing to import", "nothing in it is quantized"]),
-    (["bitsandbytes", "import", "int8", "out"], ["no layer of it is stored in bitsandbytes' way", "Use it as it is"]),
-    (["edit", "int8", "out", "--remove", "nosuch"], ["the chosen layers say so already", "Nothing was written"]),
-])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["migrate", "model", "out"], ["nothing in it is quantized", "3 in BF16", "Nothing was written"]),
+        (
+            ["migrate", "int8", "out"],
+            ["its 3 quantized layers are in ComfyUI's own form (int8_rowwise)", "use it as it is"],
+        ),
+        (["migrate", "int8", "--dry-run"], ["There is nothing to migrate"]),
+        (["migrate", "style", "out"], ["this file is a LoRA"]),
+        (["bitsandbytes", "import", "model", "out"], ["nothing to import", "nothing in it is quantized"]),
+        (
+            ["bitsandbytes", "import", "int8", "out"],
+            ["no layer of it is stored in bitsandbytes' way", "Use it as it is"],
+        ),
+        (["edit", "int8", "out", "--remove", "nosuch"], ["the chosen layers say so already", "Nothing was written"]),
+    ],
+)
 def test_where_nothing_changes_nothing_is_written(args, words, run, tmp_path):
     code, out, err = run(*args)
     assert code == 1 and out == "" and [word for word in words if word not in err] == []
@@ -163,7 +225,9 @@ def test_a_sound_file_needs_no_repair_and_is_not_copied(run, tmp_path):
 def damaged(folder, tmp_path) -> Path:
     """NUL bytes behind one layer's JSON, which is repaired; NaN among the scales of two others, which is not."""
     tensors = load_file(folder / "int8.safetensors")
-    tensors["blocks.0.attn.qkv.comfy_quant"] = torch.cat((tensors["blocks.0.attn.qkv.comfy_quant"], torch.zeros(3, dtype=torch.uint8)))
+    tensors["blocks.0.attn.qkv.comfy_quant"] = torch.cat(
+        (tensors["blocks.0.attn.qkv.comfy_quant"], torch.zeros(3, dtype=torch.uint8))
+    )
     for i in (1, 2):
         tensors[f"blocks.{i}.attn.qkv.weight_scale"][1] = float("nan")
     path = tmp_path / "damaged.safetensors"
@@ -189,7 +253,10 @@ def test_a_fault_behind_a_description_that_nobody_could_read_is_told(damaged, tm
     target = tmp_path / "repaired.safetensors"
     assert main(["repair", str(damaged), str(target)]) == 1
     out, err = capsys.readouterr()
-    assert "blocks.0.attn.qkv.weight_scale: 0 of 512 values are NaN or Inf and 1 are negative" in out.split("remaining: 3 problems")[1]
+    assert (
+        "blocks.0.attn.qkv.weight_scale: 0 of 512 values are NaN or Inf and 1 are negative"
+        in out.split("remaining: 3 problems")[1]
+    )
     assert f"{target} was written, and 3 errors remain" in err
 
 
@@ -217,12 +284,18 @@ def test_verify_says_when_there_was_nothing_to_check(run):
 # --- the small parts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sentences", "lines"), [
-    (["b.0.x: bad", "b.1.x: bad", "b.2.x: worse"], ["b.{0..1}.x (2 layers): bad", "b.2.x: worse"]),
-    (["b.0.x lacks b.0.x.weight_scale", "b.1.x lacks b.1.x.weight_scale"], ["b.{0..1}.x (2 layers) lacks b.{0..1}.x.weight_scale"]),
-    (["no name", "no name", "model.safetensors is bad"], ["no name", "model.safetensors is bad"]),
-    (["b.0.x: bad", "c.0.x: bad", "b.1.x: bad"], ["b.{0..1}.x (2 layers): bad", "c.0.x: bad"]),
-])
+@pytest.mark.parametrize(
+    ("sentences", "lines"),
+    [
+        (["b.0.x: bad", "b.1.x: bad", "b.2.x: worse"], ["b.{0..1}.x (2 layers): bad", "b.2.x: worse"]),
+        (
+            ["b.0.x lacks b.0.x.weight_scale", "b.1.x lacks b.1.x.weight_scale"],
+            ["b.{0..1}.x (2 layers) lacks b.{0..1}.x.weight_scale"],
+        ),
+        (["no name", "no name", "model.safetensors is bad"], ["no name", "model.safetensors is bad"]),
+        (["b.0.x: bad", "c.0.x: bad", "b.1.x: bad"], ["b.{0..1}.x (2 layers): bad", "c.0.x: bad"]),
+    ],
+)
 def test_sentences_that_differ_in_a_number_become_one(sentences, lines):
     assert collapse_sentences(sentences) == lines
 
@@ -241,11 +314,23 @@ def test_counts_and_suggestions():
 
 def test_the_gain_over_rounding_to_nearest_is_told_per_kind_of_error():
     row = lambda layer, objective, error, nearest: {  # noqa: E731
-        "layer": layer, "objective": objective, "error": error, "nearest_error": nearest}
-    rows = [row("a", "output", 0.1, 0.4), row("b", "output", 0.3, 0.4), row("c", "output", 0.2, 0.4), row("d", "weight", 0.9, 1.0),
-            row("e", "output", None, None), {"layer": "kept"}]
-    assert against_nearest(rows) == ("output error against rounding to nearest: median 0.50x, worst 0.75x (b)",
-                                     "weight error against rounding to nearest: median 0.90x, worst 0.90x (d)")
+        "layer": layer,
+        "objective": objective,
+        "error": error,
+        "nearest_error": nearest,
+    }
+    rows = [
+        row("a", "output", 0.1, 0.4),
+        row("b", "output", 0.3, 0.4),
+        row("c", "output", 0.2, 0.4),
+        row("d", "weight", 0.9, 1.0),
+        row("e", "output", None, None),
+        {"layer": "kept"},
+    ]
+    assert against_nearest(rows) == (
+        "output error against rounding to nearest: median 0.50x, worst 0.75x (b)",
+        "weight error against rounding to nearest: median 0.90x, worst 0.90x (d)",
+    )
 
 
 def test_quantize_tells_the_gain_and_plain_rounding_has_none(run):
@@ -255,5 +340,3 @@ def test_quantize_tells_the_gain_and_plain_rounding_has_none(run):
 
 def test_one_layer_is_no_layers(run):
     assert "1 layer quantized" in run(*QUANTIZE, "--only", r"blocks\.0")[1]
-
-

@@ -1,4 +1,5 @@
 """A real ComfyUI server for tests, and graphs for it. Standard library only, besides safetensors for latents."""
+
 from __future__ import annotations
 
 import itertools
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
 PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv/bin/python"))
-ARGUMENTS = os.environ.get("COMFYUI_ARGS", "--cpu").split()      # e.g. "" for the GPU
+ARGUMENTS = os.environ.get("COMFYUI_ARGS", "--cpu").split()  # e.g. "" for the GPU
 START_S, RUN_S = 180, 300
 
 
@@ -47,13 +48,24 @@ class Graph:
 
     def add(self, kind: str, /, **inputs: Any) -> str:
         name = str(next(self._ids))
-        self.nodes[name] = {"class_type": kind, "inputs": {
-            key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()}}
+        self.nodes[name] = {
+            "class_type": kind,
+            "inputs": {key: list(value) if isinstance(value, tuple) else value for key, value in inputs.items()},
+        }
         return name
 
     def quantize(self, source: str, **recipe: Any) -> str:
-        defaults = {"format": "int8_convrot", "group_size": "automatic", "scales": "absmax", "rounding": "nearest", "seed": 0,
-                    "keep": "", "only": "", "fallback": "keep in source dtype", "device": "auto"}
+        defaults = {
+            "format": "int8_convrot",
+            "group_size": "automatic",
+            "scales": "absmax",
+            "rounding": "nearest",
+            "seed": 0,
+            "keep": "",
+            "only": "",
+            "fallback": "keep in source dtype",
+            "device": "auto",
+        }
         return self.add("QuantPressQuantize", source=(source, 0), **{**defaults, **recipe})
 
     def source(self, file: str) -> str:
@@ -66,10 +78,24 @@ class Graph:
         """Sample with `model`, conditioned to fit the model of node `like`, and save the latent."""
         positive = self.add("QuantPressTestConditioning", model=(like, 0), kind="noise", seed=1)
         negative = self.add("QuantPressTestConditioning", model=(like, 0), kind="zeros", seed=0)
-        latent = self.add("EmptyHunyuanLatentVideo", width=64, height=64, length=1, batch_size=1) if video else \
-            self.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
-        sampled = self.add("KSampler", model=(model, 0), positive=(positive, 0), negative=(negative, 0), latent_image=(latent, 0),
-                           seed=seed, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+        latent = (
+            self.add("EmptyHunyuanLatentVideo", width=64, height=64, length=1, batch_size=1)
+            if video
+            else self.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+        )
+        sampled = self.add(
+            "KSampler",
+            model=(model, 0),
+            positive=(positive, 0),
+            negative=(negative, 0),
+            latent_image=(latent, 0),
+            seed=seed,
+            steps=steps,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
         return self.add("SaveLatent", samples=(sampled, 0), filename_prefix=save_as)
 
 
@@ -82,14 +108,38 @@ class Server:
             self.port = probe.getsockname()[1]
         self.base, self.url = base, f"http://127.0.0.1:{self.port}"
         self.log = base / f"server_{self.port}.log"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                       # Several servers and test workers share the machine: more threads make each of them slower.
-                       "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            # Several servers and test workers share the machine: more threads make each of them slower.
+            "OMP_NUM_THREADS": "1",
+        }
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
-                [str(PYTHON), "main.py", *ARGUMENTS, "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-                 "--disable-auto-launch", "--disable-api-nodes", "--database-url", f"sqlite:///{base}/user/{self.port}.db", *args],
-                cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                [
+                    str(PYTHON),
+                    "main.py",
+                    *ARGUMENTS,
+                    "--listen",
+                    "127.0.0.1",
+                    "--port",
+                    str(self.port),
+                    "--base-directory",
+                    str(base),
+                    "--disable-auto-launch",
+                    "--disable-api-nodes",
+                    "--database-url",
+                    f"sqlite:///{base}/user/{self.port}.db",
+                    *args,
+                ],
+                cwd=COMFYUI,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
 
     def __enter__(self) -> Server:
         end = time.monotonic() + START_S
@@ -140,7 +190,9 @@ class Server:
             raise RuntimeError(f"no result in {RUN_S} s:\n{self.log_text()[-3000:]}")
         for name, detail in entry["status"]["messages"]:
             if name == "execution_error":
-                raise WorkflowError(detail["node_type"], detail["exception_type"].rpartition(".")[2], detail["exception_message"])
+                raise WorkflowError(
+                    detail["node_type"], detail["exception_type"].rpartition(".")[2], detail["exception_message"]
+                )
             if name == "execution_interrupted":
                 raise WorkflowError(detail["node_type"], "interrupted", "")
         return entry["outputs"]

@@ -14,7 +14,16 @@ from comfy_server import COMFYUI, PYTHON, ROOT, Server, missing  # noqa: E402
 
 def make_base(folder: Path, models: Path) -> Path:
     """A base folder with the pack in custom_nodes and links to the models."""
-    for name in ("custom_nodes", "models/diffusion_models", "models/loras", "models/checkpoints", "input", "output", "temp", "user"):
+    for name in (
+        "custom_nodes",
+        "models/diffusion_models",
+        "models/loras",
+        "models/checkpoints",
+        "input",
+        "output",
+        "temp",
+        "user",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "custom_nodes" / "ComfyUI-QuantPress").symlink_to(ROOT)
     for model in models.iterdir():
@@ -29,7 +38,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(missing())
     folder = tmp_path_factory.mktemp("models")
     shutil.copyfile(ROOT / "assets/tiny_mmdit_256.safetensors", folder / "trained_sd3.safetensors")
-    subprocess.run([PYTHON, ROOT / "tests/comfy/build_models.py", COMFYUI, folder], check=True, capture_output=True, timeout=180)
+    subprocess.run(
+        [PYTHON, ROOT / "tests/comfy/build_models.py", COMFYUI, folder], check=True, capture_output=True, timeout=180
+    )
     return folder
 
 

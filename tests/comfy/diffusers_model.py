@@ -1,7 +1,8 @@
 """Run by ComfyUI's Python: the SD3-type model of a file under diffusers' names, by ComfyUI's own table.
 
-    diffusers_model.py COMFYUI_DIR SOURCE TARGET
+diffusers_model.py COMFYUI_DIR SOURCE TARGET
 """
+
 import sys
 
 comfyui, source, target = sys.argv[1:]
@@ -19,5 +20,7 @@ for name, place in comfy.utils.mmdit_to_diffusers({"depth": 4, "num_blocks": 4})
     own, rows, *change = (place, None) if isinstance(place, str) else place
     if own in state:
         part = state[own] if rows is None else state[own].narrow(*rows)
-        renamed[name] = (change[0](part) if change else part).contiguous().clone()      # swapping halves is its own inverse
+        renamed[name] = (
+            (change[0](part) if change else part).contiguous().clone()
+        )  # swapping halves is its own inverse
 save_file(renamed, target)

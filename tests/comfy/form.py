@@ -2,6 +2,7 @@
 
 Only its first and its last block are quantized, which keeps two hundred loads short.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,25 +12,32 @@ from pathlib import Path
 
 import torch
 from comfy_server import ROOT
-from safetensors.torch import load_file
-from torch import Tensor
-
 from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import Source, open_source
 from comfyui_quantpress.quant_core.formats.base import get_format
 from comfyui_quantpress.quant_core.tools.migrate import migrate
 from comfyui_quantpress.quant_core.tools.repair import repair
 from comfyui_quantpress.quant_core.tools.rewrite import Rewrite
+from safetensors.torch import load_file
 from tool_files import save
+from torch import Tensor
 
 MODEL = ROOT / "assets/tiny_mmdit_256.safetensors"
 PREFIX = "model.diffusion_model."
 FIRST = "joint_blocks.0.x_block.attn.qkv"
-ODD = "final_layer.linear"              # 64 rows: padded block scales show their order by their shape
+ODD = "final_layer.linear"  # 64 rows: padded block scales show their order by their shape
 QUANTIZED = ("joint_blocks.0.", "joint_blocks.3.", ODD)
 KEPT = "t_embedder.mlp.0"
-OURS = ("float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_blockwise", "int8_lodewise", "bnb_nf4",
-        "bnb_fp4", "bnb_af4")
+OURS = (
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_blockwise",
+    "int8_lodewise",
+    "bnb_nf4",
+    "bnb_fp4",
+    "bnb_af4",
+)
 
 
 @dataclass(slots=True)
@@ -46,8 +54,10 @@ class File:
 
     def rename(self, old: str, new: str) -> None:
         """The end of tensors' names, of quantized layers."""
-        self.tensors = {name[:-len(old)] + new if name.endswith(old) and name[:-len(old)] in self.configs else name: t
-                        for name, t in self.tensors.items()}
+        self.tensors = {
+            name[: -len(old)] + new if name.endswith(old) and name[: -len(old)] in self.configs else name: t
+            for name, t in self.tensors.items()
+        }
 
     def change(self, suffix: str, to: Callable[[Tensor], Tensor], layers: list[str] | None = None) -> None:
         for layer in layers or self.configs:
@@ -85,8 +95,11 @@ def _quantized(name: str) -> tuple[dict[str, Tensor], dict[str, dict]]:
 
 def canonical(name: str) -> File:
     tensors, configs = _quantized(name)
-    return File(dict(tensors), {layer: dict(config) for layer, config in configs.items()},
-                header={layer: dict(config) for layer, config in configs.items()})
+    return File(
+        dict(tensors),
+        {layer: dict(config) for layer, config in configs.items()},
+        header={layer: dict(config) for layer, config in configs.items()},
+    )
 
 
 def decoded(name: str) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """comfy_quant descriptions and headers that are written otherwise, or wrong."""
+
 from __future__ import annotations
 
 import json
 
 import torch
+from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from form import FIRST, KEPT, PREFIX, File, Form, canonical, plain, repairing
 from torch import Tensor
-
-from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 
 
 def text(content: str | bytes) -> Tensor:
@@ -27,7 +27,11 @@ def header_only(file: File) -> None:
 
 def extra_keys(file: File) -> None:
     for layer, config in file.configs.items():
-        config |= {"group_size": 16, "orig_dtype": "torch.bfloat16", "orig_shape": list(plain()[f"{layer}.weight"].shape)}
+        config |= {
+            "group_size": 16,
+            "orig_dtype": "torch.bfloat16",
+            "orig_shape": list(plain()[f"{layer}.weight"].shape),
+        }
 
 
 def nul(file: File) -> None:
@@ -72,7 +76,9 @@ def beside_the_weights(name: str) -> bool:
 
 def scales_under_a_prefix(file: File) -> None:
     file.tensors = {PREFIX + name if beside_the_weights(name) else name: t for name, t in file.tensors.items()}
-    file.raw = {layer: None for layer in file.configs} | {PREFIX + layer: encode_config(c) for layer, c in file.configs.items()}
+    file.raw = {layer: None for layer in file.configs} | {
+        PREFIX + layer: encode_config(c) for layer, c in file.configs.items()
+    }
     file.header = None
 
 

@@ -1,12 +1,10 @@
 """Legacy fp8_scaled and INT8 files, and the tools' changes of files that are sound."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from form import KEPT, PREFIX, File, Form, bf16, one, rounded_scales, with_inputs
-from torch import Tensor
-
 from comfyui_quantpress.quant_core.checkpoint.source import Source
 from comfyui_quantpress.quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 from comfyui_quantpress.quant_core.tools.configs import HeaderMode
@@ -14,11 +12,19 @@ from comfyui_quantpress.quant_core.tools.edit import Edit, edit
 from comfyui_quantpress.quant_core.tools.migrate import MigrateOptions, migrate
 from comfyui_quantpress.quant_core.tools.rewrite import Rewrite
 from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy
+from form import KEPT, PREFIX, File, Form, bf16, one, rounded_scales, with_inputs
+from torch import Tensor
 
 
-def legacy(shape: Callable[[Tensor], Tensor] = lambda t: t, marker: int | None = 0, inputs: bool = False, prefix: str = "",
-           dummy: bool = False) -> Callable[[File], None]:
+def legacy(
+    shape: Callable[[Tensor], Tensor] = lambda t: t,
+    marker: int | None = 0,
+    inputs: bool = False,
+    prefix: str = "",
+    dummy: bool = False,
+) -> Callable[[File], None]:
     """scale_weight in place of weight_scale, of another rank; inputs: some scale_input of 1.0 and of 0.5."""
+
     def damage(file: File) -> None:
         file.undescribed()
         for layer in file.configs:
@@ -26,7 +32,9 @@ def legacy(shape: Callable[[Tensor], Tensor] = lambda t: t, marker: int | None =
         file.change("weight_scale", shape)
         file.rename(".weight_scale", ".scale_weight")
         if inputs:
-            file.tensors |= {f"{layer}.scale_input": torch.tensor([1.0 if "mlp" in layer else 0.5]) for layer in file.configs}
+            file.tensors |= {
+                f"{layer}.scale_input": torch.tensor([1.0 if "mlp" in layer else 0.5]) for layer in file.configs
+            }
         if dummy:
             file.tensors |= {f"{KEPT}.scale_weight": torch.ones(()), f"{KEPT}.scale_input": torch.ones(())}
         if marker is not None:
@@ -34,6 +42,7 @@ def legacy(shape: Callable[[Tensor], Tensor] = lambda t: t, marker: int | None =
         file.tensors = {prefix + name: t for name, t in file.tensors.items()}
         file.configs = {prefix + layer: config for layer, config in file.configs.items()}
         file.undescribed()
+
     return damage
 
 
@@ -74,11 +83,27 @@ EDITS = [
     Form("edit-drop-header", "nvfp4", sound, "same", editing(header=HeaderMode.DROP)),
     Form("edit-ours", "bnb_nf4", sound, "fails", editing(add={"note": "✓"}, header=HeaderMode.BUILD)),
     Form("to-legacy", "float8_e4m3fn", sound, "same", to_legacy),
-    Form("legacy-cleanup", "float8_e4m3fn", legacy(one, 0, inputs=True), "same", lambda src: cleanup_legacy(src, marker=2),
-         truth=with_inputs),
-    Form("legacy-cleanup-dummies", "float8_e4m3fn", legacy(one, 1, dummy=True), "differs",
-         lambda src: cleanup_legacy(src, scale_input=True)),
+    Form(
+        "legacy-cleanup",
+        "float8_e4m3fn",
+        legacy(one, 0, inputs=True),
+        "same",
+        lambda src: cleanup_legacy(src, marker=2),
+        truth=with_inputs,
+    ),
+    Form(
+        "legacy-cleanup-dummies",
+        "float8_e4m3fn",
+        legacy(one, 1, dummy=True),
+        "differs",
+        lambda src: cleanup_legacy(src, scale_input=True),
+    ),
     Form("legacy-input", "float8_e4m3fn", legacy(), "same", add_legacy_input),
-    Form("migrate-full-precision", "float8_e4m3fn", legacy(), "same",
-         lambda src: migrate(src, MigrateOptions(full_precision_matrix_mult=True, header=False))),
+    Form(
+        "migrate-full-precision",
+        "float8_e4m3fn",
+        legacy(),
+        "same",
+        lambda src: migrate(src, MigrateOptions(full_precision_matrix_mult=True, header=False)),
+    ),
 ]

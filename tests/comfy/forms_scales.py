@@ -1,16 +1,16 @@
 """Scales of another dtype, rank or order, and files without any description."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from form import ODD, File, Form, bf16, one, plain, repairing, rounded_scales, rounded_second_scales
-from torch import Tensor
-
 from comfyui_quantpress.quant_core.checkpoint.source import Source
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales
 from comfyui_quantpress.quant_core.tools.repair import repair
 from comfyui_quantpress.quant_core.tools.rewrite import Rewrite
+from form import ODD, File, Form, bf16, one, plain, repairing, rounded_scales, rounded_second_scales
+from torch import Tensor
 
 
 def as_bytes(t: Tensor) -> Tensor:
@@ -22,6 +22,7 @@ def row_order(columns: int, layers: list[str] | None = None) -> Callable[[File],
         for layer in layers or file.configs:
             n, k = plain()[f"{layer}.weight"].shape
             file.change("weight_scale", lambda t, n=n, k=k: unswizzle_scales(t, n, k // columns), [layer])
+
     return damage
 
 
@@ -38,7 +39,9 @@ def assuming(name: str, **options: bool) -> Callable[[Source], Rewrite]:
 
 
 def hybrid(file: File) -> None:
-    file.configs = {layer: {**config, "format": "hybrid_mxfp8", "group_size": 32} for layer, config in file.configs.items()}
+    file.configs = {
+        layer: {**config, "format": "hybrid_mxfp8", "group_size": 32} for layer, config in file.configs.items()
+    }
     file.tensors |= {f"{layer}.weight_scalar": torch.tensor(0.25) for layer in file.configs}
     file.header = None
 
@@ -62,7 +65,9 @@ SCALES = [
     Form("fp8-one-element", "float8_e4m3fn", scale("weight_scale", one), "same", repairing),
     Form("fp8-undescribed", "float8_e4m3fn", File.undescribed, "differs"),
     Form("fp8-rows-undescribed", "float8_e4m3fn_rowwise", File.undescribed, "differs"),
-    Form("int8-blockwise-bf16-scales", "int8_blockwise", scale("weight_scale", bf16), "fails", repairing, rounded_scales),
+    Form(
+        "int8-blockwise-bf16-scales", "int8_blockwise", scale("weight_scale", bf16), "fails", repairing, rounded_scales
+    ),
     Form("int8-undescribed", "int8_tensorwise", File.undescribed, "differs"),
     Form("int8-rows-undescribed", "int8_rowwise", File.undescribed, "differs", assuming("int8_rowwise")),
     Form("int8-convrot-undescribed", "int8_convrot", File.undescribed, "differs", assuming("int8_convrot")),

@@ -5,6 +5,7 @@ The JSON: out; pack (its folder, or null for a ComfyUI without it); conditioning
 in fp8, so that inputs are quantized, too); jobs. A job: id, file, and where wanted checkpoint, loras [file, strength, how],
 partly (all layers stay offloaded), probe (latents to measure single steps on), pictures (how many latents; 1).
 """
+
 import asyncio
 import json
 import sys
@@ -13,8 +14,8 @@ comfyui, jobs_file = sys.argv[1:]
 sys.path.insert(0, comfyui)
 sys.argv = ["main.py", "--cpu", "--disable-all-custom-nodes"]
 
-import torch  # noqa: E402
 import comfy.options  # noqa: E402
+import torch  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.model_management  # noqa: E402
@@ -23,9 +24,10 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
-import nodes  # noqa: E402
 import safetensors.torch  # noqa: E402
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
+
+import nodes  # noqa: E402
 
 LOAD_MODELS = comfy.model_management.load_models_gpu
 SEED, STEPS, CFG = 3, 2, 1.0
@@ -34,7 +36,7 @@ WARM_CIRCLE, COOL_RING, NULL = 0, 9, 10
 
 
 def conditioning(table, row):
-    return [[table["context"][row:row + 1], {"pooled_output": table["pooled"][row:row + 1]}]]
+    return [[table["context"][row : row + 1], {"pooled_output": table["pooled"][row : row + 1]}]]
 
 
 def load(job):
@@ -55,8 +57,19 @@ def load(job):
 def sample(model, table, pictures):
     latent = torch.zeros(pictures, 16, 8, 8)
     noise = comfy.sample.prepare_noise(latent, SEED)
-    return comfy.sample.sample(model, noise, STEPS, CFG, "euler", "simple", conditioning(table, WARM_CIRCLE), conditioning(table, NULL),
-                               latent, disable_pbar=True, seed=SEED)
+    return comfy.sample.sample(
+        model,
+        noise,
+        STEPS,
+        CFG,
+        "euler",
+        "simple",
+        conditioning(table, WARM_CIRCLE),
+        conditioning(table, NULL),
+        latent,
+        disable_pbar=True,
+        seed=SEED,
+    )
 
 
 def velocities(model, table, latents):
@@ -66,8 +79,18 @@ def velocities(model, table, latents):
     for level in PROBED:
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED))
         noisy = level * noise + (1 - level) * inner.process_latent_in(latents)
-        out = comfy.sample.sample_custom(model, noise, 1.0, sampler, torch.tensor([level, 0.0]), conditioning(table, COOL_RING),
-                                         conditioning(table, NULL), latents, disable_pbar=True, seed=SEED)
+        out = comfy.sample.sample_custom(
+            model,
+            noise,
+            1.0,
+            sampler,
+            torch.tensor([level, 0.0]),
+            conditioning(table, COOL_RING),
+            conditioning(table, NULL),
+            latents,
+            disable_pbar=True,
+            seed=SEED,
+        )
         found.append((noisy - inner.process_latent_in(out)) / level)
     return torch.cat(found)
 
@@ -78,12 +101,17 @@ def run(job, table):
     if job.get("partly"):
         model.load(torch.device("cpu"), lowvram_model_memory=1, full_load=False)
         assert model.model.model_lowvram
-        comfy.model_management.load_models_gpu = lambda *args, **kwargs: None      # the sampler would load it wholly
-    layouts = [module.weight._layout_cls for module in model.model.diffusion_model.modules()
-               if isinstance(getattr(module, "weight", None), QuantizedTensor)]
+        comfy.model_management.load_models_gpu = lambda *args, **kwargs: None  # the sampler would load it wholly
+    layouts = [
+        module.weight._layout_cls
+        for module in model.model.diffusion_model.modules()
+        if isinstance(getattr(module, "weight", None), QuantizedTensor)
+    ]
     found = {job["id"]: sample(model, table, job.get("pictures", 1))}
     if job.get("probe"):
-        found[job["id"] + "/velocities"] = velocities(model, table, safetensors.torch.load_file(job["probe"])["latent"])
+        found[job["id"] + "/velocities"] = velocities(
+            model, table, safetensors.torch.load_file(job["probe"])["latent"]
+        )
     comfy.model_management.load_models_gpu = LOAD_MODELS
     comfy.model_management.unload_all_models()
     return found, {"quantized": len(layouts), "layouts": sorted(set(layouts))}
@@ -102,7 +130,7 @@ def main():
             try:
                 tensors, known[job["id"]] = run(job, table)
                 latents |= tensors
-            except Exception as error:       # whatever a broken file does to a loader is this test's matter
+            except Exception as error:  # whatever a broken file does to a loader is this test's matter
                 known[job["id"]] = {"error": f"{type(error).__name__}: {error}"}
     safetensors.torch.save_file(latents, work["out"])
     with open(work["out"] + ".json", "w", encoding="utf-8") as file:

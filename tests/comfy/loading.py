@@ -1,4 +1,5 @@
 """Runs load_script.py in ComfyUI's Python, for lists of files, and gives the latents back."""
+
 from __future__ import annotations
 
 import json
@@ -48,12 +49,31 @@ class Loading:
         return Loaded(load_file(self.out), json.loads(self.out.with_name(self.out.name + ".json").read_text("utf-8")))
 
 
-def start(name: str, folder: Path, jobs: Iterable[dict[str, Any]], *, pack: bool = False, fp8: bool = False) -> Loading:
+def start(
+    name: str, folder: Path, jobs: Iterable[dict[str, Any]], *, pack: bool = False, fp8: bool = False
+) -> Loading:
     """A process that loads and samples the jobs; see load_script.py. pack: with ours in its ComfyUI."""
     out, order, log = folder / f"{name}.safetensors", folder / f"{name}.jobs.json", folder / f"{name}.log"
-    order.write_text(json.dumps({"out": str(out), "pack": str(ROOT) if pack else None, "fp8": fp8, "jobs": list(jobs),
-                                 "conditioning": str(ROOT / "assets/conditioning.safetensors")}, default=str), "utf-8")
+    order.write_text(
+        json.dumps(
+            {
+                "out": str(out),
+                "pack": str(ROOT) if pack else None,
+                "fp8": fp8,
+                "jobs": list(jobs),
+                "conditioning": str(ROOT / "assets/conditioning.safetensors"),
+            },
+            default=str,
+        ),
+        "utf-8",
+    )
     with open(log, "wb") as file:
-        process = subprocess.Popen([PYTHON, SCRIPT, COMFYUI, order], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, **ENVIRONMENT}, cwd=SCRIPT.parent)
+        process = subprocess.Popen(
+            [PYTHON, SCRIPT, COMFYUI, order],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT},
+            cwd=SCRIPT.parent,
+        )
     return Loading(process, log, out)

@@ -3,6 +3,7 @@
     replay_script.py COMFYUI_DIR PACK_DIR MODEL_FOLDER FUNCTION...
 Prints "passed FUNCTION" after each. A failed check is an AssertionError and the end.
 """
+
 import asyncio
 import importlib
 import sys
@@ -14,8 +15,8 @@ comfyui, pack_dir, folder, *functions = sys.argv[1:]
 sys.path.insert(0, comfyui)
 sys.argv = ["main.py", "--cpu", "--disable-all-custom-nodes"]
 
-import torch  # noqa: E402
 import comfy.options  # noqa: E402
+import torch  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.cli_args  # noqa: E402
@@ -23,8 +24,9 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
-import nodes  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
+
+import nodes  # noqa: E402
 
 assert asyncio.run(nodes.load_custom_node(pack_dir))
 NAMES = ("trained_sd3", "random_flux", "random_wan")
@@ -39,8 +41,13 @@ def load(name="trained_sd3"):
 
 
 def watched(model, calls=100, accumulate=True):
-    budget, capturing = pack("quant_core.calibration.capture.budget").Budget, pack("quant_core.calibration.capture.collector").CaptureSettings
-    return pack("nodes.jobs.capture").watch(model, "", budget(2**28, 2**28, hessians=False), capturing(), calls, accumulate)
+    budget, capturing = (
+        pack("quant_core.calibration.capture.budget").Budget,
+        pack("quant_core.calibration.capture.collector").CaptureSettings,
+    )
+    return pack("nodes.jobs.capture").watch(
+        model, "", budget(2**28, 2**28, hessians=False), capturing(), calls, accumulate
+    )
 
 
 def sample(model, steps=2, seed=0, change=lambda positive: None, **options):
@@ -49,7 +56,20 @@ def sample(model, steps=2, seed=0, change=lambda positive: None, **options):
     change(positive[0][1])
     latent = torch.zeros(1, 16, 1, 8, 8) if "WAN" in type(model.model).__name__ else torch.zeros(1, 16, 8, 8)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    return comfy.sample.sample(model, noise, steps, 3.0, "euler", "simple", positive, negative, latent, seed=seed, disable_pbar=True, **options)
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        3.0,
+        "euler",
+        "simple",
+        positive,
+        negative,
+        latent,
+        seed=seed,
+        disable_pbar=True,
+        **options,
+    )
 
 
 def collected(capture):
@@ -66,8 +86,10 @@ def collected(capture):
 def inputs_of_layers(root, seen):
     """Appends (layer, input) of every linear layer's call to seen(), a list that the call's owner gives."""
     layers = pack("quant_core.calibration.capture.linear_layers").linear_layers(root)
-    handles = [module.register_forward_pre_hook(lambda module, args, name=name: seen().append((name, args[0].clone())))
-               for name, module in layers.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: seen().append((name, args[0].clone())))
+        for name, module in layers.items()
+    ]
     try:
         yield
     finally:
@@ -122,21 +144,27 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
         place = {key(run, call): at for at, (run, call) in enumerate([(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])}
         assert len(by_call) == 5 and calls.keys() == place.keys()
         replay, context = pack("nodes.jobs.replay"), capture._context
-        for given in (model, observed):     # the capture's own output does as well: it adds nothing to the record
+        for given in (model, observed):  # the capture's own output does as well: it adds nothing to the record
             replay.replayable(given)
             with replay.loaded(given, 10**6) as (root, device):
                 assert root is model.model.diffusion_model and device == given.load_device
                 for number, call in calls.items():
                     assert_same(by_call[place[number]], replayed_inputs(given, call, device))
             assert model.model.current_patcher is None
-        assert capture._context is context and capture._calls.offered == 5 and calls[key(1, 0)].arguments["transformer_options"]["cond_or_uncond"] == [1, 0]
+        assert (
+            capture._context is context
+            and capture._calls.offered == 5
+            and calls[key(1, 0)].arguments["transformer_options"]["cond_or_uncond"] == [1, 0]
+        )
 
 
 def check_a_replay_takes_part_in_what_other_nodes_do_with_calls_once():
     changed = load().clone()
     for number in (1, 2):
+
         def louder(executor, x, t, *args, number=number, **kwargs):
             return executor(x * (1 + number / 8), t, *args, **kwargs)
+
         if number == 2:
             changed, capture = watched(changed)
         changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"louder {number}", louder)
@@ -174,14 +202,19 @@ def check_threads_that_take_turns_at_every_layer_give_the_same_inputs():
                 assert turn.wait_for(lambda: now[0] == number, 60)
             with torch.inference_mode():
                 pack("nodes.jobs.replay").replay(model, calls[key(1, number)], device)
-        except BaseException as err:      # to be raised by the main thread
+        except BaseException as err:  # to be raised by the main thread
             errors.append(err)
         with turn:
             done.add(number)
             now[0] = 1 - number
             turn.notify_all()
 
-    names = {module: name for name, module in pack("quant_core.calibration.capture.linear_layers").linear_layers(model.model.diffusion_model).items()}
+    names = {
+        module: name
+        for name, module in pack("quant_core.calibration.capture.linear_layers")
+        .linear_layers(model.model.diffusion_model)
+        .items()
+    }
     handles = [module.register_forward_pre_hook(paused) for module in names]
     with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
         threads = [threading.Thread(target=run, args=(number, device)) for number in (0, 1)]
@@ -210,14 +243,18 @@ def check_what_would_make_a_replay_wrong_is_refused():
     with refused("changes its layers while it runs (bypass_lora)"):
         replayable(injected)
     from comfy_api.torch_helpers import set_torch_compile_wrapper
+
     compiled = model.clone()
     set_torch_compile_wrapper(model=compiled, backend="eager")
     with refused("Remove the compile node"):
         replayable(compiled)
     from comfy_extras.nodes_easycache import EasyCacheNode
+
     with refused("EasyCache would leave out calls"):
         replayable(EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).args[0])
-    small = comfy.sd.load_diffusion_model(str(Path(folder) / "trained_sd3.safetensors"), {"dtype": torch.float8_e4m3fn})
+    small = comfy.sd.load_diffusion_model(
+        str(Path(folder) / "trained_sd3.safetensors"), {"dtype": torch.float8_e4m3fn}
+    )
     with refused("of its layers are no 16-bit or 32-bit floats"):
         replayable(small)
 
@@ -225,18 +262,22 @@ def check_what_would_make_a_replay_wrong_is_refused():
 def check_calls_that_a_replay_would_not_repeat_are_not_kept_but_counted():
     model = load()
     observed, capture = watched(model)
-    observed.model_options["transformer_options"]["of the model"] = object()       # a replay has it as well
+    observed.model_options["transformer_options"]["of the model"] = object()  # a replay has it as well
     observed.model_options["transformer_options"]["patches"] = {"double_block": [lambda args: args]}
     sample(observed)
 
     def with_more(name, value):
         def outer_sample(executor, *args, **kwargs):
-            options = executor.class_obj.model_options = comfy.model_patcher.create_model_options_clone(executor.class_obj.model_options)
+            options = executor.class_obj.model_options = comfy.model_patcher.create_model_options_clone(
+                executor.class_obj.model_options
+            )
             options["transformer_options"].setdefault(name, {}).update(value)
             return executor(*args, **kwargs)
+
         clone = observed.clone()
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer_sample)
         return clone
+
     sample(with_more("of a run", {"scale": 0.5, "tensor": torch.ones(2)}))
     assert len(capture._calls.kept) == 4 and capture._calls.refused == 0
     kept = list(capture._calls.calls())
@@ -259,9 +300,16 @@ def check_only_calls_of_a_captured_sampling_are_kept_and_as_many_as_asked_for():
     call = collected(capture)[0][first[0]]
     options = pack("nodes.jobs.replay")._own_options(observed)
     with pack("nodes.jobs.replay").loaded(observed, 0):
-        options["wrappers"][WrappersMP.APPLY_MODEL] = {"x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.jobs.capture").KEY)}
-        model.model.apply_model(call.arguments["x"], call.arguments["t"], c_crossattn=call.arguments["c_crossattn"],
-                                y=call.arguments["y"], transformer_options=options)
+        options["wrappers"][WrappersMP.APPLY_MODEL] = {
+            "x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.jobs.capture").KEY)
+        }
+        model.model.apply_model(
+            call.arguments["x"],
+            call.arguments["t"],
+            c_crossattn=call.arguments["c_crossattn"],
+            y=call.arguments["y"],
+            transformer_options=options,
+        )
     assert capture._calls.offered == 6
     none, capture = watched(model, calls=0)
     sample(none)
@@ -285,14 +333,21 @@ def check_loading_leaves_the_room_that_is_asked_for_and_ends_like_a_sampling():
     observed, capture = watched(model)
     sample(observed)
     calls, _ = collected(capture)
-    needed = replay.call_bytes(model, {name: value.shape for name, value in calls[key(1, 0)].arguments.items() if isinstance(value, torch.Tensor)})
+    needed = replay.call_bytes(
+        model,
+        {name: value.shape for name, value in calls[key(1, 0)].arguments.items() if isinstance(value, torch.Tensor)},
+    )
     x = calls[key(1, 0)].arguments["x"]
     assert needed == int(model.model.memory_required(list(x.shape))) > 0 and x.shape[0] == 2
     ran, asked, plain = [], [], comfy.model_management.load_models_gpu
     clone = model.clone()
     for kind in ("ON_PRE_RUN", "ON_CLEANUP"):
-        clone.add_callback(getattr(comfy.patcher_extension.CallbacksMP, kind), lambda patcher, kind=kind: ran.append(kind))
-    comfy.model_management.load_models_gpu = lambda models, memory_required=0: asked.append(memory_required) or plain(models, memory_required)
+        clone.add_callback(
+            getattr(comfy.patcher_extension.CallbacksMP, kind), lambda patcher, kind=kind: ran.append(kind)
+        )
+    comfy.model_management.load_models_gpu = lambda models, memory_required=0: (
+        asked.append(memory_required) or plain(models, memory_required)
+    )
     try:
         with replay.loaded(clone, 12345) as (root, _):
             assert ran == ["ON_PRE_RUN"] and model.model.current_patcher is None
@@ -301,7 +356,7 @@ def check_loading_leaves_the_room_that_is_asked_for_and_ends_like_a_sampling():
         assert ran == ["ON_PRE_RUN", "ON_CLEANUP"] and asked == [12345]
     finally:
         comfy.model_management.load_models_gpu = plain
-    sample(model)       # the model can be sampled as before
+    sample(model)  # the model can be sampled as before
 
 
 def check_what_a_model_keeps_from_call_to_call_is_forgotten():
@@ -322,7 +377,8 @@ def check_the_compiler_of_newer_versions_is_off_while_hooks_must_see_every_call(
     model = load()
     observed, capture = watched(model)
     begin = model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, given: seen.append(getattr(args, "disable_comfy_compiler", None)))
+        lambda module, given: seen.append(getattr(args, "disable_comfy_compiler", None))
+    )
     sample(observed)
     args.disable_comfy_compiler = False
     sample(observed)

@@ -3,6 +3,7 @@
     seam_script.py COMFYUI_DIR PACK_DIR FUNCTION [FILE]
 A failed check is an AssertionError and a non-zero exit status.
 """
+
 import asyncio
 import io
 import json
@@ -15,9 +16,9 @@ comfyui, pack_dir, function, *files = sys.argv[1:]
 sys.path.insert(0, comfyui)
 sys.argv = ["main.py", "--cpu", "--disable-all-custom-nodes"]
 
+import comfy.options  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.model_management  # noqa: E402
@@ -25,8 +26,9 @@ import comfy.ops  # noqa: E402
 import comfy.quant_ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
-import nodes  # noqa: E402
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
+
+import nodes  # noqa: E402
 
 ORIGINAL = comfy.ops.mixed_precision_ops
 LOGGED = io.StringIO()
@@ -70,7 +72,7 @@ def registering_twice_wraps_once():
     assert wrapped is not ORIGINAL and wrapped.__wrapped__ is ORIGINAL
     assert seam.register().installed and seam.status().installed
     assert comfy.ops.mixed_precision_ops is wrapped and comfy.model_base.BaseModel.load_model_weights is loader
-    assert comfy.quant_ops.QUANT_ALGOS == entries
+    assert entries == comfy.quant_ops.QUANT_ALGOS
     assert "the loaders of this ComfyUI now take" in LOGGED.getvalue()
     assert seam.native_formats() == set(entries) - set(seam.our_formats())
 
@@ -84,8 +86,11 @@ def what_is_returned_is_still_comfyuis_class():
 
 def same_bits(x, y):
     """Also where ComfyUI shows the bytes of a block scale under a dtype of its own (mxfp8)."""
-    return x.shape == y.shape and x.dtype.itemsize == y.dtype.itemsize and \
-        torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, y)))
+    return (
+        x.shape == y.shape
+        and x.dtype.itemsize == y.dtype.itemsize
+        and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, y)))
+    )
 
 
 def every_format_loads_runs_and_saves_the_same_bits():
@@ -102,8 +107,10 @@ def every_format_loads_runs_and_saves_the_same_bits():
             assert isinstance(net.l.weight, QuantizedTensor) and net.l.weight.dtype is dtype
             with torch.inference_mode():
                 out = net.l(x.to(dtype))
-            exact = x.to(dtype).float() @ fmt.dequantize({k.removeprefix("l."): v for k, v in state.items()}, (256, 512)).T \
+            exact = (
+                x.to(dtype).float() @ fmt.dequantize({k.removeprefix("l."): v for k, v in state.items()}, (256, 512)).T
                 + state["l.bias"].float()
+            )
             error = float((out.float() - exact).norm() / exact.norm())
             # comfy-kitchen's AWQ layout promotes its bfloat16 scales: float16 comes out as float32, in stock ComfyUI too.
             assert out.dtype is dtype or (fmt.name, dtype) == ("awq_w4a16", torch.float16), (fmt.name, out.dtype)
@@ -115,7 +122,7 @@ def every_format_loads_runs_and_saves_the_same_bits():
                     assert json.loads(bytes(saved[key].tolist())) == json.loads(bytes(tensor.tolist())), fmt.name
                 elif not key.endswith("bias"):
                     assert same_bits(saved[key], tensor), (fmt.name, key)
-            assert all(same_bits(state[key], kept[key]) for key in kept)      # loading writes to nothing: files are mapped
+            assert all(same_bits(state[key], kept[key]) for key in kept)  # loading writes to nothing: files are mapped
 
 
 def the_older_packs_matmul_error_cannot_come_back():
@@ -154,7 +161,10 @@ def unknown_fields_of_native_formats_survive():
     state, ops = stored(pack, fmt, torch.randn(64, 128)), comfy.ops.mixed_precision_ops({}, torch.bfloat16)
     net = model(ops, 64, 128)
     net.load_state_dict(dict(state), strict=False)
-    assert json.loads(bytes(net.state_dict()["l.comfy_quant"].tolist())) == {"format": "int8_tensorwise", "per_row": True}
+    assert json.loads(bytes(net.state_dict()["l.comfy_quant"].tolist())) == {
+        "format": "int8_tensorwise",
+        "per_row": True,
+    }
 
 
 def layers_without_an_entry_stay_comfyuis_business():
@@ -174,7 +184,7 @@ def a_partly_loaded_model_gives_the_same_latents_as_a_whole_one():
 
 
 def partly_loaded_output(file, full_load):
-    with torch.inference_mode():      # as ComfyUI executes nodes
+    with torch.inference_mode():  # as ComfyUI executes nodes
         patcher = comfy.sd.load_diffusion_model(file)
         patcher.load(torch.device("cpu"), lowvram_model_memory=1, full_load=full_load)
         assert patcher.model.model_lowvram is not full_load
@@ -189,17 +199,37 @@ def load_clip_gives_a_text_encoder_our_layers():
     """Stock Load CLIP: a Qwen3-0.6B encoder whose first block is quantized, one format of ours for each matrix."""
     pack = load_pack()
     get_format = pack("quant_core.formats.base").get_format
-    shapes = {"self_attn.q_proj": (2048, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
-              "self_attn.o_proj": (1024, 2048), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
-              "mlp.down_proj": (1024, 3072)}
-    names = ("bnb_nf4", "float8_e4m3fn_rowwise", "int8_blockwise", "float8_e4m3fn_block3d", "bnb_af4", "int8_lodewise", "nvfp4")
+    shapes = {
+        "self_attn.q_proj": (2048, 1024),
+        "self_attn.k_proj": (1024, 1024),
+        "self_attn.v_proj": (1024, 1024),
+        "self_attn.o_proj": (1024, 2048),
+        "mlp.gate_proj": (3072, 1024),
+        "mlp.up_proj": (3072, 1024),
+        "mlp.down_proj": (1024, 3072),
+    }
+    names = (
+        "bnb_nf4",
+        "float8_e4m3fn_rowwise",
+        "int8_blockwise",
+        "float8_e4m3fn_block3d",
+        "bnb_af4",
+        "int8_lodewise",
+        "nvfp4",
+    )
     state, weights = {}, {}
     for (part, shape), name in zip(shapes.items(), names):
         layer = f"model.layers.0.{part}"
         weights[part] = torch.randn(shape) * 0.02
-        state |= {k: v for k, v in stored(pack, get_format(name), weights[part], layer).items() if not k.endswith(".bias")}
-    for norm, size in (("input_layernorm", 1024), ("post_attention_layernorm", 1024), ("self_attn.q_norm", 128),
-                       ("self_attn.k_norm", 128)):
+        state |= {
+            k: v for k, v in stored(pack, get_format(name), weights[part], layer).items() if not k.endswith(".bias")
+        }
+    for norm, size in (
+        ("input_layernorm", 1024),
+        ("post_attention_layernorm", 1024),
+        ("self_attn.q_norm", 128),
+        ("self_attn.k_norm", 128),
+    ):
         state[f"model.layers.0.{norm}.weight"] = torch.ones(size)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder, "encoder.safetensors")
@@ -210,7 +240,7 @@ def load_clip_gives_a_text_encoder_our_layers():
             linear = block.get_submodule(part)
             assert isinstance(linear.weight, QuantizedTensor), part
             assert (linear.weight._layout_cls.startswith("QuantPress")) is (name != "nvfp4"), linear.weight
-            x = torch.randn(2, 3, shapes[part][1])            # text encoders run in float32 here
+            x = torch.randn(2, 3, shapes[part][1])  # text encoders run in float32 here
             wanted = torch.nn.functional.linear(x, weights[part])
             got = linear(x)
             assert got.dtype == x.dtype and float((got - wanted).norm() / wanted.norm()) < 0.12, part

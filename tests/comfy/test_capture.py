@@ -17,6 +17,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_O
 def test_capture(check, models):
     if missing():
         pytest.skip(missing())
-    done = subprocess.run([PYTHON, SCRIPT, COMFYUI, ROOT, check, models / "trained_sd3.safetensors"], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, **ENVIRONMENT}, cwd=SCRIPT.parent)
+    done = subprocess.run(
+        [PYTHON, SCRIPT, COMFYUI, ROOT, check, models / "trained_sd3.safetensors"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **ENVIRONMENT},
+        cwd=SCRIPT.parent,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -27,9 +27,19 @@ class Calibrating(Graph):
 
     def draw(self, model, label, seed, steps=STEPS):
         positive = self.add("QuantPressTestConditioning", model=(self.original, 0), kind="demo shapes", seed=label)
-        return self.add("KSampler", model=(model, 0), positive=(positive, 0), negative=(self.negative, 0),
-                        latent_image=(self.noise, 0), seed=seed, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple",
-                        denoise=1.0)
+        return self.add(
+            "KSampler",
+            model=(model, 0),
+            positive=(positive, 0),
+            negative=(self.negative, 0),
+            latent_image=(self.noise, 0),
+            seed=seed,
+            steps=steps,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
 
     def capture_all(self, classes=CLASSES, steps=STEPS, seed=0):
         """Sample every class with the captured model; a latent that waits for all."""
@@ -65,7 +75,10 @@ def test_captured_quantized_with_gptq_and_sampled_in_one_graph_beats_nearest(ser
     graph.save(calibration, "four_classes")
     source = graph.source("trained_sd3")
     models = {"original": graph.original}
-    for name, recipe in {"nearest": {}, "gptq": {"scales": "auto", "rounding": "auto", "calibration": (calibration, 0)}}.items():
+    for name, recipe in {
+        "nearest": {},
+        "gptq": {"scales": "auto", "rounding": "auto", "calibration": (calibration, 0)},
+    }.items():
         quantized = graph.quantize(source, format="nvfp4", **recipe)
         models[name] = graph.add("QuantPressLoadQuantized", quantized=(quantized, 0))
         graph.nodes[models[name]]["quantized_by"] = quantized
@@ -78,13 +91,18 @@ def test_captured_quantized_with_gptq_and_sampled_in_one_graph_beats_nearest(ser
     gains = []
     for label in CLASSES[:2]:
         for seed in HELD_OUT:
-            original, nearest, gptq = (server.latent(f"cal_{name}_{label}_{seed}") for name in ("original", "nearest", "gptq"))
+            original, nearest, gptq = (
+                server.latent(f"cal_{name}_{label}_{seed}") for name in ("original", "nearest", "gptq")
+            )
             gains.append(snr_db(original, gptq) - snr_db(original, nearest))
     print("latent SNR gain in dB by picture:", [round(gain, 1) for gain in gains])
     assert sum(gains) / len(gains) > 2.0 and "warning" not in report, (gains, report)
     found = manifest(server, "four_classes")
     assert sorted(run["note"] for run in found["runs"]) == [f"seed {label}" for label in CLASSES]
-    assert all(len(run["steps"]) == STEPS and set(run["labels"]) == {"cond", "uncond"} and run["completed"] for run in found["runs"])
+    assert all(
+        len(run["steps"]) == STEPS and set(run["labels"]) == {"cond", "uncond"} and run["completed"]
+        for run in found["runs"]
+    )
     assert list(found["runs"][0]["sigmas"].values()) == sorted(found["runs"][0]["sigmas"].values(), reverse=True)
     assert found["model"]["fingerprint"]
 
@@ -93,18 +111,31 @@ def test_the_saved_calibration_is_listed_loaded_and_used_and_a_stranger_is_refus
     graph = Calibrating()
     graph.save(graph.collect(graph.capture_all((1,), 2)), "sub/one")
     server.run(graph)
-    listed = server.call("/object_info/QuantPressLoadCalibration")["QuantPressLoadCalibration"]["input"]["required"]["file"]
+    listed = server.call("/object_info/QuantPressLoadCalibration")["QuantPressLoadCalibration"]["input"]["required"][
+        "file"
+    ]
     assert "calibrations/sub/one.safetensors" in (listed[1]["options"] if listed[0] == "COMBO" else listed[0])
     for source, wrong in (("trained_sd3", None), ("random_flux", "belongs to another model")):
         graph = Graph()
         calibration = graph.add("QuantPressLoadCalibration", file="calibrations/sub/one.safetensors")
-        node = graph.quantize(graph.source(source), format="float8_e4m3fn", scales="auto", rounding="auto", only="attn",
-                              calibration=(calibration, 0), input_scales=True)
+        node = graph.quantize(
+            graph.source(source),
+            format="float8_e4m3fn",
+            scales="auto",
+            rounding="auto",
+            only="attn",
+            calibration=(calibration, 0),
+            input_scales=True,
+        )
         graph.add("QuantPressSave", quantized=(node, 0), folder="output", name=f"scaled_{source}", overwrite=True)
         if wrong is None:
             server.run(graph)
             found = load_file(server.base / f"output/scaled_{source}.safetensors")
-            assert sum(name.endswith(".input_scale") for name in found) == sum(name.endswith(".comfy_quant") for name in found) > 5
+            assert (
+                sum(name.endswith(".input_scale") for name in found)
+                == sum(name.endswith(".comfy_quant") for name in found)
+                > 5
+            )
             continue
         with pytest.raises(WorkflowError, match=wrong):
             server.run(graph)
@@ -120,7 +151,9 @@ def test_the_same_seeds_give_the_same_calibration_and_another_seed_does_not(serv
         assert len(manifest(server, f"same_{name}")["runs"]) == 2
     assert files["first"].keys() == files["again"].keys()
     assert all(torch.equal(tensor, files["again"][name]) for name, tensor in files["first"].items())
-    assert not torch.equal(files["first"]["joint_blocks.0.x_block.attn.qkv.sum"], files["other"]["joint_blocks.0.x_block.attn.qkv.sum"])
+    assert not torch.equal(
+        files["first"]["joint_blocks.0.x_block.attn.qkv.sum"], files["other"]["joint_blocks.0.x_block.attn.qkv.sum"]
+    )
 
 
 def test_pictures_stay_the_same_while_they_are_watched(server):
@@ -149,9 +182,9 @@ def test_runs_accumulate_cancel_keeps_what_was_captured_and_no_hook_stays(server
     with pytest.raises(WorkflowError) as stopped:
         server.wait(prompt)
     assert stopped.value.kind == "interrupted"
-    for name in ("part2", "part3"):      # nothing is sampled with the capture: the latent is empty
+    for name in ("part2", "part3"):  # nothing is sampled with the capture: the latent is empty
         graph = Calibrating(rows_per_step=18)
-        if name == "part3":              # and what is sampled without it is not seen, though it is the same module
+        if name == "part3":  # and what is sampled without it is not seen, though it is the same module
             drawn = graph.draw(graph.original, 3, 60, 2)
         graph.save(graph.collect(graph.noise if name == "part2" else drawn), name)
         server.run(graph)
@@ -171,7 +204,10 @@ def test_an_empty_capture_a_compiled_model_and_a_wrong_pattern_say_what_to_do(se
     with pytest.raises(WorkflowError, match="Remove the compile node") as failed:
         server.run(graph)
     assert failed.value.node == "QuantPressCapture"
-    for pattern, said in (("(", "is no regular expression"), ("no_such_layer", "has no linear layer whose name matches")):
+    for pattern, said in (
+        ("(", "is no regular expression"),
+        ("no_such_layer", "has no linear layer whose name matches"),
+    ):
         graph = Calibrating(layers=pattern)
         graph.save(graph.collect(graph.capture_all((1,), 1)), "pattern")
         with pytest.raises(WorkflowError, match=said):
@@ -182,8 +218,13 @@ def test_a_lora_while_capturing_is_recorded(server):
     state = load_file(server.base / "models/diffusion_models" / MODEL)
     name = "joint_blocks.0.x_block.attn.qkv"
     n, k = state[f"{name}.weight"].shape
-    save_file({f"diffusion_model.{name}.lora_up.weight": torch.randn(n, 2) * 0.1,
-               f"diffusion_model.{name}.lora_down.weight": torch.randn(2, k) * 0.1}, server.base / "models/loras/small.safetensors")
+    save_file(
+        {
+            f"diffusion_model.{name}.lora_up.weight": torch.randn(n, 2) * 0.1,
+            f"diffusion_model.{name}.lora_down.weight": torch.randn(2, k) * 0.1,
+        },
+        server.base / "models/loras/small.safetensors",
+    )
     graph = Calibrating(patch=("LoraLoaderModelOnly", {"lora_name": "small.safetensors", "strength_model": 1.0}))
     collected = graph.collect(graph.capture_all((1,), 2))
     graph.save(collected, "with_lora")
@@ -193,16 +234,18 @@ def test_a_lora_while_capturing_is_recorded(server):
     plain.save(plain.collect(plain.capture_all((1,), 2)), "without_lora")
     server.run(plain)
     one, other = manifest(server, "with_lora"), manifest(server, "without_lora")
-    assert other["runs"][0]["loras"] == [] and one["model"] == other["model"]      # the LoRA is not mistaken for another training
+    assert (
+        other["runs"][0]["loras"] == [] and one["model"] == other["model"]
+    )  # the LoRA is not mistaken for another training
     again = Calibrating(patch=("LoraLoaderModelOnly", {"lora_name": "small.safetensors", "strength_model": 0.5}))
-    again.save(again.collect(again.capture_all((1,), 2)), "with_lora")               # now a LoRA was in the weights before
+    again.save(again.collect(again.capture_all((1,), 2)), "with_lora")  # now a LoRA was in the weights before
     server.run(again)
     assert manifest(server, "with_lora")["model"] == other["model"]
 
 
 def test_without_any_cache_a_graph_still_collects_what_it_sampled(server_with):
     server = server_with("--cache-none")
-    for _ in range(2):      # nothing is kept from one prompt to the next
+    for _ in range(2):  # nothing is kept from one prompt to the next
         graph = Calibrating()
         graph.save(graph.collect(graph.capture_all((1, 2), 3)), "uncached")
         server.run(graph)

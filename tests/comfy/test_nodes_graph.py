@@ -27,7 +27,7 @@ def test_running_again_with_the_same_inputs_does_not_quantize_again(server):
     recipe = {"source": "random_flux", "format": "float8_e5m2", "seed": 11}
     (spool,) = quantize_file(server, **recipe)
     inode = spool.stat().st_ino
-    graph = Graph()      # another graph with other node ids: ComfyUI's own cache does not help here
+    graph = Graph()  # another graph with other node ids: ComfyUI's own cache does not help here
     graph.add("QuantPressTestConditioning", model=(graph.unet("random_flux.safetensors"), 0), kind="zeros", seed=0)
     node = graph.quantize(graph.source("random_flux"), format="float8_e5m2", seed=11)
     graph.add("QuantPressSave", quantized=(node, 0), folder="output", name="again/{time}-{model}", overwrite=True)
@@ -47,14 +47,18 @@ def test_changing_the_file_on_disk_quantizes_again(server):
         name = "double_blocks.0.img_mlp.0.weight"
         save_file({**tensors, name: tensors[name] * factor}, path)
         server.run(graph)
-        saved.append(load_file(server.base / "output/changed.safetensors")["double_blocks.0.img_mlp.0.weight_scale"].item())
+        saved.append(
+            load_file(server.base / "output/changed.safetensors")["double_blocks.0.img_mlp.0.weight_scale"].item()
+        )
     assert saved[1] == pytest.approx(2 * saved[0])
 
 
 def test_cancel_stops_within_seconds_and_leaves_nothing(server):
     generator = torch.Generator().manual_seed(0)
-    save_file({f"blocks.{i}.lin.weight": torch.randn(2048, 2048, generator=generator).to(torch.bfloat16) for i in range(16)},
-              server.base / "models/diffusion_models/large.safetensors")
+    save_file(
+        {f"blocks.{i}.lin.weight": torch.randn(2048, 2048, generator=generator).to(torch.bfloat16) for i in range(16)},
+        server.base / "models/diffusion_models/large.safetensors",
+    )
     folder = server.base / "temp/quantpress"
     before = set(folder.glob("*")) | set(folder.glob(".*"))
     graph = Graph()
@@ -62,7 +66,7 @@ def test_cancel_stops_within_seconds_and_leaves_nothing(server):
     graph.add("QuantPressInspect", file="(the connected model)", quantized=(node, 0))
     prompt = server.submit(graph)
     end = time.monotonic() + 60
-    while not list(folder.glob(".large*.part")):      # it writes: the run is in the middle
+    while not list(folder.glob(".large*.part")):  # it writes: the run is in the middle
         assert time.monotonic() < end, "quantizing never began"
         time.sleep(0.02)
     started = time.monotonic()
@@ -70,15 +74,18 @@ def test_cancel_stops_within_seconds_and_leaves_nothing(server):
     with pytest.raises(WorkflowError) as stopped:
         server.wait(prompt)
     assert stopped.value.kind == "interrupted"
-    assert time.monotonic() - started < 4      # a second of the engine's, on a loaded test machine
+    assert time.monotonic() - started < 4  # a second of the engine's, on a loaded test machine
     assert {path for path in (*folder.glob("*"), *folder.glob(".*")) if "large" in path.name} <= before
 
 
-@pytest.mark.parametrize("recipe, said", [
-    ({"format": "int8_rowwise", "group_size": "64"}, "int8_rowwise: group_size 64 is not offered"),
-    ({"format": "nvfp4", "keep": "("}, "is no regular expression"),
-    ({"format": "nvfp4", "only": "no_such_layer"}, "matches none of the"),
-])
+@pytest.mark.parametrize(
+    "recipe, said",
+    [
+        ({"format": "int8_rowwise", "group_size": "64"}, "int8_rowwise: group_size 64 is not offered"),
+        ({"format": "nvfp4", "keep": "("}, "is no regular expression"),
+        ({"format": "nvfp4", "only": "no_such_layer"}, "matches none of the"),
+    ],
+)
 def test_a_wrong_recipe_shows_our_message(server, recipe, said):
     graph = Graph()
     node = graph.quantize(graph.source("trained_sd3"), **recipe)
@@ -100,7 +107,11 @@ def test_a_nan_in_the_source_names_the_layer_and_leaves_no_file(server):
 
 def test_names_that_lead_out_of_the_folders_are_refused(server, tmp_path):
     (server.base / "models/diffusion_models/leak").symlink_to(tmp_path)
-    for name, said in (("../../evil", "is no file name"), ("/tmp/evil", "is no file name"), ("leak/evil", "leads out of")):
+    for name, said in (
+        ("../../evil", "is no file name"),
+        ("/tmp/evil", "is no file name"),
+        ("leak/evil", "leads out of"),
+    ):
         graph = Graph()
         node = graph.quantize(graph.source("random_flux"), format="float8_e4m3fn")
         graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name=name, overwrite=True)
@@ -118,10 +129,15 @@ def test_names_that_lead_out_of_the_folders_are_refused(server, tmp_path):
 def test_saving_refuses_to_overwrite_unless_told_and_the_loaders_list_the_file(server):
     graph = Graph()
     node = graph.quantize(graph.source("random_flux"), format="float8_e4m3fn")
-    save = graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name="sub/{model}-{format}-{bits}",
-                     overwrite=False)
+    save = graph.add(
+        "QuantPressSave",
+        quantized=(node, 0),
+        folder="diffusion_models",
+        name="sub/{model}-{format}-{bits}",
+        overwrite=False,
+    )
     server.run(graph)
-    graph.nodes[save]["inputs"]["name"] = "sub/{model}-{format}-8.0"      # the same file by another spelling
+    graph.nodes[save]["inputs"]["name"] = "sub/{model}-{format}-8.0"  # the same file by another spelling
     with pytest.raises(WorkflowError, match="the file exists"):
         server.run(graph)
     graph.nodes[save]["inputs"]["overwrite"] = True
@@ -149,7 +165,9 @@ def lora_delta(server, load, name):
     for strength in (0.0, 1.0):
         graph = Graph()
         model = load(graph)
-        patched = graph.add("LoraLoaderModelOnly", model=(model, 0), lora_name="test.safetensors", strength_model=strength)
+        patched = graph.add(
+            "LoraLoaderModelOnly", model=(model, 0), lora_name="test.safetensors", strength_model=strength
+        )
         graph.sample(patched, graph.unet("trained_sd3.safetensors"), f"lora/{name}-{strength}", steps=1)
         server.run(graph)
         latents.append(server.latent(f"lora/{name}-{strength}"))
@@ -162,11 +180,25 @@ def bf16_delta(server):
     return lora_delta(server, lambda graph: graph.unet("trained_sd3.safetensors"), "bf16")
 
 
-@pytest.mark.parametrize("fmt", ["float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "int8_blockwise",
-                                 "int8_lodewise", "bnb_nf4", "bnb_fp4", "bnb_af4", "int8_convrot"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "float8_e4m3fn_rowwise",
+        "float8_e4m3fn_blockwise",
+        "float8_e4m3fn_block3d",
+        "int8_blockwise",
+        "int8_lodewise",
+        "bnb_nf4",
+        "bnb_fp4",
+        "bnb_af4",
+        "int8_convrot",
+    ],
+)
 def test_a_lora_moves_a_quantized_model_as_it_moves_the_bf16_model(server, bf16_delta, fmt):
     def load(graph):
-        return graph.add("QuantPressLoadQuantized", quantized=(graph.quantize(graph.source("trained_sd3"), format=fmt), 0))
+        return graph.add(
+            "QuantPressLoadQuantized", quantized=(graph.quantize(graph.source("trained_sd3"), format=fmt), 0)
+        )
 
     delta = lora_delta(server, load, fmt)
     cosine = float((delta * bf16_delta).sum() / (delta.norm() * bf16_delta.norm()))
@@ -185,7 +217,7 @@ def test_baking_a_lora_before_quantizing_equals_quantizing_the_merged_file(serve
     server.run(graph)
     expected = server.latent("lora/bf16-1.0")
     assert relative_error(server.latent("lora/baked"), expected) < 0.05
-    assert relative_error(server.latent("lora/bf16-0.0"), expected) > 0.1      # the LoRA is no small thing
+    assert relative_error(server.latent("lora/bf16-0.0"), expected) > 0.1  # the LoRA is no small thing
 
 
 def test_without_baking_the_lora_is_left_out(server, bf16_delta):
@@ -199,11 +231,15 @@ def test_without_baking_the_lora_is_left_out(server, bf16_delta):
     assert relative_error(server.latent("lora/unbaked"), server.latent("lora/bf16-0.0")) < 0.05
 
 
-@pytest.mark.parametrize("fmt", ["bnb_nf4", "int8_blockwise", "float8_e4m3fn_block3d", "int8_convrot", "asym_w4a8_int8"])
+@pytest.mark.parametrize(
+    "fmt", ["bnb_nf4", "int8_blockwise", "float8_e4m3fn_block3d", "int8_convrot", "asym_w4a8_int8"]
+)
 def test_model_save_round_trips_with_every_field_and_bit(server, fmt):
     graph = Graph()
     quantized = graph.quantize(graph.source("trained_sd3"), format=fmt)
-    graph.add("QuantPressSave", quantized=(quantized, 0), folder="output", name=f"modelsave/{fmt}-ours", overwrite=True)
+    graph.add(
+        "QuantPressSave", quantized=(quantized, 0), folder="output", name=f"modelsave/{fmt}-ours", overwrite=True
+    )
     model = graph.add("QuantPressLoadQuantized", quantized=(quantized, 0))
     graph.add("ModelSave", model=(model, 0), filename_prefix=f"modelsave/{fmt}-theirs")
     server.run(graph)
@@ -225,13 +261,19 @@ def test_formats_mix_in_one_file(server):
     for fmt, fallback in (("bnb_nf4", "float8_e4m3fn"), ("nvfp4", "float8_e4m3fn_rowwise")):
         graph, name = Graph(), f"mixed/{fmt}"
         quantized = graph.quantize(graph.source("random_wan"), format=fmt, fallback=fallback)
-        saved = graph.add("QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name=name, overwrite=True)
+        saved = graph.add(
+            "QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name=name, overwrite=True
+        )
         original = graph.unet("random_wan.safetensors")
         graph.sample(graph.unet((saved, 0)), original, f"{name}-q", video=True)
         graph.sample(original, original, f"{name}-o", video=True)
         server.run(graph)
         with safe_open(server.base / f"models/diffusion_models/{name}.safetensors", "pt") as file:
-            formats = {json.loads(bytes(file.get_tensor(key).tolist()))["format"] for key in file.keys() if "comfy_quant" in key}
+            formats = {
+                json.loads(bytes(file.get_tensor(key).tolist()))["format"]
+                for key in file.keys()
+                if "comfy_quant" in key
+            }
         assert formats == {fmt, fallback}
         assert 0 < relative_error(server.latent(f"{name}-q"), server.latent(f"{name}-o")) < 0.5
 
@@ -246,13 +288,20 @@ def test_shards_with_an_index_are_one_source(server):
         save_file({name: tensors[name] for name in part}, folder / file)
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    listed = server.call("/object_info/QuantPressLoadSource")["QuantPressLoadSource"]["input"]["required"]["file"][1]["options"]
+    listed = server.call("/object_info/QuantPressLoadSource")["QuantPressLoadSource"]["input"]["required"]["file"][1][
+        "options"
+    ]
     assert [name for name in listed if "sharded" in name] == ["diffusion_models/sharded/model.safetensors.index.json"]
     graph = Graph()
     source = graph.add("QuantPressLoadSource", file="diffusion_models/sharded/model.safetensors.index.json")
     for name, node in (("shards", source), ("whole", graph.source("random_flux"))):
-        graph.add("QuantPressSave", quantized=(graph.quantize(node, format="int8_rowwise"), 0), folder="output", name=name,
-                  overwrite=True)
+        graph.add(
+            "QuantPressSave",
+            quantized=(graph.quantize(node, format="int8_rowwise"), 0),
+            folder="output",
+            name=name,
+            overwrite=True,
+        )
     outputs = server.run(graph)
     assert "FluxSchnell" in outputs[source]["text"][0] and "2 shards" in outputs[source]["text"][0]
     whole, shards = (load_file(server.base / f"output/{name}.safetensors") for name in ("whole", "shards"))
@@ -262,7 +311,9 @@ def test_shards_with_an_index_are_one_source(server):
 def test_inspect_finds_what_a_loader_would_stumble_over(server):
     graph = Graph()
     node = graph.quantize(graph.source("random_flux"), format="bnb_nf4")
-    save = graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name="whole_nf4", overwrite=True)
+    save = graph.add(
+        "QuantPressSave", quantized=(node, 0), folder="diffusion_models", name="whole_nf4", overwrite=True
+    )
     inspected = graph.add("QuantPressInspect", file="(the connected model)", quantized=(node, 0))
     text = server.run(graph)[inspected]["text"][0]
     assert save and "no problems found" in text and "bnb_nf4" in text and "FluxSchnell" in text
@@ -280,7 +331,9 @@ def test_a_quantized_layer_that_reaches_no_module_is_named(server):
     graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name="to_rename", overwrite=True)
     server.run(graph)
     tensors = load_file(server.base / "models/diffusion_models/to_rename.safetensors")
-    renamed = {name.replace("single_blocks.0.linear2.", "single_blocks.0.lost."): tensor for name, tensor in tensors.items()}
+    renamed = {
+        name.replace("single_blocks.0.linear2.", "single_blocks.0.lost."): tensor for name, tensor in tensors.items()
+    }
     save_file(renamed, server.base / "models/diffusion_models/renamed.safetensors")
     graph = Graph()
     unet = graph.unet("renamed.safetensors")
@@ -298,7 +351,9 @@ def test_a_layer_with_a_damaged_scale_is_named_by_the_stock_loader(server):
     server.run(graph)
     tensors = load_file(server.base / "models/diffusion_models/to_damage.safetensors")
     name = "single_blocks.0.linear2.weight_scale"
-    save_file({**tensors, name: tensors[name][:-1].contiguous()}, server.base / "models/diffusion_models/damaged.safetensors")
+    save_file(
+        {**tensors, name: tensors[name][:-1].contiguous()}, server.base / "models/diffusion_models/damaged.safetensors"
+    )
     graph = Graph()
     unet = graph.unet("damaged.safetensors")
     graph.sample(unet, unet, "damaged")
@@ -309,8 +364,10 @@ def test_a_layer_with_a_damaged_scale_is_named_by_the_stock_loader(server):
 
 def test_a_checkpoint_with_prefixed_keys_goes_through_the_stock_checkpoint_loader(server):
     tensors = load_file(server.base / "models/diffusion_models/trained_sd3.safetensors")
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()},
-              server.base / "models/checkpoints/prefixed.safetensors")
+    save_file(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()},
+        server.base / "models/checkpoints/prefixed.safetensors",
+    )
     graph = Graph()
     source = graph.add("QuantPressLoadSource", file="checkpoints/prefixed.safetensors")
     quantized = graph.quantize(source, format="bnb_af4")
@@ -337,11 +394,16 @@ def test_a_spool_file_that_is_gone_is_named(server):
         server.run(graph)
 
 
-@pytest.mark.parametrize("recipe", [{"rounding": "learned"}, {"rounding": "gptq"}, {"rounding": "stochastic", "seed": 3},
-                                    {"scales": "search"}], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [{"rounding": "learned"}, {"rounding": "gptq"}, {"rounding": "stochastic", "seed": 3}, {"scales": "search"}],
+    ids=str,
+)
 def test_every_method_works_inside_comfyuis_inference_mode(server, recipe):
     """Nodes run in torch.inference_mode, where nothing can be differentiated and tensors refuse in-place changes."""
     graph = Graph()
-    node = graph.quantize(graph.source("random_flux"), format="bnb_nf4", only=r"double_blocks\.0\.img_attn\.proj", **recipe)
+    node = graph.quantize(
+        graph.source("random_flux"), format="bnb_nf4", only=r"double_blocks\.0\.img_attn\.proj", **recipe
+    )
     graph.add("QuantPressInspect", file="(the connected model)", quantized=(node, 0))
     assert "1 x bnb_nf4" in server.run(graph)[node]["text"][0]

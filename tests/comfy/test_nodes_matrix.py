@@ -2,7 +2,6 @@
 
 import pytest
 from comfy_server import Graph, Server, relative_error
-
 from comfyui_quantpress.quant_core.formats.base import all_formats
 
 MODELS = ("trained_sd3", "random_flux", "random_wan")
@@ -31,7 +30,9 @@ def test_in_graph_and_reloaded_sample_bit_identically_and_close_to_bf16(server, 
     quantized = graph.quantize(graph.source(model), format=fmt)
     in_graph = graph.add("QuantPressLoadQuantized", quantized=(quantized, 0))
     graph.sample(in_graph, original, f"{name}-graph", video=video)
-    saved = graph.add("QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name=name, overwrite=False)
+    saved = graph.add(
+        "QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name=name, overwrite=False
+    )
     graph.sample(graph.unet((saved, 0)), original, f"{name}-file", video=video)
     outputs = server.run(graph)
 

@@ -7,12 +7,33 @@ import urllib.request
 import pytest
 from comfy_server import ROOT, Graph
 
-IDS = ("QuantPressLoadSource", "QuantPressModelSource", "QuantPressQuantize", "QuantPressLoadQuantized", "QuantPressSave",
-       "QuantPressLoadFile", "QuantPressInspect", "QuantPressTestConditioning", "QuantPressCapture", "QuantPressCollect",
-       "QuantPressSaveCalibration", "QuantPressLoadCalibration", "QuantPressOpenFile",
-       "QuantPressRepair", "QuantPressMigrate", "QuantPressEditMetadata", "QuantPressInputScales", "QuantPressRequantize",
-       "QuantPressDequantize", "QuantPressBitsandbytes", "QuantPressBakeLora", "QuantPressExtractModel", "QuantPressReplaceModel",
-       "QuantPressSplitShards", "QuantPressSaveSource")
+IDS = (
+    "QuantPressLoadSource",
+    "QuantPressModelSource",
+    "QuantPressQuantize",
+    "QuantPressLoadQuantized",
+    "QuantPressSave",
+    "QuantPressLoadFile",
+    "QuantPressInspect",
+    "QuantPressTestConditioning",
+    "QuantPressCapture",
+    "QuantPressCollect",
+    "QuantPressSaveCalibration",
+    "QuantPressLoadCalibration",
+    "QuantPressOpenFile",
+    "QuantPressRepair",
+    "QuantPressMigrate",
+    "QuantPressEditMetadata",
+    "QuantPressInputScales",
+    "QuantPressRequantize",
+    "QuantPressDequantize",
+    "QuantPressBitsandbytes",
+    "QuantPressBakeLora",
+    "QuantPressExtractModel",
+    "QuantPressReplaceModel",
+    "QuantPressSplitShards",
+    "QuantPressSaveSource",
+)
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTROL = {"fixed", "randomize", "increment", "decrement"}
 
@@ -37,11 +58,15 @@ def test_every_node_says_what_it_does_and_every_input_its_trade_off(info):
 
 def test_the_recipe_offers_every_format_chooser_and_rounder(info):
     from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
-    from comfyui_quantpress.quant_core.formats.base import all_formats
     from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
+    from comfyui_quantpress.quant_core.formats.base import all_formats
+
     inputs = info["QuantPressQuantize"]["input"]["required"]
     assert inputs["format"][1]["options"] == [fmt.name for fmt in all_formats()]
-    assert inputs["scales"][1]["options"] == ["auto", *CHOOSERS] and inputs["rounding"][1]["options"] == ["auto", *ROUNDERS]
+    assert inputs["scales"][1]["options"] == ["auto", *CHOOSERS] and inputs["rounding"][1]["options"] == [
+        "auto",
+        *ROUNDERS,
+    ]
     offered = {str(size) for fmt in all_formats() for size in fmt.group_sizes}
     assert offered < set(inputs["group_size"][1]["options"])
 
@@ -72,7 +97,7 @@ def api_graph(workflow: dict) -> Graph:
         for entry in node.get("inputs", ()):
             if entry.get("widget"):
                 value = next(values)
-                while entry["name"] != "seed" and value in CONTROL:      # follows a seed, and is the page's own
+                while entry["name"] != "seed" and value in CONTROL:  # follows a seed, and is the page's own
                     value = next(values)
                 inputs[entry["name"]] = value
             if entry.get("link") is not None:
@@ -87,7 +112,10 @@ def test_the_examples_run_as_they_are_right_after_installing(server, path):
     graph = api_graph(json.loads(path.read_text("utf-8")))
     outputs = server.run(graph)
     pictures = [node for node in outputs.values() if "images" in node]
-    assert pictures and {node["class_type"] for node in graph.nodes.values()} >= {"QuantPressLoadSource", "QuantPressQuantize"}
+    assert pictures and {node["class_type"] for node in graph.nodes.values()} >= {
+        "QuantPressLoadSource",
+        "QuantPressQuantize",
+    }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -16,8 +16,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_O
 @pytest.fixture(scope="module")
 def done(models):
     """All checks in one process: importing ComfyUI takes longer than most of them."""
-    return subprocess.run([PYTHON, SCRIPT, COMFYUI, ROOT, models, *CHECKS], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **ENVIRONMENT}, cwd=SCRIPT.parent)
+    return subprocess.run(
+        [PYTHON, SCRIPT, COMFYUI, ROOT, models, *CHECKS],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **ENVIRONMENT},
+        cwd=SCRIPT.parent,
+    )
 
 
 @pytest.mark.parametrize("check", CHECKS)

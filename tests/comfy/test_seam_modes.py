@@ -31,6 +31,7 @@ def pack(name, code):
         folder.mkdir()
         (folder / "prestartup_script.py").write_text(code)
         (folder / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
+
     return prepare
 
 
@@ -59,7 +60,12 @@ def test_the_latents_do_not_depend_on_how_memory_is_managed(server_with, expecte
 def test_a_comfyui_without_the_support_says_so_once_and_still_quantizes_and_loads(server_with, expected):
     server = server_with(prepare=pack("0-too-old", TOO_OLD))
     log = server.log_text()
-    assert log.count("QuantPress: models in its own formats cannot be loaded here: it is older than 0.29.0. Update ComfyUI") == 1
+    assert (
+        log.count(
+            "QuantPress: models in its own formats cannot be loaded here: it is older than 0.29.0. Update ComfyUI"
+        )
+        == 1
+    )
     graph = Graph()
     quantized = graph.quantize(graph.source("trained_sd3"), format="bnb_nf4")
     graph.add("QuantPressSave", quantized=(quantized, 0), folder="diffusion_models", name="old", overwrite=False)
@@ -76,13 +82,18 @@ def test_a_pack_that_takes_the_loaders_is_named_and_our_loader_works_beside_it(s
     found = latents(server, ("bnb_nf4",))
     assert (found["bnb_nf4"] == expected["bnb_nf4"]).all()
     graph = Graph()
-    graph.add("QuantPressSave", quantized=(graph.quantize(graph.source("trained_sd3"), format="bnb_nf4"), 0),
-              folder="diffusion_models", name="beside", overwrite=False)
+    graph.add(
+        "QuantPressSave",
+        quantized=(graph.quantize(graph.source("trained_sd3"), format="bnb_nf4"), 0),
+        folder="diffusion_models",
+        name="beside",
+        overwrite=False,
+    )
     server.run(graph)
     graph = Graph()
     unet = graph.unet("beside.safetensors")
     graph.sample(unet, unet, "never")
-    with pytest.raises(WorkflowError, match="taken over"):      # the premise: the stock loader is in other hands
+    with pytest.raises(WorkflowError, match="taken over"):  # the premise: the stock loader is in other hands
         server.run(graph)
     graph = Graph()
     model = graph.add("QuantPressLoadFile", file="diffusion_models/beside.safetensors")

@@ -3,6 +3,7 @@
 The files of all forms are written once and loaded in three processes: a ComfyUI without this pack, one with it for the
 formats that are the pack's own, and one that is made to multiply in fp8, where activation scales count.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -16,7 +17,7 @@ from comfy_server import missing
 from loading import Loaded, start
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))   # tool_files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # tool_files
 from form import OURS, Form, canonical, decoded  # noqa: E402
 from forms_described import DESCRIPTIONS  # noqa: E402
 from forms_families import FAMILIES, LIBRARY  # noqa: E402
@@ -51,7 +52,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         path = canonical(name).write(folder / f"canonical-{name}.safetensors")
         plain = folder / f"decoded-{name}.safetensors"
         save_file(decoded(name), plain)
-        (ours if name in OURS else stock).extend([{"id": f"canonical/{name}", "file": path}, {"id": f"decoded/{name}", "file": plain}])
+        (ours if name in OURS else stock).extend(
+            [{"id": f"canonical/{name}", "file": path}, {"id": f"decoded/{name}", "file": plain}]
+        )
     for form in FORMS:
         before, after = form.write(folder)
         mine = ours if form.ours else stock
@@ -62,9 +65,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
             form.truth(file)
             mine.append({"id": f"truth/{form.name}", "file": file.write(folder / f"truth-{form.name}.safetensors")})
         if form.stock == "same" and form.format == "float8_e4m3fn":
-            fp8 += [stock[-1] | {"id": f"{when}/{form.name}", "file": file} for when, file in (("before", before), ("after", after))]
+            fp8 += [
+                stock[-1] | {"id": f"{when}/{form.name}", "file": file}
+                for when, file in (("before", before), ("after", after))
+            ]
     running = [start("stock", folder, stock), start("ours", folder, ours, pack=True)]
-    mine = running[1].result()                      # two at a time
+    mine = running[1].result()  # two at a time
     yield Results(ours=mine, fp8=start("fp8", folder, fp8, fp8=True).result(), stock=running[0].result())
     shutil.rmtree(folder)
 
@@ -87,8 +93,11 @@ def test_what_stock_comfyui_makes_of_the_form_before(results, form):
     assert (both.difference(f"before/{form.name}", f"after/{form.name}") == 0) is (form.stock == "same")
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.stock == "same" and form.format == "float8_e4m3fn"],
-                         ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    "form",
+    [form for form in FORMS if form.stock == "same" and form.format == "float8_e4m3fn"],
+    ids=lambda form: form.name,
+)
 def test_on_a_device_that_multiplies_in_fp8_too(results, form):
     """Here inputs are quantized with input_scale, or with 1 where there is none."""
     differs = results.fp8.difference(f"before/{form.name}", f"after/{form.name}")

@@ -3,6 +3,7 @@ stock loaders.
 
 One-step errors: the model's outputs at four noise levels of two latents, against the 16-bit model's.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -15,19 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import COMFYUI, PYTHON, ROOT, missing
-from loading import Loaded, start
-from safetensors.torch import load_file, save_file
-
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats.base import get_format
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.pipeline.report import RunReport
 from comfyui_quantpress.quant_core.pipeline.run import convert
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.tools.lora import bake
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
 from comfyui_quantpress.quant_core.tools.migrate import migrate
 from comfyui_quantpress.quant_core.tools.requantize import requantize
 from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy
+from loading import Loaded, start
+from safetensors.torch import load_file, save_file
 
 MODEL, VAE = ROOT / "assets/tiny_mmdit_256.safetensors", ROOT / "assets/tiny_taesd.safetensors"
 FORMATS = ("float8_e4m3fn", "nvfp4", "bnb_nf4", "int8_blockwise")
@@ -50,10 +50,16 @@ def write_lora(path: Path) -> Path:
     tensors, generator = {}, torch.Generator().manual_seed(4)
     for name, w in load_file(MODEL).items():
         if w.dim() == 2 and ".x_block." in name and "adaLN" not in name:
-            up, down = (torch.randn(size, generator=generator) for size in ((w.shape[0], LORA_RANK), (LORA_RANK, w.shape[1])))
+            up, down = (
+                torch.randn(size, generator=generator) for size in ((w.shape[0], LORA_RANK), (LORA_RANK, w.shape[1]))
+            )
             up *= SIZE * w.float().norm() / (up @ down).norm() / (STRENGTH * 0.5)
             base = "diffusion_model." + name.removesuffix(".weight")
-            tensors |= {f"{base}.lora_up.weight": up, f"{base}.lora_down.weight": down, f"{base}.alpha": torch.tensor(LORA_RANK / 2)}
+            tensors |= {
+                f"{base}.lora_up.weight": up,
+                f"{base}.lora_down.weight": down,
+                f"{base}.alpha": torch.tensor(LORA_RANK / 2),
+            }
     save_file(tensors, path)
     return path
 
@@ -61,7 +67,10 @@ def write_lora(path: Path) -> Path:
 def write_legacy_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint with its model as legacy fp8_scaled, and what migrating makes of it."""
     before, after, native = (folder / f"legacy-{name}.safetensors" for name in ("before", "after", "native"))
-    with open_source(folder / "whole.safetensors") as whole, open_source(folder / "float8_e4m3fn.safetensors") as model:
+    with (
+        open_source(folder / "whole.safetensors") as whole,
+        open_source(folder / "float8_e4m3fn.safetensors") as model,
+    ):
         insert(whole, model).apply(native)
     with open_source(native) as src:
         to_legacy(src).apply(before)
@@ -72,10 +81,17 @@ def write_legacy_checkpoints(folder: Path) -> list[Path]:
 
 def write_checkpoint(folder: Path, fmt: str) -> Path:
     """A full checkpoint (model, VAE, no text encoder) whose model was taken out, quantized and put back."""
-    whole, model, quantized = folder / "whole.safetensors", folder / "model.safetensors", folder / f"put-back-{fmt}.safetensors"
+    whole, model, quantized = (
+        folder / "whole.safetensors",
+        folder / "model.safetensors",
+        folder / f"put-back-{fmt}.safetensors",
+    )
     if not whole.exists():
-        save_file({f"{MODEL_PREFIX}{k}": t for k, t in load_file(MODEL).items()}
-                  | {f"first_stage_model.{k}": t for k, t in load_file(VAE).items()}, whole)
+        save_file(
+            {f"{MODEL_PREFIX}{k}": t for k, t in load_file(MODEL).items()}
+            | {f"first_stage_model.{k}": t for k, t in load_file(VAE).items()},
+            whole,
+        )
         with open_source(whole) as src:
             extract(src).apply(model)
     with ExitStack() as stack:
@@ -95,48 +111,82 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     lora, baked = write_lora(folder / "lora.safetensors"), folder / "baked.safetensors"
     with open_source(MODEL) as src, open_source(lora) as part:
         bake(src, [(part, STRENGTH)]).apply(baked)
-    jobs = [{"id": "bf16", "file": MODEL}, {"id": "bf16+lora", "file": MODEL, "loras": [[lora, STRENGTH, "stock"]]},
-            {"id": "baked", "file": baked}]
+    jobs = [
+        {"id": "bf16", "file": MODEL},
+        {"id": "bf16+lora", "file": MODEL, "loras": [[lora, STRENGTH, "stock"]]},
+        {"id": "baked", "file": baked},
+    ]
     reports = {}
     for fmt in FORMATS:
         before, after = folder / f"{fmt}.safetensors", folder / f"{fmt}-baked.safetensors"
         residual = folder / f"{fmt}-residual.safetensors" if fmt in RESIDUAL else None
         options = {"residual_rank": RANK} if residual else {}
-        reports[fmt] = convert(MODEL, before, Recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual)
+        reports[fmt] = convert(
+            MODEL, before, Recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual
+        )
         convert(baked, after, Recipe(get_format(fmt)), device="cpu")
-        jobs += [{"id": fmt, "file": before}, {"id": f"{fmt} of baked", "file": after},
-                 {"id": f"{fmt}+lora", "file": before, "loras": [[lora, STRENGTH, "stock"]]}]
+        jobs += [
+            {"id": fmt, "file": before},
+            {"id": f"{fmt} of baked", "file": after},
+            {"id": f"{fmt}+lora", "file": before, "loras": [[lora, STRENGTH, "stock"]]},
+        ]
         if residual:
-            jobs += [{"id": f"{fmt}+residual {how}", "file": before, "loras": [[residual, 1.0, how.removesuffix(" partly")]],
-                      "partly": how.endswith("partly")} for how in ("stock", "stock partly", "bypass")]
+            jobs += [
+                {
+                    "id": f"{fmt}+residual {how}",
+                    "file": before,
+                    "loras": [[residual, 1.0, how.removesuffix(" partly")]],
+                    "partly": how.endswith("partly"),
+                }
+                for how in ("stock", "stock partly", "bypass")
+            ]
     for fmt in RESIDUAL:
-        jobs += [{"id": f"{fmt} put back", "file": write_checkpoint(folder, fmt), "checkpoint": True},
-                 {"id": f"{fmt} alone", "file": folder / f"alone-{fmt}.safetensors"}]
+        jobs += [
+            {"id": f"{fmt} put back", "file": write_checkpoint(folder, fmt), "checkpoint": True},
+            {"id": f"{fmt} alone", "file": folder / f"alone-{fmt}.safetensors"},
+        ]
     jobs += [{"id": path.stem, "file": path, "checkpoint": True} for path in write_legacy_checkpoints(folder)]
-    requantize(folder / "int8_blockwise.safetensors", folder / "requantized.safetensors", Recipe(get_format("nvfp4")), device="cpu")
+    requantize(
+        folder / "int8_blockwise.safetensors",
+        folder / "requantized.safetensors",
+        Recipe(get_format("nvfp4")),
+        device="cpu",
+    )
     with open_source(folder / "nvfp4.safetensors") as src:
         assert len(split(src, folder / "nvfp4.safetensors.index.json", 4_000_000)) > 2
     with open_source(folder / "nvfp4.safetensors.index.json") as src:
         join(src).apply(folder / "joined.safetensors")
     named = folder / "diffusers.safetensors"
-    subprocess.run([PYTHON, ROOT / "tests/comfy/diffusers_model.py", COMFYUI, MODEL, named], check=True, capture_output=True, timeout=120)
-    reports["diffusers"] = convert(named, folder / "diffusers-fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu")
+    subprocess.run(
+        [PYTHON, ROOT / "tests/comfy/diffusers_model.py", COMFYUI, MODEL, named],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    reports["diffusers"] = convert(
+        named, folder / "diffusers-fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu"
+    )
     names = ("requantized", "joined", "diffusers", "diffusers-fp8")
     jobs += [{"id": name, "file": folder / f"{name}.safetensors"} for name in names]
-    yield Results(start("sampling", folder, [job | {"probe": probe} for job in jobs], pack=True).result(), reports, folder)
+    yield Results(
+        start("sampling", folder, [job | {"probe": probe} for job in jobs], pack=True).result(), reports, folder
+    )
     shutil.rmtree(folder)
 
 
 def test_a_baked_lora_is_what_the_stock_loader_makes_of_it(results):
-    assert results.error("bf16+lora", "bf16") > 0.03                # the LoRA changes the outputs
-    assert results.error("baked", "bf16+lora") < 0.005              # rounding to bf16
+    assert results.error("bf16+lora", "bf16") > 0.03  # the LoRA changes the outputs
+    assert results.error("baked", "bf16+lora") < 0.005  # rounding to bf16
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_baking_before_quantizing_beats_applying_the_lora_to_quantized_weights(results, fmt):
     """And is as good as the format is without any LoRA."""
-    baked, applied, alone = (results.error(f"{fmt} of baked", "bf16+lora"), results.error(f"{fmt}+lora", "bf16+lora"),
-                             results.error(fmt, "bf16"))
+    baked, applied, alone = (
+        results.error(f"{fmt} of baked", "bf16+lora"),
+        results.error(f"{fmt}+lora", "bf16+lora"),
+        results.error(fmt, "bf16"),
+    )
     assert baked < 0.9 * applied and baked < 1.3 * alone
 
 
@@ -145,8 +195,13 @@ def test_a_model_put_back_into_its_checkpoint_is_what_the_stock_checkpoint_loade
     """load_script.py has decoded a latent with the checkpoint's VAE as well. Kept weights are copied from other alignments."""
     found = results.found
     assert found.difference(f"{fmt} put back", f"{fmt} alone") < 1e-4
-    assert found.known[f"{fmt} put back"] == found.known[f"{fmt} alone"] and found.known[f"{fmt} alone"]["quantized"] > 20
-    with open_source(results.folder / "whole.safetensors") as one, open_source(results.folder / f"put-back-{fmt}.safetensors") as two:
+    assert (
+        found.known[f"{fmt} put back"] == found.known[f"{fmt} alone"] and found.known[f"{fmt} alone"]["quantized"] > 20
+    )
+    with (
+        open_source(results.folder / "whole.safetensors") as one,
+        open_source(results.folder / f"put-back-{fmt}.safetensors") as two,
+    ):
         names = [name for name in one.tensors if name.startswith("first_stage_model.")]
         assert len(names) > 100 and all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in names)
 
@@ -177,8 +232,10 @@ def test_a_model_under_diffusers_names_loads_in_16_bits_and_is_lost_when_it_is_q
 def test_a_residual_lora_helps_where_it_stays_apart_and_harms_where_it_is_rounded_in(results, fmt):
     """The bypass loader, and the stock loader on offloaded layers, add it to float weights or outputs. On resident layers
     the stock loader rounds the sum into the format again, by chance, which costs more than the LoRA gives."""
-    alone, bypass, offloaded, merged = (results.error(job, "bf16") for job in (
-        fmt, f"{fmt}+residual bypass", f"{fmt}+residual stock partly", f"{fmt}+residual stock"))
+    alone, bypass, offloaded, merged = (
+        results.error(job, "bf16")
+        for job in (fmt, f"{fmt}+residual bypass", f"{fmt}+residual stock partly", f"{fmt}+residual stock")
+    )
     layers = results.reports[fmt].quantized
     predicted = sum(layer.residual_error for layer in layers) / sum(layer.weight_error for layer in layers)
     assert predicted < 0.9 and bypass / alone == pytest.approx(predicted, abs=0.08)

@@ -1,4 +1,5 @@
 """Properties of every registered format: a new one is tested by existing."""
+
 import hashlib
 import json
 import subprocess
@@ -7,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from comfyui_quantpress.quant_core.numerics.elements import E2M1, E4M3, E5M2, FP4, INT4, INT8, NF4
 from comfyui_quantpress.quant_core.errors import RequestError
 from comfyui_quantpress.quant_core.formats.base import all_formats, format_of_layer, get_format
+from comfyui_quantpress.quant_core.formats.streamed import can_slice, quantize_rows
+from comfyui_quantpress.quant_core.numerics.elements import E2M1, E4M3, E5M2, FP4, INT4, INT8, NF4
 from comfyui_quantpress.quant_core.numerics.packing import (
     pack_nibbles,
     sign_extend_nibbles,
@@ -21,8 +20,9 @@ from comfyui_quantpress.quant_core.numerics.packing import (
     unswizzle_scales,
 )
 from comfyui_quantpress.quant_core.numerics.ranks import rank_table
-from comfyui_quantpress.quant_core.formats.streamed import can_slice, quantize_rows
 from comfyui_quantpress.quant_core.numerics.scales import block_absmax, block_view, decode_e8m0, encode_e8m0
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 FORMATS = all_formats()
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
@@ -68,7 +68,7 @@ def test_the_error_bound_is_not_slack(fmt):
 
 @every_format
 def test_the_sliced_error_is_the_whole_error(fmt):
-    work = fmt.prepare(normal((768, 1024), 4))              # several slices
+    work = fmt.prepare(normal((768, 1024), 4))  # several slices
     qp = fmt.absmax(work)
     codes = fmt.encode(work, qp)
     decoded = fmt.decode(codes, qp)
@@ -96,7 +96,9 @@ def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
         # A rotation is a matrix product, whose last bit may depend on the number of rows.
         assert float(same.float().mean()) > 0.9999 if fmt.rotation else bool(same.all()), name
     work = fmt.prepare(w.float())
-    assert error == pytest.approx(fmt.decoding_error(work, fmt.encode(work, fmt.absmax(work)), fmt.absmax(work)), rel=1e-3)   # float32 sums
+    assert error == pytest.approx(
+        fmt.decoding_error(work, fmt.encode(work, fmt.absmax(work)), fmt.absmax(work)), rel=1e-3
+    )  # float32 sums
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device to compare with the CPU")
@@ -107,8 +109,10 @@ def test_cuda_gives_the_bytes_of_the_cpu(fmt):
         ours, theirs = fmt.quantize(w), {name: t.cpu() for name, t in fmt.quantize(w.cuda()).items()}
         if fmt.rotation is None:
             for name, tensor in ours.items():
-                assert torch.equal(tensor.reshape(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8)), name
-        else:            # a matrix product sums in another order: some weights take the neighbouring code
+                assert torch.equal(tensor.reshape(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8)), (
+                    name
+                )
+        else:  # a matrix product sums in another order: some weights take the neighbouring code
             one, other = fmt.dequantize(ours, (512, 1024)), fmt.dequantize(theirs, (512, 1024))
             assert float((one - other).norm() / one.norm()) < 0.01
 
@@ -136,7 +140,7 @@ def test_columns_round_and_bracket_like_the_whole(fmt):
         assert bool(((nearest == lo) | (nearest == hi)).all())
         assert bool((lo <= hi).all())
         inside = (columns >= lo) & (columns <= hi)
-        assert inside.float().mean() > 0.94           # the rest lies beyond the grid's ends
+        assert inside.float().mean() > 0.94  # the rest lies beyond the grid's ends
 
 
 @every_format
@@ -179,7 +183,14 @@ def test_unknown_options_are_refused(fmt):
 def test_zero_tiny_and_huge_weights_stay_finite(fmt):
     shape = (256, 512)
     base = normal(shape, 9)
-    for w in (torch.zeros(shape), base * 1e-37, base * 1e-44, base * 1e36, torch.full(shape, 3e38), -torch.zeros(shape)):
+    for w in (
+        torch.zeros(shape),
+        base * 1e-37,
+        base * 1e-44,
+        base * 1e36,
+        torch.full(shape, 3e38),
+        -torch.zeros(shape),
+    ):
         tensors = fmt.quantize(w)
         decoded = fmt.dequantize(tensors, shape)
         assert bool(torch.isfinite(decoded).all()), f"{fmt.name}: {float(w.abs().max())}"
@@ -256,7 +267,7 @@ def digest(fmt):
 def test_golden_bytes(fmt):
     ours, golden = digest(fmt), GOLDEN[fmt.name]
     assert ours["first_codes"] == golden["first_codes"]
-    if fmt.rotation is None:            # a matrix product sums in another order on another processor
+    if fmt.rotation is None:  # a matrix product sums in another order on another processor
         assert ours["sha256"] == golden["sha256"]
 
 
@@ -305,12 +316,20 @@ def test_e8m0_rounds_up_and_keeps_powers_of_two():
 
 
 @settings(max_examples=50, deadline=None)
-@given(bounds=st.lists(st.integers(-4000, 4000).map(lambda i: i / 4096), min_size=2, max_size=16, unique=True),
-       seed=st.integers(0, 99))
+@given(
+    bounds=st.lists(st.integers(-4000, 4000).map(lambda i: i / 4096), min_size=2, max_size=16, unique=True),
+    seed=st.integers(0, 99),
+)
 def test_rank_tables_equal_bucketize(bounds, seed):
     bounds = torch.tensor(sorted(bounds), dtype=torch.float32)
-    x = torch.cat([normal((500,), seed, 1.0), bounds, torch.nextafter(bounds, torch.tensor(9.0)),
-                   torch.nextafter(bounds, torch.tensor(-9.0))])
+    x = torch.cat(
+        [
+            normal((500,), seed, 1.0),
+            bounds,
+            torch.nextafter(bounds, torch.tensor(9.0)),
+            torch.nextafter(bounds, torch.tensor(-9.0)),
+        ]
+    )
     try:
         table = rank_table(tuple(bounds.tolist()), "cpu")
     except ValueError:
@@ -349,6 +368,12 @@ def test_af4_is_the_derived_table_and_beats_nf4_on_normal_blocks_of_64():
     assert list(get_format("bnb_af4").element.table) == pytest.approx(row["levels"], abs=2e-6)
     w = normal((512, 1024), 11, 1.0)
     largest = w.view(512, 16, 64).abs().amax(-1, keepdim=True)
-    errors = {name: float(((get_format(name).dequantize(get_format(name).quantize(w), (512, 1024)) - w).view(512, 16, 64)
-                           / largest).abs().mean()) for name in ("bnb_af4", "bnb_nf4")}
-    assert errors["bnb_af4"] < errors["bnb_nf4"]          # mean absolute error of the normalised weights: AF4's objective
+    errors = {
+        name: float(
+            ((get_format(name).dequantize(get_format(name).quantize(w), (512, 1024)) - w).view(512, 16, 64) / largest)
+            .abs()
+            .mean()
+        )
+        for name in ("bnb_af4", "bnb_nf4")
+    }
+    assert errors["bnb_af4"] < errors["bnb_nf4"]  # mean absolute error of the normalised weights: AF4's objective

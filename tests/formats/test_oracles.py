@@ -1,12 +1,11 @@
 """Our encoders against software that we did not write: comfy-kitchen's eager encoders and layouts, and bitsandbytes."""
-import comfy_kitchen as ck
+
 import pytest
 import torch
 from comfy_kitchen.backends.eager import quantization as eager
 from comfy_kitchen.backends.eager.convrot_w4a4 import quantize_convrot_w4a4_weight
 from comfy_kitchen.backends.eager.w4a8_int8 import quantize_w4a8_int8_weight
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-
 from comfyui_quantpress.quant_core.formats.base import get_format
 
 SHAPES = [(256, 512), (96, 256), (33, 1024)]
@@ -23,7 +22,9 @@ def weight(shape, seed=0, heavy=False):
 
 def same_bytes(ours, theirs):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert torch.equal(ours.reshape(-1).contiguous().view(torch.uint8), theirs.reshape(-1).contiguous().view(torch.uint8))
+    assert torch.equal(
+        ours.reshape(-1).contiguous().view(torch.uint8), theirs.reshape(-1).contiguous().view(torch.uint8)
+    )
 
 
 cases = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,7 +48,10 @@ def test_fp8_per_tensor_equals_kitchen(name, shape, heavy):
 def test_int8_per_tensor_and_per_row_equal_kitchen(shape, heavy):
     w = weight(shape, heavy=heavy)
     w[5] = 0
-    for name, encode in [("int8_tensorwise", eager.quantize_int8_tensorwise), ("int8_rowwise", eager.quantize_int8_rowwise)]:
+    for name, encode in [
+        ("int8_tensorwise", eager.quantize_int8_tensorwise),
+        ("int8_rowwise", eager.quantize_int8_rowwise),
+    ]:
         q, scale = encode(w)
         ours = get_format(name).quantize(w)
         same_bytes(ours["weight"], q)
@@ -70,7 +74,7 @@ def test_int8_convrot_equals_kitchen(shape, heavy, rotation):
 def test_nvfp4_equals_kitchen(shape, heavy):
     w = weight(shape, heavy=heavy)
     w[0, :16] = 0
-    w[1, :16] = -1e-7                                 # a block whose scale rounds to zero
+    w[1, :16] = -1e-7  # a block whose scale rounds to zero
     w[2, 0] = -0.0
     parent = w.abs().amax() / (448 * 6)
     codes, scales = eager.quantize_nvfp4(w, parent, pad_16x=True)
@@ -108,7 +112,7 @@ def test_convrot_w4a4_equals_kitchen(shape, heavy, rotation):
 @pytest.mark.parametrize("kind", ["normal", "heavy", "fitted"])
 def test_w4a8_equals_kitchen(shape, rotation, kind):
     w = weight(shape, heavy=kind == "heavy")
-    if kind == "fitted":                              # sparse spikes stay heavy-tailed after a small rotation
+    if kind == "fitted":  # sparse spikes stay heavy-tailed after a small rotation
         w = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.01, w * 100, w * 0.01)
     codes, s_rel, s_channel, correction, codebook = quantize_w4a8_int8_weight(w, 16, rotation)
     assert correction is None
@@ -122,7 +126,9 @@ def test_w4a8_equals_kitchen(shape, rotation, kind):
 def kitchen_tensor(name, tensors, shape):
     """The layer as comfy-kitchen's own layout holds it."""
     fmt = get_format(name)
-    layout = {"float8_e4m3fn": "TensorCoreFP8Layout", "float8_e5m2": "TensorCoreFP8Layout"}.get(name, fmt.runtime.layout)
+    layout = {"float8_e4m3fn": "TensorCoreFP8Layout", "float8_e5m2": "TensorCoreFP8Layout"}.get(
+        name, fmt.runtime.layout
+    )
     params = {"orig_dtype": torch.float32, "orig_shape": tuple(shape)}
     scale = tensors.get("weight_scale")
     if name == "nvfp4":
@@ -130,8 +136,12 @@ def kitchen_tensor(name, tensors, shape):
     elif name == "mxfp8":
         params |= {"scale": scale.view(torch.float8_e8m0fnu)}
     elif name == "asym_w4a8_int8":
-        params |= {"scale": tensors["weight_s_rel"], "s_channel": tensors["weight_s_channel"],
-                   "codebook": tensors["weight_codebook"], "convrot_groupsize": fmt.rotation}
+        params |= {
+            "scale": tensors["weight_s_rel"],
+            "s_channel": tensors["weight_s_channel"],
+            "codebook": tensors["weight_codebook"],
+            "convrot_groupsize": fmt.rotation,
+        }
     elif name == "awq_w4a16":
         params |= {"scale": scale, "zeros": tensors["weight_zeros"]}
     elif name == "convrot_w4a4":
@@ -143,8 +153,21 @@ def kitchen_tensor(name, tensors, shape):
     return QuantizedTensor(tensors["weight"], layout, get_layout_class(layout).Params(**params))
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise", "int8_convrot", "nvfp4",
-                                  "mxfp8", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int8_tensorwise",
+        "int8_rowwise",
+        "int8_convrot",
+        "nvfp4",
+        "mxfp8",
+        "convrot_w4a4",
+        "asym_w4a8_int8",
+        "awq_w4a16",
+    ],
+)
 def test_kitchen_layouts_decode_our_tensors_to_our_values(name):
     shape = (96, 512)
     w = weight(shape)

@@ -1,32 +1,37 @@
 """input_scale: chosen as ComfyUI uses it, read from files, and patched in without touching another byte."""
+
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
+from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics
+from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
+from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
+from comfyui_quantpress.quant_core.formats.base import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import (
     RULES,
     file_input_scales,
     read_input_scales,
     saturation_warnings,
     scale_for,
-    scales_from_magnitudes,
     scales_from_statistics,
     scales_from_weight_scales,
 )
-from comfyui_quantpress.quant_core.tools.input_scales import METADATA_KEY, patch_input_scales
-from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStatistics
 from comfyui_quantpress.quant_core.stored.layers import stored_layers
-from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config
-from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.tools.input_scales import METADATA_KEY, patch_input_scales
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 PREFIX = "model.diffusion_model."
-FORMATS = {"blocks.0.fp8": "float8_e4m3fn", "blocks.0.e5m2": "float8_e5m2", "blocks.0.nv": "nvfp4",
-           "blocks.0.row": "int8_rowwise", "blocks.0.nf4": "bnb_nf4", "blocks.0.mx": "mxfp8"}
+FORMATS = {
+    "blocks.0.fp8": "float8_e4m3fn",
+    "blocks.0.e5m2": "float8_e5m2",
+    "blocks.0.nv": "nvfp4",
+    "blocks.0.row": "int8_rowwise",
+    "blocks.0.nf4": "bnb_nf4",
+    "blocks.0.mx": "mxfp8",
+}
 
 
 @pytest.fixture
@@ -49,8 +54,10 @@ def model(tmp_path):
 
 
 def bytes_of(path):
-    return {name: (t.dtype, tuple(t.shape), t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-            for name, t in load_file(path).items()}
+    return {
+        name: (t.dtype, tuple(t.shape), t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        for name, t in load_file(path).items()
+    }
 
 
 def metadata_of(path):
@@ -68,6 +75,7 @@ def captured(largest, k=128, rows=200):
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("name", "largest"), [("float8_e4m3fn", 448), ("float8_e5m2", 57344), ("nvfp4", 2688)])
 def test_the_true_absmax_lands_on_the_largest_value(name, largest):
@@ -89,8 +97,11 @@ def test_scales_from_statistics_cover_exactly_the_layers_that_use_one(model):
         layers = stored_layers(source)
         absmax = scales_from_statistics(layers, statistics)
         p99 = scales_from_statistics(layers, statistics, 99.0)
-    assert absmax == {PREFIX + "blocks.0.fp8": pytest.approx(50 / 448), PREFIX + "blocks.0.nv": pytest.approx(50 / 2688),
-                      PREFIX + "blocks.0.e5m2": pytest.approx(50 / 57344)}
+    assert absmax == {
+        PREFIX + "blocks.0.fp8": pytest.approx(50 / 448),
+        PREFIX + "blocks.0.nv": pytest.approx(50 / 2688),
+        PREFIX + "blocks.0.e5m2": pytest.approx(50 / 57344),
+    }
     assert all(p99[layer] < absmax[layer] for layer in absmax)
 
 
@@ -102,12 +113,19 @@ def test_text_encoder_presets_write_the_weight_scale(model):
 
 
 def test_saturation_is_warned_of_as_comfyui_would_saturate(model):
-    statistics = {"blocks.0.fp8": captured(500.0), "blocks.0.nv": captured(500.0), "blocks.0.row": captured(500.0),
-                  "blocks.0.full": captured(500.0)}
+    statistics = {
+        "blocks.0.fp8": captured(500.0),
+        "blocks.0.nv": captured(500.0),
+        "blocks.0.row": captured(500.0),
+        "blocks.0.full": captured(500.0),
+    }
     with open_source(model) as source:
         layers = stored_layers(source)
         found = saturation_warnings(layers, statistics, {})
-        assert len(found) == 1 and "blocks.0.fp8: inputs reach 500, and no input_scale saturates them above 448" in found[0]
+        assert (
+            len(found) == 1
+            and "blocks.0.fp8: inputs reach 500, and no input_scale saturates them above 448" in found[0]
+        )
         assert saturation_warnings(layers, {"blocks.0.fp8": captured(400.0)}, {}) == []
         scales = {PREFIX + "blocks.0.nv": 0.1, PREFIX + "blocks.0.fp8": 2.0}
         found = saturation_warnings(layers, statistics, scales)
@@ -118,18 +136,34 @@ def test_saturation_is_warned_of_as_comfyui_would_saturate(model):
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
+
 def test_scales_from_json_and_from_another_model(tmp_path):
     (tmp_path / "s.json").write_text('{"blocks.0.fp8": 0.5, "blocks.0.nv.input_scale": 1, "a.weight": 2e-3}')
     assert read_input_scales(tmp_path / "s.json") == {"blocks.0.fp8": 0.5, "blocks.0.nv": 1.0, "a": 0.002}
-    save_file({"x.input_scale": torch.tensor(0.25), "y.scale_input": torch.tensor([3.0], dtype=torch.bfloat16),
-               "x.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
+    save_file(
+        {
+            "x.input_scale": torch.tensor(0.25),
+            "y.scale_input": torch.tensor([3.0], dtype=torch.bfloat16),
+            "x.weight": torch.zeros(2),
+        },
+        tmp_path / "m.safetensors",
+    )
     assert read_input_scales(tmp_path / "m.safetensors") == {"x": 0.25, "y": 3.0}
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("[1]", "a JSON list was found"), ("{", "cannot be read as JSON"), ("{}", "holds no input scale"),
-    ('{"a": "1"}', "a: a number is needed"), ('{"a": true}', "a number is needed"), ('{"a": 0}', "a has the input scale 0"),
-    ('{"a": -1}', "above 0"), ('{"a": NaN}', "finite")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[1]", "a JSON list was found"),
+        ("{", "cannot be read as JSON"),
+        ("{}", "holds no input scale"),
+        ('{"a": "1"}', "a: a number is needed"),
+        ('{"a": true}', "a number is needed"),
+        ('{"a": 0}', "a has the input scale 0"),
+        ('{"a": -1}', "above 0"),
+        ('{"a": NaN}', "finite"),
+    ],
+)
 def test_bad_json_is_refused(tmp_path, text, says):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(InputFileError, match=says):
@@ -147,9 +181,12 @@ def test_bad_tensor_files_are_refused(tmp_path):
 
 # --- patching ------------------------------------------------------------------------------------------------------
 
+
 def test_patched_file_differs_by_its_input_scales_alone(model, tmp_path):
     target = tmp_path / "patched.safetensors"
-    report = patch_input_scales(model, target, {"blocks.0.fp8": 0.5, "diffusion_model.blocks.0.nv": 0.25}, method="by hand")
+    report = patch_input_scales(
+        model, target, {"blocks.0.fp8": 0.5, "diffusion_model.blocks.0.nv": 0.25}, method="by hand"
+    )
     assert report.added == (PREFIX + "blocks.0.fp8", PREFIX + "blocks.0.nv") and not report.changed
     before, after = bytes_of(model), bytes_of(target)
     new = {name: after.pop(name) for name in set(after) - set(before)}
@@ -163,14 +200,19 @@ def test_patched_file_differs_by_its_input_scales_alone(model, tmp_path):
     assert record["method"] == "by hand" and record["layers"] == 2
     assert now == old  # the layers' description, and somebody else's entries
     with open_source(target) as source:
-        assert file_input_scales(source, stored_layers(source)) == {PREFIX + "blocks.0.fp8": 0.5, PREFIX + "blocks.0.nv": 0.25}
+        assert file_input_scales(source, stored_layers(source)) == {
+            PREFIX + "blocks.0.fp8": 0.5,
+            PREFIX + "blocks.0.nv": 0.25,
+        }
 
 
 def test_patching_again_changes_what_differs_and_keeps_what_agrees(model, tmp_path):
     one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     patch_input_scales(model, one, {"blocks.0.fp8": 0.5, "blocks.0.nv": 0.25})
     report = patch_input_scales(one, two, {"blocks.0.fp8": 0.5, "blocks.0.nv": 0.125})
-    assert report.kept == (PREFIX + "blocks.0.fp8",) and report.changed == (PREFIX + "blocks.0.nv",) and not report.added
+    assert (
+        report.kept == (PREFIX + "blocks.0.fp8",) and report.changed == (PREFIX + "blocks.0.nv",) and not report.added
+    )
     before, after = bytes_of(one), bytes_of(two)
     assert [name for name in before if before[name] != after[name]] == [PREFIX + "blocks.0.nv.input_scale"]
 
@@ -193,7 +235,14 @@ def test_in_place_through_a_link_keeps_the_link(model, tmp_path):
 
 
 def test_layers_that_ignore_the_tensor_are_skipped_with_the_reason(model, tmp_path):
-    scales = {"blocks.0.fp8": 0.5, "blocks.0.row": 0.5, "blocks.0.nf4": 0.5, "blocks.0.mx": 0.5, "blocks.0.full": 0.5, "no": 1.0}
+    scales = {
+        "blocks.0.fp8": 0.5,
+        "blocks.0.row": 0.5,
+        "blocks.0.nf4": 0.5,
+        "blocks.0.mx": 0.5,
+        "blocks.0.full": 0.5,
+        "no": 1.0,
+    }
     report = patch_input_scales(model, tmp_path / "t.safetensors", scales)
     assert report.added == (PREFIX + "blocks.0.fp8",)
     assert report.skipped["blocks.0.row"] == "int8_tensorwise does not use input_scale"
@@ -201,9 +250,16 @@ def test_layers_that_ignore_the_tensor_are_skipped_with_the_reason(model, tmp_pa
     assert "no quantized layer of this name" in report.skipped["no"] and len(report.skipped) == 5
 
 
-@pytest.mark.parametrize(("scales", "says"), [
-    ({}, "nothing to patch: no scale was given"), ({"no": 1.0}, "nothing to patch: no: "),
-    ({"blocks.0.fp8": 0.0}, "above 0"), ({"blocks.0.fp8": float("inf")}, "finite"), ({"blocks.0.fp8": 1e-60}, "beyond float32")])
+@pytest.mark.parametrize(
+    ("scales", "says"),
+    [
+        ({}, "nothing to patch: no scale was given"),
+        ({"no": 1.0}, "nothing to patch: no: "),
+        ({"blocks.0.fp8": 0.0}, "above 0"),
+        ({"blocks.0.fp8": float("inf")}, "finite"),
+        ({"blocks.0.fp8": 1e-60}, "beyond float32"),
+    ],
+)
 def test_nothing_is_written_when_the_request_is_wrong(model, tmp_path, scales, says):
     with pytest.raises(RequestError, match=says):
         patch_input_scales(model, tmp_path / "t.safetensors", scales)
@@ -219,7 +275,13 @@ def test_an_existing_target_is_kept(model, tmp_path):
 
 def test_legacy_files_get_the_legacy_name(tmp_path):
     tensors = get_format("float8_e4m3fn").quantize(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
-    save_file({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "a.weight": tensors["weight"],
-               "a.scale_weight": tensors["weight_scale"]}, tmp_path / "old.safetensors")
+    save_file(
+        {
+            "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+            "a.weight": tensors["weight"],
+            "a.scale_weight": tensors["weight_scale"],
+        },
+        tmp_path / "old.safetensors",
+    )
     patch_input_scales(tmp_path / "old.safetensors", tmp_path / "new.safetensors", {"a": 0.5})
     assert float(load_file(tmp_path / "new.safetensors")["a.scale_input"]) == 0.5

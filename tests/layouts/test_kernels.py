@@ -1,7 +1,7 @@
 """Every Triton kernel against its torch specification: in Triton's interpreter on a CPU, compiled on a GPU."""
+
 import pytest
 import torch
-
 from comfyui_quantpress.layouts.kernels.activation import quantize_activation, quantize_activation_spec
 from comfyui_quantpress.layouts.kernels.decode import decode, decode_spec
 from comfyui_quantpress.layouts.kernels.scaled_dot import scaled_dot, scaled_dot_spec, scaled_mm
@@ -18,10 +18,17 @@ FORMATS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 EIGHT_BIT = [fmt for fmt in FORMATS if fmt.element.bits == 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (M, N, K), dtype, bias. M and N are no multiples of any tile; K is one of the group only. The interpreter is slow: few there.
-CASES = [((1, 20, 384), torch.float32, False), ((3, 18, 256), torch.float16, True), ((19, 36, 128), torch.bfloat16, True)]
+CASES = [
+    ((1, 20, 384), torch.float32, False),
+    ((3, 18, 256), torch.float16, True),
+    ((19, 36, 128), torch.bfloat16, True),
+]
 if CUDA:
-    CASES += [(shape, dtype, (index + shape[0]) % 2 == 0) for shape in [(1, 1000, 3072), (300, 1000, 3072), (77, 264, 1536), (16, 40, 128)]
-              for index, dtype in enumerate(DTYPES)]
+    CASES += [
+        (shape, dtype, (index + shape[0]) % 2 == 0)
+        for shape in [(1, 1000, 3072), (300, 1000, 3072), (77, 264, 1536), (16, 40, 128)]
+        for index, dtype in enumerate(DTYPES)
+    ]
 
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 eight_bit = pytest.mark.parametrize("fmt", EIGHT_BIT, ids=lambda fmt: fmt.name)
@@ -50,7 +57,11 @@ def layer(fmt, n, k):
     """A quantized weight of at least [n, k], with rows and columns that differ in size, so a wrong scale shows."""
     if fmt.granularity.value == "block":
         n = -(-n // fmt.group_size) * fmt.group_size
-    w = random((n, k), seed=1) * torch.logspace(-2, 1, k, device=DEVICE) * torch.logspace(-1, 1, n, device=DEVICE)[:, None]
+    w = (
+        random((n, k), seed=1)
+        * torch.logspace(-2, 1, k, device=DEVICE)
+        * torch.logspace(-1, 1, n, device=DEVICE)[:, None]
+    )
     tensors = fmt.quantize(w)
     return weight_of(fmt, tensors, (n, k))
 
@@ -140,7 +151,9 @@ def test_scaled_dot_equals_its_specification(fmt, shape, dtype, with_bias):
     weight = layer(fmt, shape[1], shape[2])
     if CUDA and weight.geometry.kind == "fp8" and CAPABILITY < (8, 9):
         pytest.skip("fp8 matrix products need compute capability 8.9")
-    codes, scale = quantize_activation_spec(inputs(shape[0], shape[2], torch.float32), weight.geometry.group_cols, weight.codes.dtype)
+    codes, scale = quantize_activation_spec(
+        inputs(shape[0], shape[2], torch.float32), weight.geometry.group_cols, weight.codes.dtype
+    )
     bias = bias_of(weight, dtype, with_bias)
     close(scaled_dot(codes, scale, weight, bias, dtype), scaled_dot_spec(codes, scale, weight, bias, dtype), 2e-3)
 
@@ -152,8 +165,11 @@ def test_scaled_mm_equals_the_scaled_dot_specification(with_bias):
     weight = layer(fmt, 1008, 3072)
     codes, scale = quantize_activation_spec(inputs(300, 3072, torch.float32), 3072, weight.codes.dtype)
     bias = bias_of(weight, torch.bfloat16, with_bias)
-    close(scaled_mm(codes, scale, weight, bias, torch.bfloat16),
-          scaled_dot_spec(codes, scale, weight, bias, torch.bfloat16), 2e-3)
+    close(
+        scaled_mm(codes, scale, weight, bias, torch.bfloat16),
+        scaled_dot_spec(codes, scale, weight, bias, torch.bfloat16),
+        2e-3,
+    )
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -176,4 +192,6 @@ def test_the_other_group_sizes_of_the_8_bit_formats(fmt):
         if CUDA and weight.geometry.kind == "fp8" and CAPABILITY < (8, 9):
             continue
         codes, scale = quantize_activation_spec(x, group_size, weight.codes.dtype)
-        close(scaled_dot(codes, scale, weight, None, x.dtype), scaled_dot_spec(codes, scale, weight, None, x.dtype), 2e-3)
+        close(
+            scaled_dot(codes, scale, weight, None, x.dtype), scaled_dot_spec(codes, scale, weight, None, x.dtype), 2e-3
+        )

@@ -2,6 +2,7 @@
 
 In a process of its own, because Triton decides when a kernel is defined whether to interpret or to compile it.
 """
+
 import json
 import os
 import subprocess
@@ -56,4 +57,4 @@ def test_every_kernel_compiles_for_hopper_and_fits_in_its_shared_memory(tmp_path
     run = subprocess.run([sys.executable, "-c", COMPILE_ALL], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     largest = json.loads(run.stdout.splitlines()[-1])
-    assert 64 * 1024 < largest <= 227 * 1024        # the lower bound: the loads were pipelined, as at a real launch
+    assert 64 * 1024 < largest <= 227 * 1024  # the lower bound: the loads were pipelined, as at a real launch

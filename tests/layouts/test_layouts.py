@@ -1,24 +1,26 @@
 """Our QuantizedTensor layouts: they keep bits and geometry, multiply in every mode, and dequantize to what was asked."""
+
 import dataclasses
 
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-from torch.nn.functional import linear
-
 from comfyui_quantpress.layouts import layout_classes, register_layouts, tensor_of_layer
 from comfyui_quantpress.quant_core.formats.base import all_formats
+from torch.nn.functional import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 NATIVE = [fmt for fmt in all_formats() if fmt.runtime.native_since is not None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPE = (384, 256)                      # multiples of every block, and not square
+SHAPE = (384, 256)  # multiples of every block, and not square
 
 register_layouts()
 ours = pytest.mark.parametrize("fmt", OURS, ids=lambda fmt: fmt.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-modes = pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
+modes = pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,7 +93,10 @@ def test_state_dict_names_are_those_on_disk(fmt):
     runtime = {f"layer.{name}": tensor for name, tensor in tensors.items() if name != "input_scale"}
     assert set(stored) == set(runtime)
     for name, tensor in runtime.items():
-        assert torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8)) and stored[name].shape == tensor.shape
+        assert (
+            torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8))
+            and stored[name].shape == tensor.shape
+        )
 
 
 @ours
@@ -127,7 +132,7 @@ def test_another_group_size_of_a_file_is_honoured(fmt):
         assert torch.equal(qt.dequantize(), variant.dequantize(tensors, (256, 512)))
         again = qt.requantize_from_float(qt.dequantize(), scale=qt._params.scale)
         assert again._params.group_size == group_size
-        assert torch.equal(again.dequantize(), qt.dequantize())           # not the bits: FP4 has two codes for zero
+        assert torch.equal(again.dequantize(), qt.dequantize())  # not the bits: FP4 has two codes for zero
 
 
 # --- multiplying -----------------------------------------------------------------------------------------------------
@@ -168,7 +173,11 @@ def test_the_output_has_the_inputs_dtype_whatever_the_weight_shows(fmt):
     with torch.inference_mode():
         x = random((40, SHAPE[1]), 2, torch.float16)
         bias = random((SHAPE[0],), 3, torch.bfloat16)
-        close(linear(x, qt, bias), linear(x, qt.to(torch.float16).dequantize(), bias.half()), tolerance(fmt, torch.float16))
+        close(
+            linear(x, qt, bias),
+            linear(x, qt.to(torch.float16).dequantize(), bias.half()),
+            tolerance(fmt, torch.float16),
+        )
 
 
 @ours
@@ -177,7 +186,11 @@ def test_mm_and_addmm_with_either_way_round(fmt):
     w = qt.dequantize()
     x, back, bias = random((40, SHAPE[1]), 2), random((40, SHAPE[0]), 3), random((SHAPE[0],), 4)
     with torch.no_grad():
-        assert qt.t().shape == SHAPE[::-1] and torch.equal(qt.t().dequantize(), w.t()) and torch.equal(qt.t().t().dequantize(), w)
+        assert (
+            qt.t().shape == SHAPE[::-1]
+            and torch.equal(qt.t().dequantize(), w.t())
+            and torch.equal(qt.t().t().dequantize(), w)
+        )
         close(torch.mm(x, qt.t()), x @ w.t(), 1e-5)
         close(torch.mm(back, qt), back @ w, 1e-5)
         close(torch.mm(qt, x.t()), w @ x.t(), 1e-5)
@@ -264,13 +277,13 @@ def test_a_trip_through_one_byte_buffer_keeps_the_bits(fmt):
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=DEVICE)
     views, offset = {}, 0
     for name, part, size in zip(names, parts, sizes):
-        views[name] = buffer[offset:offset + part.nbytes].view(part.dtype).view(part.shape)
+        views[name] = buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
         views[name].copy_(part)
         offset += size
     moved = QuantizedTensor.__tensor_unflatten__(views, context, None, None)
     same_bits(moved, qt)
     start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
-    assert all(start <= tensor.data_ptr() < end for tensor in inner(moved))       # nothing was copied out of the buffer
+    assert all(start <= tensor.data_ptr() < end for tensor in inner(moved))  # nothing was copied out of the buffer
     with torch.inference_mode():
         x = random((40, SHAPE[1]), 2, torch.bfloat16)
         assert torch.equal(linear(x, moved), linear(x, qt))

@@ -2,25 +2,30 @@
 
 It means that the packed bytes themselves reached a matrix product. One test for each way there that lies in a layout.
 """
+
 import ast
 import dataclasses
 from pathlib import Path
 
 import comfy_kitchen.tensor
 import comfy_kitchen.tensor.base
+import comfyui_quantpress.layouts
 import pytest
 import torch
-from torch.nn.functional import linear
-
-import comfyui_quantpress.layouts
 from comfyui_quantpress.layouts import layout_classes, register_layouts, tensor_of_layer
 from comfyui_quantpress.quant_core.formats.base import all_formats
+from torch.nn.functional import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (256, 256)
 FORMATS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-OPS = [torch.ops.aten.linear.default, torch.ops.aten.t.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+OPS = [
+    torch.ops.aten.linear.default,
+    torch.ops.aten.t.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+]
 FOLDER = Path(comfyui_quantpress.layouts.__file__).parent
 
 register_layouts()
@@ -63,8 +68,8 @@ def test_cause_2_dequantize_returns_floats_of_orig_dtype_not_codes(fmt, dtype):
     qt = layer(fmt, dtype)
     params = qt._params
     assert qt.layout_cls.dequantize(qt._qdata, params).dtype is params.orig_dtype is dtype
-    assert qt.dequantize().abs().max() < 10                     # values of a normal matrix, no indices up to 255
-    for name in params._tensor_fields():                        # a codebook or scale of bytes is refused when built
+    assert qt.dequantize().abs().max() < 10  # values of a normal matrix, no indices up to 255
+    for name in params._tensor_fields():  # a codebook or scale of bytes is refused when built
         with pytest.raises(TypeError, match=name):
             dataclasses.replace(params, **{name: getattr(params, name).to(torch.uint8)})
 
@@ -74,6 +79,7 @@ def test_cause_3_the_fallback_multiplies_the_dequantized_weight(fmt, monkeypatch
     """Where the device has no kernel, what reaches torch's linear is a float [N, K] and never the stored codes."""
     from comfyui_quantpress.layouts import capability
     from comfyui_quantpress.layouts import linear as maths
+
     none = capability.Ability(triton=False, fp8_dot=False, scaled_mm=False, fast_16bit=False, reason="test")
     monkeypatch.setattr(maths, "ability", lambda device: none)
     seen = []
@@ -107,8 +113,11 @@ def test_cause_7_handlers_are_keyed_by_the_very_class_that_the_name_finds(fmt):
 @formats
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until_the_product(fmt, bias, rank, monkeypatch):
+def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until_the_product(
+    fmt, bias, rank, monkeypatch
+):
     from comfyui_quantpress.layouts import ops
+
     qt = layer(fmt)
     x = torch.ones(40, SHAPE[1], dtype=torch.bfloat16, device=DEVICE)
     x = x if rank == 2 else x.view(2, 20, -1)
@@ -126,7 +135,11 @@ def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until
 @formats
 def test_cause_9_parameters_and_data_stay_quantized(fmt):
     qt = layer(fmt)
-    for wrapped in (torch.nn.Parameter(qt, requires_grad=False), torch.nn.Parameter(qt, requires_grad=False).data, qt.detach()):
+    for wrapped in (
+        torch.nn.Parameter(qt, requires_grad=False),
+        torch.nn.Parameter(qt, requires_grad=False).data,
+        qt.detach(),
+    ):
         assert isinstance(wrapped, comfy_kitchen.tensor.QuantizedTensor)
         assert wrapped.dequantize().dtype is torch.bfloat16
 

@@ -1,8 +1,8 @@
 """Quantizing through our layouts, as comfy does when it bakes a LoRA in: same geometry, unbiased, the seed decides."""
+
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-
 from comfyui_quantpress.layouts import register_layouts, tensor_of_layer
 from comfyui_quantpress.quant_core.errors import RequestError
 from comfyui_quantpress.quant_core.formats.base import all_formats
@@ -10,7 +10,7 @@ from comfyui_quantpress.quant_core.formats.base import all_formats
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPE = (384, 256)                      # multiples of every block, and not square
+SHAPE = (384, 256)  # multiples of every block, and not square
 
 register_layouts()
 ours = pytest.mark.parametrize("fmt", OURS, ids=lambda fmt: fmt.name)
@@ -119,7 +119,7 @@ def test_a_small_lora_delta_survives_requantization(fmt):
     w = qt.dequantize()
     a, b = random((SHAPE[0], 1), 11), random((1, SHAPE[1]), 12)
     delta = a @ b
-    delta *= 0.01 * w.norm() / delta.norm()              # far below one step of every grid
+    delta *= 0.01 * w.norm() / delta.norm()  # far below one step of every grid
     moved = torch.zeros_like(w)
     for seed in range(1, 21):
         moved += qt.requantize_from_float(w + delta, scale="recalculate", stochastic_rounding=seed).dequantize() - w

@@ -1,12 +1,9 @@
 """LoRA names of every convention lead to the model's own layers; other adapters are refused by name."""
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import save_file
-
-from comfyui_quantpress.quant_core.names.layer_names import LayerNames, diffusers_names, strip_prefixes
-from comfyui_quantpress.quant_core.names.lora_keys import Factor, LoraKey, index_lora, parse_lora_key
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
+from comfyui_quantpress.quant_core.errors import InputFileError, RequestError
 from comfyui_quantpress.quant_core.input_scales.synthesise import (
     Directions,
     SimulationSettings,
@@ -14,14 +11,23 @@ from comfyui_quantpress.quant_core.input_scales.synthesise import (
     read_directions,
     simulated_magnitude,
 )
-from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.errors import InputFileError, RequestError
+from comfyui_quantpress.quant_core.names.layer_names import LayerNames, diffusers_names, strip_prefixes
+from comfyui_quantpress.quant_core.names.lora_keys import Factor, LoraKey, index_lora, parse_lora_key
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-FLUX = [f"double_blocks.0.{side}_{part}" for side in ("img", "txt") for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2",
-                                                                                "mod.lin")]
+FLUX = [
+    f"double_blocks.0.{side}_{part}"
+    for side in ("img", "txt")
+    for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "mod.lin")
+]
 FLUX += ["single_blocks.11.linear1", "single_blocks.11.linear2", "single_blocks.11.modulation.lin", "img_in"]
-SD3 = [f"joint_blocks.2.{side}_block.{part}" for side in ("x", "context")
-       for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")]
+SD3 = [
+    f"joint_blocks.2.{side}_block.{part}"
+    for side in ("x", "context")
+    for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+]
 UNET = ["input_blocks.1.1.transformer_blocks.0.attn1.to_q", "input_blocks.1.1.proj_in", "down_blocks.0.attn.to_q"]
 WAN = ["blocks.0.self_attn.q", "blocks.0.ffn.0"]
 
@@ -47,7 +53,11 @@ TABLE = [  # (tensor of a LoRA, factor, layer)
     ("transformer.transformer_blocks.0.attn.to_k.lora_A.weight", Factor.DOWN, "double_blocks.0.img_attn.qkv"),
     ("transformer.transformer_blocks.0.attn.add_v_proj.lora_B.weight", Factor.UP, "double_blocks.0.txt_attn.qkv"),
     ("transformer.single_transformer_blocks.11.proj_out.lora_A.weight", Factor.DOWN, "single_blocks.11.linear2"),
-    ("lora_transformer_single_transformer_blocks_11_proj_mlp.lora_down.weight", Factor.DOWN, "single_blocks.11.linear1"),
+    (
+        "lora_transformer_single_transformer_blocks_11_proj_mlp.lora_down.weight",
+        Factor.DOWN,
+        "single_blocks.11.linear1",
+    ),
 ]
 
 
@@ -62,16 +72,21 @@ def test_names_of_every_convention(name, factor, layer, prefix):
 
 def test_sd3_names_of_diffusers():
     names = LayerNames(SD3)
-    for base, layer in [("transformer.transformer_blocks.2.attn.to_q", "joint_blocks.2.x_block.attn.qkv"),
-                        ("transformer.transformer_blocks.2.ff_context.net.2", "joint_blocks.2.context_block.mlp.fc2"),
-                        ("lora_transformer_transformer_blocks_2_attn_to_out_0", "joint_blocks.2.x_block.attn.proj")]:
+    for base, layer in [
+        ("transformer.transformer_blocks.2.attn.to_q", "joint_blocks.2.x_block.attn.qkv"),
+        ("transformer.transformer_blocks.2.ff_context.net.2", "joint_blocks.2.context_block.mlp.fc2"),
+        ("lora_transformer_transformer_blocks_2_attn_to_out_0", "joint_blocks.2.x_block.attn.proj"),
+    ]:
         assert names.resolve(base) == layer
     assert names.resolve("transformer.transformer_blocks.3.attn.to_q") is None
     assert names.resolve("joint_blocks_2_x_block_mlp_fc1") is None  # underscores count after a kohya prefix only
 
 
-@given(st.sampled_from(FLUX + SD3 + UNET + WAN), st.sampled_from(["", "model.diffusion_model.", "diffusion_model.", "net."]),
-       st.sampled_from(["", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "transformer."]))
+@given(
+    st.sampled_from(FLUX + SD3 + UNET + WAN),
+    st.sampled_from(["", "model.diffusion_model.", "diffusion_model.", "net."]),
+    st.sampled_from(["", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "transformer."]),
+)
 def test_any_prefix_in_the_model_meets_any_prefix_in_the_lora(own, in_model, in_lora):
     family = next(group for group in (FLUX, SD3, UNET, WAN) if own in group)
     names = LayerNames(in_model + name for name in family)
@@ -94,10 +109,22 @@ def test_stripping_never_empties_a_name():
     assert strip_prefixes("model.") == "model." and strip_prefixes("transformer.model.") == "model."
 
 
-@pytest.mark.parametrize(("suffix", "kind"), [
-    ("hada_w1_a", "LoHa"), ("hada_t2", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_w2_b", "LoKr"), ("lokr_t2", "LoKr"),
-    ("a1.weight", "GLoRA"), ("oft_blocks", "OFT"), ("oft_R.weight", "OFT"), ("on_input", "IA3"),
-    ("diff", "full difference"), ("w_norm", "full difference")])
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        ("hada_w1_a", "LoHa"),
+        ("hada_t2", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("lokr_w2_b", "LoKr"),
+        ("lokr_t2", "LoKr"),
+        ("a1.weight", "GLoRA"),
+        ("oft_blocks", "OFT"),
+        ("oft_R.weight", "OFT"),
+        ("on_input", "IA3"),
+        ("diff", "full difference"),
+        ("w_norm", "full difference"),
+    ],
+)
 def test_lycoris_kinds_are_refused_by_name(suffix, kind):
     name = f"lora_unet_blocks_0_ffn_0.{suffix}"
     assert parse_lora_key(name) == kind
@@ -116,8 +143,12 @@ def test_names_that_say_nothing_are_no_lora():
 
 
 def test_split_projections_gather_and_strangers_are_counted():
-    parts = [f"transformer.transformer_blocks.0.attn.{part}.lora_{ab}.weight" for part in ("to_q", "to_k") for ab in "AB"]
-    index = index_lora([*parts, "lora_te1_a.lora_down.weight", "foo.lora_A.weight", "foo.lora_B.weight"], LayerNames(FLUX), "x")
+    parts = [
+        f"transformer.transformer_blocks.0.attn.{part}.lora_{ab}.weight" for part in ("to_q", "to_k") for ab in "AB"
+    ]
+    index = index_lora(
+        [*parts, "lora_te1_a.lora_down.weight", "foo.lora_A.weight", "foo.lora_B.weight"], LayerNames(FLUX), "x"
+    )
     assert index.down == {"double_blocks.0.img_attn.qkv": (parts[0], parts[2])}
     assert index.up == {"double_blocks.0.img_attn.qkv": (parts[1], parts[3])}
     assert index.unresolved == ("foo",) and index.text_encoder == 1
@@ -125,13 +156,20 @@ def test_split_projections_gather_and_strangers_are_counted():
 
 # --- directions ----------------------------------------------------------------------------------------------------
 
+
 def lora_file(tmp_path, k=16, alpha=2.0):
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, k, generator=g), torch.randn(8, 4, generator=g)
     a[3] = 0
     path = tmp_path / "lora.safetensors"
-    save_file({"diffusion_model.blocks.0.ffn.0.lora_A.weight": a, "diffusion_model.blocks.0.ffn.0.lora_B.weight": b,
-               "diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(alpha)}, path)
+    save_file(
+        {
+            "diffusion_model.blocks.0.ffn.0.lora_A.weight": a,
+            "diffusion_model.blocks.0.ffn.0.lora_B.weight": b,
+            "diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(alpha),
+        },
+        path,
+    )
     return path, a, b
 
 
@@ -149,6 +187,7 @@ def test_directions_are_the_rows_of_lora_a_with_their_strength(tmp_path):
 
 
 # --- simulation ----------------------------------------------------------------------------------------------------
+
 
 def test_simulated_magnitude_is_the_percentile_of_the_outputs():
     w = torch.diag(torch.full((32,), 2.0))

@@ -5,7 +5,6 @@ import sys
 import types
 
 import pytest
-
 from comfyui_quantpress.quant_core.errors import OutputError, QuantPressError, RequestError
 
 
@@ -13,21 +12,29 @@ from comfyui_quantpress.quant_core.errors import OutputError, QuantPressError, R
 def folders(tmp_path, monkeypatch):
     """The module under test, with models and output folders below tmp_path."""
     stub = types.ModuleType("folder_paths")
-    paths = {name: [str(tmp_path / "models" / name)] for name in ("diffusion_models", "checkpoints", "text_encoders", "calibrations", "loras")}
+    paths = {
+        name: [str(tmp_path / "models" / name)]
+        for name in ("diffusion_models", "checkpoints", "text_encoders", "calibrations", "loras")
+    }
     paths["diffusion_models"].insert(0, str(tmp_path / "models" / "unet"))
     stub.get_folder_paths = lambda name: paths[name]
     stub.get_output_directory = lambda: str(tmp_path / "output")
 
     def get_filename_list(name):
         """As ComfyUI lists: by suffix, an index is not among them."""
-        return [os.path.relpath(os.path.join(folder, file), root) for root in paths[name]
-                for folder, _, files in os.walk(root, followlinks=True) for file in files
-                if file.endswith((".safetensors", ".sft", ".ckpt"))]
+        return [
+            os.path.relpath(os.path.join(folder, file), root)
+            for root in paths[name]
+            for folder, _, files in os.walk(root, followlinks=True)
+            for file in files
+            if file.endswith((".safetensors", ".sft", ".ckpt"))
+        ]
 
     stub.get_filename_list = get_filename_list
     monkeypatch.setitem(sys.modules, "folder_paths", stub)
     monkeypatch.delitem(sys.modules, "comfyui_quantpress.nodes.shared.folders", raising=False)
     import comfyui_quantpress.nodes.shared.folders as module
+
     for names in paths.values():
         os.makedirs(names[-1])
     os.makedirs(tmp_path / "output")
@@ -43,14 +50,27 @@ def put(path, text="x"):
 
 def test_models_are_listed_with_their_folder_and_shards_by_their_index(folders, tmp_path):
     models = tmp_path / "models/diffusion_models"
-    for name in ("b.safetensors", "sub/a.sft", "s/m-00001-of-00002.safetensors", "s/m-00002-of-00002.safetensors",
-                 "s/m.safetensors.index.json", "notes.txt", "x.ckpt"):
+    for name in (
+        "b.safetensors",
+        "sub/a.sft",
+        "s/m-00001-of-00002.safetensors",
+        "s/m-00002-of-00002.safetensors",
+        "s/m.safetensors.index.json",
+        "notes.txt",
+        "x.ckpt",
+    ):
         put(models / name)
     put(tmp_path / "models/checkpoints/c.safetensors")
     assert folders.list_models("diffusion_models", "checkpoints") == [
-        "diffusion_models/b.safetensors", "diffusion_models/s/m.safetensors.index.json", "diffusion_models/sub/a.sft",
-        "checkpoints/c.safetensors"]
-    assert folders.list_models("diffusion_models", shards=False) == ["diffusion_models/b.safetensors", "diffusion_models/sub/a.sft"]
+        "diffusion_models/b.safetensors",
+        "diffusion_models/s/m.safetensors.index.json",
+        "diffusion_models/sub/a.sft",
+        "checkpoints/c.safetensors",
+    ]
+    assert folders.list_models("diffusion_models", shards=False) == [
+        "diffusion_models/b.safetensors",
+        "diffusion_models/sub/a.sft",
+    ]
 
 
 def test_what_is_listed_resolves(folders, tmp_path):
@@ -59,11 +79,24 @@ def test_what_is_listed_resolves(folders, tmp_path):
     assert folders.resolve_model("diffusion_models\\sub\\a.safetensors", "diffusion_models") == path
 
 
-@pytest.mark.parametrize("name", [
-    "diffusion_models/../../secret.safetensors", "diffusion_models/sub/../../../secret.safetensors", "/secret.safetensors",
-    "diffusion_models//secret.safetensors", "diffusion_models/~/secret.safetensors", "diffusion_models/C:/secret.safetensors",
-    "diffusion_models\\..\\..\\secret.safetensors", "vae/secret.safetensors", "secret.safetensors", "diffusion_models/",
-    "diffusion_models/secret\0.safetensors", "", ".."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_models/../../secret.safetensors",
+        "diffusion_models/sub/../../../secret.safetensors",
+        "/secret.safetensors",
+        "diffusion_models//secret.safetensors",
+        "diffusion_models/~/secret.safetensors",
+        "diffusion_models/C:/secret.safetensors",
+        "diffusion_models\\..\\..\\secret.safetensors",
+        "vae/secret.safetensors",
+        "secret.safetensors",
+        "diffusion_models/",
+        "diffusion_models/secret\0.safetensors",
+        "",
+        "..",
+    ],
+)
 def test_reading_outside_the_folders_is_refused(folders, tmp_path, name):
     put(tmp_path / "secret.safetensors")
     put(tmp_path / "models/secret.safetensors")
@@ -87,18 +120,50 @@ def test_a_link_that_the_owner_put_into_a_models_folder_is_read_like_comfyui_rea
     assert folders.resolve_model("diffusion_models/linked.safetensors", "diffusion_models") == link
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("model", "model.safetensors"), ("sub/model.safetensors", "sub/model.safetensors"), (" a b ", "a b.safetensors"),
-    ("sub\\model", "sub/model.safetensors"), ("größe-v1.5", "größe-v1.5.safetensors")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("model", "model.safetensors"),
+        ("sub/model.safetensors", "sub/model.safetensors"),
+        (" a b ", "a b.safetensors"),
+        ("sub\\model", "sub/model.safetensors"),
+        ("größe-v1.5", "größe-v1.5.safetensors"),
+    ],
+)
 def test_writing_inside_the_folder(folders, tmp_path, name, expected):
     target = folders.write_target("diffusion_models", name)
     assert target == tmp_path / "models/diffusion_models" / expected and target.parent.is_dir()
     assert folders.write_target("output", name) == tmp_path / "output" / expected
 
 
-@pytest.mark.parametrize("name", [
-    "../x", "a/../../x", "/etc/x", "..\\x", "C:\\x", "C:x", "~/x/../..", "a//b", "", "   ", ".", "..", ".hidden", "a/.hidden/b",
-    "x\0y", "a\nb", "con", "sub/NUL.x", "trailing./x", "trailing /x", "a*b", "a?b", "a" * 300])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/../../x",
+        "/etc/x",
+        "..\\x",
+        "C:\\x",
+        "C:x",
+        "~/x/../..",
+        "a//b",
+        "",
+        "   ",
+        ".",
+        "..",
+        ".hidden",
+        "a/.hidden/b",
+        "x\0y",
+        "a\nb",
+        "con",
+        "sub/NUL.x",
+        "trailing./x",
+        "trailing /x",
+        "a*b",
+        "a?b",
+        "a" * 300,
+    ],
+)
 def test_writing_outside_the_folder_or_under_a_hopeless_name_is_refused(folders, tmp_path, name):
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(RequestError):

@@ -1,28 +1,28 @@
 """A calibration in a conversion: it lowers the output error, is refused elsewhere, and the report says what it did."""
+
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.calibration import identity_of_source
+from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
-from comfyui_quantpress.quant_core.input_scales.rule import RULES
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
-from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.input_scales.rule import RULES
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import verify_file
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.stored.layers import stored_layers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 PREFIX = "model.diffusion_model."
 WIDTH = 64
@@ -67,8 +67,9 @@ def made(tmp_path_factory):
     layers = linear_layers(model)
     with open_source(folder / "model.safetensors") as src:
         identity = identity_of_source(src, {name: f"{PREFIX}{name}.weight" for name in layers})
-    collector = Collector(layers, plan_budget({n: m.in_features for n, m in layers.items()}, Budget()),
-                          fingerprint=identity.fingerprint)
+    collector = Collector(
+        layers, plan_budget({n: m.in_features for n, m in layers.items()}, Budget()), fingerprint=identity.fingerprint
+    )
     with torch.no_grad(), collector.capture(model, note="unit"):
         for seed in range(8):
             model(inputs(seed))
@@ -83,7 +84,10 @@ def output_error(made, target):
     with open_source(target) as src:
         weights = {name: layer.decode(src) for name, layer in stored_layers(src).items()}
     seen = {}
-    hooks = [m.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0])) for n, m in linear_layers(model).items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0]))
+        for n, m in linear_layers(model).items()
+    ]
     with torch.no_grad():
         model(inputs(999))
     for hook in hooks:
@@ -101,8 +105,13 @@ def test_auto_with_data_lowers_the_output_error_of_every_seen_layer(made, tmp_pa
     _, source, calibration = made
     fmt = get_format(name)
     convert(source, tmp_path / "plain.safetensors", Recipe(fmt), device="cpu")
-    report = convert(source, tmp_path / "data.safetensors", Recipe(fmt, "auto", "auto"), device="cpu",
-                     calibration=CalibrationUse(calibration))
+    report = convert(
+        source,
+        tmp_path / "data.safetensors",
+        Recipe(fmt, "auto", "auto"),
+        device="cpu",
+        calibration=CalibrationUse(calibration),
+    )
     plain, data = output_error(made, tmp_path / "plain.safetensors"), output_error(made, tmp_path / "data.safetensors")
     assert len(data) == 4 and all(data[layer] < 0.75 * plain[layer] for layer in data), (plain, data)
     rows = {row.layer: row for row in report.quantized}
@@ -110,7 +119,9 @@ def test_auto_with_data_lowers_the_output_error_of_every_seen_layer(made, tmp_pa
     assert (used.judgement.rounding, used.judgement.objective) == ("gptq", "output") and used.rows > 500
     assert used.judgement.error < used.judgement.nearest_error
     # A layer that saw nothing is quantized without data, and the user is told.
-    assert rows[PREFIX + "blocks.1.unused"].judgement.rounding == "nearest" and rows[PREFIX + "blocks.1.unused"].rows == 0
+    assert (
+        rows[PREFIX + "blocks.1.unused"].judgement.rounding == "nearest" and rows[PREFIX + "blocks.1.unused"].rows == 0
+    )
     assert any("2 layers have no data" in text and "blocks.0.unused" in text for text in report.warnings)
     assert not verify_file(tmp_path / "data.safetensors", against=source).findings
 
@@ -119,15 +130,24 @@ def test_bias_correction_helps_is_recorded_and_does_not_fail_verification(made, 
     _, source, calibration = made
     recipe, target = Recipe(get_format("nvfp4")), tmp_path / "b.safetensors"
     convert(source, tmp_path / "plain.safetensors", recipe, device="cpu")
-    report = convert(source, target, recipe, device="cpu", calibration=CalibrationUse(calibration, bias_correction=True))
+    report = convert(
+        source, target, recipe, device="cpu", calibration=CalibrationUse(calibration, bias_correction=True)
+    )
     before, after = output_error(made, tmp_path / "plain.safetensors"), output_error(made, target)
     original, found = load_file(source), load_file(target)
     corrected = [row.layer for row in report.quantized if row.bias_corrected]
-    changed = [name.removesuffix(".bias") for name in original if name.endswith(".bias") and not torch.equal(original[name], found[name])]
+    changed = [
+        name.removesuffix(".bias")
+        for name in original
+        if name.endswith(".bias") and not torch.equal(original[name], found[name])
+    ]
     assert corrected and set(corrected) == set(changed)
     assert all(after[layer.removeprefix(PREFIX)] < before[layer.removeprefix(PREFIX)] for layer in corrected)
-    assert all(found[name].dtype is tensor.dtype and found[name].shape == tensor.shape
-               for name, tensor in original.items() if name.endswith(".bias"))
+    assert all(
+        found[name].dtype is tensor.dtype and found[name].shape == tensor.shape
+        for name, tensor in original.items()
+        if name.endswith(".bias")
+    )
     with safe_open(target, "pt") as file:
         record = json.loads(file.metadata()[RECIPE_KEY])["calibration"]
     assert record["bias_correction"] is True and record["file"] == calibration.name and record["layers"] == 4
@@ -151,8 +171,9 @@ def test_input_scales_are_the_true_absmax_and_only_where_the_runtime_reads_them(
     calibration = load_calibration(path)
     for name in ("float8_e4m3fn", "nvfp4", "int8_rowwise"):
         target = tmp_path / f"{name}.safetensors"
-        report = convert(source, target, Recipe(get_format(name)), device="cpu",
-                         calibration=CalibrationUse(path, input_scales=True))
+        report = convert(
+            source, target, Recipe(get_format(name)), device="cpu", calibration=CalibrationUse(path, input_scales=True)
+        )
         found = {key: t for key, t in load_file(target).items() if key.endswith(".input_scale")}
         assert len(found) == (4 if name in RULES else 0)
         for key, scale in found.items():
@@ -168,11 +189,21 @@ def test_fp8_inputs_that_would_saturate_are_named(made, tmp_path):
     loud.statistics["blocks.1.fc2"].absmax.fill_(900.0)
     save_calibration(loud, tmp_path / "loud.safetensors")
     recipe = Recipe(get_format("float8_e4m3fn"))
-    report = convert(source, tmp_path / "a.safetensors", recipe, device="cpu",
-                     calibration=CalibrationUse(tmp_path / "loud.safetensors"))
+    report = convert(
+        source,
+        tmp_path / "a.safetensors",
+        recipe,
+        device="cpu",
+        calibration=CalibrationUse(tmp_path / "loud.safetensors"),
+    )
     assert [w for w in report.warnings if "beyond 448" in w and "blocks.1.fc2 (900)" in w and "1 layers" in w]
-    report = convert(source, tmp_path / "b.safetensors", recipe, device="cpu",
-                     calibration=CalibrationUse(tmp_path / "loud.safetensors", input_scales=True))
+    report = convert(
+        source,
+        tmp_path / "b.safetensors",
+        recipe,
+        device="cpu",
+        calibration=CalibrationUse(tmp_path / "loud.safetensors", input_scales=True),
+    )
     assert not [w for w in report.warnings if "beyond" in w]
 
 
@@ -182,14 +213,26 @@ def test_another_models_calibration_is_refused_and_a_fine_tunes_is_named(made, t
     save_file({name: t for name, t in tensors.items() if "blocks.1.fc2" not in name}, tmp_path / "smaller.safetensors")
     wide = {**tensors, PREFIX + "blocks.0.fc1.weight": torch.zeros(128, 96, dtype=torch.bfloat16)}
     save_file(wide, tmp_path / "wide.safetensors")
-    for name, said in (("smaller", "has no blocks.1.fc2"), ("wide", r"blocks.0.fc1 is \[128, 64\] in the calibration")):
+    for name, said in (
+        ("smaller", "has no blocks.1.fc2"),
+        ("wide", r"blocks.0.fc1 is \[128, 64\] in the calibration"),
+    ):
         with pytest.raises(RequestError, match=said):
-            convert(tmp_path / f"{name}.safetensors", tmp_path / "out.safetensors", Recipe(get_format("nvfp4")),
-                    calibration=CalibrationUse(calibration))
+            convert(
+                tmp_path / f"{name}.safetensors",
+                tmp_path / "out.safetensors",
+                Recipe(get_format("nvfp4")),
+                calibration=CalibrationUse(calibration),
+            )
     tuned = {**tensors, PREFIX + "blocks.0.fc1.weight": tensors[PREFIX + "blocks.0.fc1.weight"] * 1.5}
     save_file(tuned, tmp_path / "tuned.safetensors")
-    report = convert(tmp_path / "tuned.safetensors", tmp_path / "out.safetensors", Recipe(get_format("nvfp4")), device="cpu",
-                     calibration=CalibrationUse(calibration))
+    report = convert(
+        tmp_path / "tuned.safetensors",
+        tmp_path / "out.safetensors",
+        Recipe(get_format("nvfp4")),
+        device="cpu",
+        calibration=CalibrationUse(calibration),
+    )
     assert any("other weights" in text for text in report.warnings)
     with pytest.raises(InputFileError, match="this is no calibration"):
         convert(source, tmp_path / "no.safetensors", Recipe(get_format("nvfp4")), calibration=CalibrationUse(source))
@@ -205,16 +248,36 @@ def test_split_projections_share_the_statistics_of_the_joined_layer(tmp_path):
     path = save_calibration(collector.result(), tmp_path / "c.safetensors")
     names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
     save_file({f"{name}.weight": torch.randn(WIDTH, WIDTH).bfloat16() for name in names}, tmp_path / "m.safetensors")
-    report = convert(tmp_path / "m.safetensors", tmp_path / "o.safetensors", Recipe(get_format("nvfp4"), "auto", "auto"),
-                     device="cpu", calibration=CalibrationUse(path))
+    report = convert(
+        tmp_path / "m.safetensors",
+        tmp_path / "o.safetensors",
+        Recipe(get_format("nvfp4"), "auto", "auto"),
+        device="cpu",
+        calibration=CalibrationUse(path),
+    )
     assert sorted(row.layer for row in report.quantized if row.rows) == sorted(names)
 
 
 def test_the_command_takes_the_calibration_and_says_what_it_did(made, tmp_path, capsys):
     _, source, calibration = made
     target, lora = tmp_path / "out.safetensors", tmp_path / "lora.safetensors"
-    arguments = ["quantize", str(source), str(target), "--format", "nvfp4", "--device", "cpu", "--calibration", str(calibration),
-                 "--bias-correction", "--write-input-scales", "--residual-lora", str(lora), "--residual-rank", "4"]
+    arguments = [
+        "quantize",
+        str(source),
+        str(target),
+        "--format",
+        "nvfp4",
+        "--device",
+        "cpu",
+        "--calibration",
+        str(calibration),
+        "--bias-correction",
+        "--write-input-scales",
+        "--residual-lora",
+        str(lora),
+        "--residual-rank",
+        "4",
+    ]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["layer"].removeprefix(PREFIX): row for row in report["layers"]}
@@ -247,6 +310,10 @@ def test_requests_that_miss_something_are_refused_before_anything_is_written(mad
     with pytest.raises(RequestError, match="both a rank and a file"):
         convert(source, tmp_path / "out.safetensors", Recipe(get_format("nvfp4"), options={"residual_rank": 4}))
     with pytest.raises(OutputError, match="name of its own"):
-        convert(source, tmp_path / "out.safetensors", Recipe(get_format("nvfp4"), options={"residual_rank": 4}),
-                residual_lora=tmp_path / "out.safetensors")
+        convert(
+            source,
+            tmp_path / "out.safetensors",
+            Recipe(get_format("nvfp4"), options={"residual_rank": 4}),
+            residual_lora=tmp_path / "out.safetensors",
+        )
     assert not list(tmp_path.iterdir())

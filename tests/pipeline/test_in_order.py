@@ -1,4 +1,5 @@
 """Quantizing in order of execution: what layers are fitted to, calls side by side, and the whole way."""
+
 import time
 from collections import OrderedDict
 from contextvars import ContextVar
@@ -6,21 +7,21 @@ from contextvars import ContextVar
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.asymmetric import RIDGES, InputPairs, follow
-from comfyui_quantpress.quant_core.calibration.capture.collector import CaptureSettings, Collector
+from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
+from comfyui_quantpress.quant_core.calibration.capture.collector import CaptureSettings, Collector
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
-from comfyui_quantpress.quant_core.tools.dequantize import dequantize
 from comfyui_quantpress.quant_core.errors import Cancelled, RequestError
-from comfyui_quantpress.quant_core.numerics.footprint import following_bytes
 from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.numerics.footprint import following_bytes
 from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel, enough_calls, room, spread
-from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.pipeline.in_order.lockstep import Lockstep, Visits, visits
-from comfyui_quantpress.quant_core.algorithms.objective import Objective
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.pipeline.run import convert
+from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.tools.dequantize import dequantize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -51,7 +52,7 @@ def test_following_takes_back_error_of_the_inputs_on_calls_it_has_not_seen():
     found, fresh = follow(w, pairs_of(20), nothing), pairs_of(20, seed=9)
     assert found.ridge in RIDGES and found.left < 0.9
     assert missing(w, found.weight, fresh) < 0.9 * missing(w, w, fresh)
-    assert abs(missing(w, found.weight, fresh) / missing(w, w, fresh) - found.left) < 0.1      # and says how much
+    assert abs(missing(w, found.weight, fresh) / missing(w, w, fresh) - found.left) < 0.1  # and says how much
 
 
 def test_the_least_squares_weight_is_found_where_rows_abound():
@@ -63,7 +64,9 @@ def test_the_least_squares_weight_is_found_where_rows_abound():
     assert torch.allclose(follow(w, pairs, nothing).weight, best, atol=1e-3)
 
 
-@pytest.mark.parametrize("pairs", [pairs_of(20, shrink=False), pairs_of(3), InputPairs([], [])], ids=["exact", "three calls", "none"])
+@pytest.mark.parametrize(
+    "pairs", [pairs_of(20, shrink=False), pairs_of(3), InputPairs([], [])], ids=["exact", "three calls", "none"]
+)
 def test_a_weight_stays_where_nothing_is_to_be_made_up_for(pairs):
     w = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
     found = follow(w, pairs, nothing)
@@ -89,6 +92,7 @@ def test_calls_of_different_lengths_count_by_their_rows():
 
 def test_a_layer_too_large_for_the_gpu_is_followed_on_the_cpu_and_says_so(monkeypatch):
     from comfyui_quantpress.quant_core.pipeline import layer as layer_module
+
     w, pairs = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)), pairs_of(20)
     needed = following_bytes((16, 24))
     monkeypatch.setattr(layer_module, "free_bytes", lambda device: needed - 1)
@@ -125,7 +129,9 @@ def test_every_rounder_rounds_towards_the_followed_weight(name, rounding):
     plain, moved = (quantize_layer("l", w, recipe, evidence, pairs=one) for one in (None, pairs))
     decode = lambda result: fmt.dequantize(result.tensors, (32, 64))  # noqa: E731
     assert plain.judgement.inputs_left is None and moved.judgement.inputs_left < 1
-    assert missing(w, decode(moved), pairs_of(24, k=64, off=1.0, seed=7)) < missing(w, decode(plain), pairs_of(24, k=64, off=1.0, seed=7))
+    assert missing(w, decode(moved), pairs_of(24, k=64, off=1.0, seed=7)) < missing(
+        w, decode(plain), pairs_of(24, k=64, off=1.0, seed=7)
+    )
     assert moved.judgement.error <= moved.judgement.nearest_error
 
 
@@ -133,12 +139,16 @@ def test_nothing_ends_above_rounding_the_layers_own_weight():
     """A followed weight that suits no grid loses against the plain one, which is then taken, and the note says so."""
     w = torch.full((16, 32), 1.0)
     x = [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    pairs = InputPairs(x, [one * 1.02 for one in x])      # wants W / 1.02, which NVFP4 cannot hold as well as 1.0
+    pairs = InputPairs(x, [one * 1.02 for one in x])  # wants W / 1.02, which NVFP4 cannot hold as well as 1.0
     rows = torch.cat(x)
-    result = quantize_layer("l", w, Recipe(NVFP4, "search", "nearest"), Evidence(hessian=rows.T @ rows / len(rows)), pairs=pairs)
+    result = quantize_layer(
+        "l", w, Recipe(NVFP4, "search", "nearest"), Evidence(hessian=rows.T @ rows / len(rows)), pairs=pairs
+    )
     objective, target = Objective(rows.T @ rows / len(rows)), follow(w, pairs, nothing).weight
-    ended, own, moved = (objective.loss(NVFP4.dequantize(tensors, (16, 32)) - target) for tensors in (
-        result.tensors, NVFP4.quantize(w), NVFP4.quantize(target)))
+    ended, own, moved = (
+        objective.loss(NVFP4.dequantize(tensors, (16, 32)) - target)
+        for tensors in (result.tensors, NVFP4.quantize(w), NVFP4.quantize(target))
+    )
     assert ended <= min(own, moved) * 1.0001
     assert own != moved
 
@@ -204,6 +214,7 @@ def test_calls_that_skip_a_layer_wait_at_the_next_one():
     class Skips(Branches):
         def forward(self, x):
             return self.out(x if len(x) > 4 else self.a(x))
+
     model, seen = Skips(), []
     calls = [lambda: model(torch.randn(3, 16)), lambda: model(torch.randn(5, 16))]
     lockstep = Lockstep(watched(model), calls, frozenset(), visits(watched(model), calls[0]))
@@ -212,7 +223,10 @@ def test_calls_that_skip_a_layer_wait_at_the_next_one():
             seen.append((stop.layer, sorted(stop.inputs)))
     assert seen == [("a", [0]), ("out", [0, 1])]
     lockstep = Lockstep(watched(model), calls, frozenset(), visits(watched(model), calls[1]))
-    with pytest.raises(RequestError, match="a: only some calls of the model use this layer"), lockstep.stops() as stops:
+    with (
+        pytest.raises(RequestError, match="a: only some calls of the model use this layer"),
+        lockstep.stops() as stops,
+    ):
         list(stops)
     assert ended(lockstep)
 
@@ -221,10 +235,18 @@ def test_a_layer_that_comes_again_after_it_is_gone_is_refused():
     class Returns(Branches):
         def forward(self, x, again=False):
             return self.a(self.out(self.a(x))) if again else self.out(self.a(x))
+
     model = Returns()
-    calls = [lambda: model(torch.randn(3, 16)), lambda: model(torch.randn(3, 16)), lambda: model(torch.randn(3, 16), True)]
+    calls = [
+        lambda: model(torch.randn(3, 16)),
+        lambda: model(torch.randn(3, 16)),
+        lambda: model(torch.randn(3, 16), True),
+    ]
     lockstep = Lockstep(watched(model), calls, frozenset({1, 2}), visits(watched(model), calls[0]))
-    with pytest.raises(RequestError, match="a: some calls of the model use this layer more often"), lockstep.stops() as stops:
+    with (
+        pytest.raises(RequestError, match="a: some calls of the model use this layer more often"),
+        lockstep.stops() as stops,
+    ):
         for stop in stops:
             lockstep.replace(stop.layer, model.a.weight, None)
     assert ended(lockstep)
@@ -239,9 +261,13 @@ def test_an_error_in_a_call_comes_out_and_nothing_stays(failing):
             model(torch.randn(3, 16))
             if number == failing:
                 raise KeyError("from the model")
+
         return run
+
     calls = [call(number) for number in range(3)]
-    lockstep = Lockstep(watched(model), calls, frozenset(), Visits(("a", "b", "twice", "out"), frozenset({"twice"}), 1, 1))
+    lockstep = Lockstep(
+        watched(model), calls, frozenset(), Visits(("a", "b", "twice", "out"), frozenset({"twice"}), 1, 1)
+    )
     with pytest.raises(KeyError, match="from the model"), lockstep.stops() as stops:
         list(stops)
     assert ended(lockstep) and not model.a._forward_pre_hooks
@@ -257,6 +283,7 @@ def test_a_model_may_change_autocast_around_its_layers():
                     x = self.twice(x.float())
                 x = self.free(x)
             return self.out(x.float())
+
     model, outputs = Casts().requires_grad_(False), {}
     inputs = [torch.randn(4, 16) for _ in range(3)]
     calls = [lambda number=number: outputs.update({number: model(inputs[number])}) for number in range(3)]
@@ -277,6 +304,7 @@ def test_a_call_sees_the_context_of_its_caller_and_ends_in_any_order():
                 x = self.a(x) if rounds == 1 else self.twice(x)
                 mode.append((torch.is_inference_mode_enabled(), seen.get()))
             return self.out(x)
+
     model = Asks()
     seen.set("outside")
     calls = [lambda rounds=rounds: model(torch.randn(2, 16), rounds) for rounds in (1, 3, 2)]
@@ -296,7 +324,9 @@ def test_leaving_early_ends_every_call():
     assert ended(lockstep) and not finished and not model.a._forward_hooks
 
 
-@pytest.mark.parametrize(("rows", "recorded", "used"), [(4608, 64, 8), (128, 64, 64), (128, 1000, 64), (2048, 1000, 16), (100_000, 5, 5)])
+@pytest.mark.parametrize(
+    ("rows", "recorded", "used"), [(4608, 64, 8), (128, 64, 64), (128, 1000, 64), (2048, 1000, 16), (100_000, 5, 5)]
+)
 def test_calls_are_used_up_to_some_ten_thousand_rows(rows, recorded, used):
     assert enough_calls(Visits(("a",), frozenset(), rows, 1), recorded) == used
 
@@ -308,11 +338,16 @@ def test_the_first_calls_are_of_as_many_pictures_as_there_are():
 
 def test_few_calls_of_many_are_chosen_across_the_pictures(deep, tmp_path, monkeypatch):
     from comfyui_quantpress.quant_core.pipeline import layer as layer_module
+
     model, source, calibration, draw = deep
     held, follow_plain = [], layer_module._follow
-    monkeypatch.setattr(layer_module, "_follow", lambda w, pairs: held.append(len(pairs.held())) or follow_plain(w, pairs))
+    monkeypatch.setattr(
+        layer_module, "_follow", lambda w, pairs: held.append(len(pairs.held())) or follow_plain(w, pairs)
+    )
     live = live_model(model, draw, 40, groups=[call // 10 for call in range(40)], most_calls=8)
-    report = convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live)
+    report = convert(
+        source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live
+    )
     assert set(held) == {2} and min(layer.judgement.inputs_left or 1 for layer in report.quantized) < 1
 
 
@@ -322,7 +357,9 @@ class Deep(nn.Module):
     def __init__(self, blocks=4, width=64):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(blocks)
+        )
         self.spare = nn.Linear(width, width)
 
     def forward(self, x):
@@ -340,7 +377,11 @@ def deep(tmp_path_factory):
     mixing = torch.randn(12, 64, generator=torch.Generator().manual_seed(5))
     draw = lambda seed: torch.randn(64, 12, generator=torch.Generator().manual_seed(seed)) @ mixing  # noqa: E731
     layers = linear_layers(model)
-    collector = Collector(layers, plan_budget({name: layer.in_features for name, layer in layers.items()}), CaptureSettings(rows_per_step=64))
+    collector = Collector(
+        layers,
+        plan_budget({name: layer.in_features for name, layer in layers.items()}),
+        CaptureSettings(rows_per_step=64),
+    )
     with collector.capture(model):
         for seed in range(40):
             model(draw(seed))
@@ -365,8 +406,15 @@ def test_in_order_ends_closer_to_the_model(deep, tmp_path, name, bias):
     model, source, calibration, draw = deep
     errors, recipe = [], Recipe(get_format(name), "search", "gptq")
     for live in (None, live_model(model, draw)):
-        report = convert(source, tmp_path / "q.safetensors", recipe, device="cpu", overwrite=True,
-                         calibration=CalibrationUse(calibration, bias), live=live)
+        report = convert(
+            source,
+            tmp_path / "q.safetensors",
+            recipe,
+            device="cpu",
+            overwrite=True,
+            calibration=CalibrationUse(calibration, bias),
+            live=live,
+        )
         errors.append(error_of(model, draw, tmp_path / "q.safetensors", tmp_path)[0])
     assert errors[1] < 0.97 * errors[0]
     left = {layer.layer: layer.judgement.inputs_left for layer in report.quantized}
@@ -376,17 +424,26 @@ def test_in_order_ends_closer_to_the_model(deep, tmp_path, name, bias):
 @pytest.mark.parametrize("rank", [0, 8], ids=["", "with its low-rank part"])
 def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeypatch, rank):
     from comfyui_quantpress.quant_core.pipeline import layer as layer_module
+
     model, source, calibration, draw = deep
     seen = {}
 
     def watching(w, pairs):
         seen[len(seen)] = [y.clone() for y in pairs.delivered]
         return follow_plain(w, pairs)
+
     follow_plain = layer_module._follow
     monkeypatch.setattr(layer_module, "_follow", watching)
     lora = tmp_path / "lora.safetensors" if rank else None
-    convert(source, tmp_path / "q.safetensors", Recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}), device="cpu",
-            calibration=CalibrationUse(calibration, True), residual_lora=lora, live=live_model(model, draw, 6))
+    convert(
+        source,
+        tmp_path / "q.safetensors",
+        Recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}),
+        device="cpu",
+        calibration=CalibrationUse(calibration, True),
+        residual_lora=lora,
+        live=live_model(model, draw, 6),
+    )
     _, finished = error_of(model, draw, tmp_path / "q.safetensors", tmp_path)
     parts = load_file(lora) if rank else {}
     for name in {name.partition(".lora_")[0] for name in parts}:
@@ -394,8 +451,10 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
         finished.get_submodule(name.removeprefix("diffusion_model.")).weight += up @ down
     assert len(parts) == (18 if rank else 0)
     inputs = {}
-    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
-             for name, layer in linear_layers(finished, "blocks").items()]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+        for name, layer in linear_layers(finished, "blocks").items()
+    ]
     for seed in range(6):
         finished(draw(seed))
     assert len(hooks) == len(seen) == 8
@@ -406,26 +465,50 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
 def test_the_same_calls_give_the_same_bytes(deep, tmp_path):
     model, source, calibration, draw = deep
     for name in ("one", "two"):
-        convert(source, tmp_path / f"{name}.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration),
-                live=live_model(model, draw, 8))
+        convert(
+            source,
+            tmp_path / f"{name}.safetensors",
+            RECIPE,
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+            live=live_model(model, draw, 8),
+        )
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_is_missing_is_named(deep, tmp_path):
     model, source, calibration, draw = deep
-    with pytest.raises(RequestError, match="of at least 4 pictures or prompts, better of twenty; the calibration holds 3 calls of 3"):
+    with pytest.raises(
+        RequestError, match="of at least 4 pictures or prompts, better of twenty; the calibration holds 3 calls of 3"
+    ):
         live_model(model, draw, 3)
     with pytest.raises(RequestError, match="the calibration holds 24 calls of 2. Capture more"):
         live_model(model, draw, groups=[call % 2 for call in range(24)])
     with pytest.raises(RequestError, match="needs the calibration"):
         convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", live=live_model(model, draw))
     other = Deep(blocks=2)
-    with pytest.raises(RequestError, match=r"blocks\.2\.0: the model has no layer of this name and of shape \[128, 64\]"):
-        convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live_model(other, draw))
+    with pytest.raises(
+        RequestError, match=r"blocks\.2\.0: the model has no layer of this name and of shape \[128, 64\]"
+    ):
+        convert(
+            source,
+            tmp_path / "q.safetensors",
+            RECIPE,
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+            live=live_model(other, draw),
+        )
     unused = LiveModel(linear_layers(model), [nothing] * 4)
     with pytest.raises(RequestError, match="use none of the layers"):
-        convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=unused)
+        convert(
+            source,
+            tmp_path / "q.safetensors",
+            RECIPE,
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+            live=unused,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -437,10 +520,18 @@ def test_cancel_ends_it_within_a_second_and_leaves_nothing(deep, tmp_path):
         began.append(time.monotonic())
         time.sleep(0.05)
         model(draw(seed))
+
     live = LiveModel(linear_layers(model), [lambda seed=seed: slow(seed) for seed in range(200)], most_calls=200)
     with pytest.raises(Cancelled):
-        convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live,
-                cancel=lambda: len(began) > 3)
+        convert(
+            source,
+            tmp_path / "q.safetensors",
+            RECIPE,
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+            live=live,
+            cancel=lambda: len(began) > 3,
+        )
     assert time.monotonic() - began[3] < 1
     assert not list(tmp_path.iterdir()) and not model.blocks[0][0]._forward_pre_hooks
 
@@ -451,4 +542,4 @@ def test_the_room_bounds_the_calls(deep):
     much = room(live, 10**12)
     some = room(live, much.nbytes - 30 * (much.nbytes - room(live, 0).nbytes) // 42)
     assert (much.calls, some.calls, room(live, 0).calls) == (50, 20, 8)
-    assert much.nbytes - room(live, 0).nbytes >= 42 * 2 * 64 * 64 * 4       # two inputs of a layer for each further call
+    assert much.nbytes - room(live, 0).nbytes >= 42 * 2 * 64 * 64 * 4  # two inputs of a layer for each further call

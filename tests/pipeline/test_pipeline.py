@@ -1,4 +1,5 @@
 """From file to file: what is planned is written, what is not quantized is untouched, and nothing half-written stays."""
+
 import hashlib
 import json
 import subprocess
@@ -8,17 +9,16 @@ import time
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError
 from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY, make_plan
-from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.pipeline.run import convert, count_nonfinite, pick_device
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file
+from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 every_format = pytest.mark.parametrize("fmt", all_formats(), ids=lambda f: f.name)
 
@@ -28,12 +28,22 @@ def tiny_model(seed=0, dtype=torch.bfloat16):
     rand = lambda *shape: (torch.randn(shape, generator=g) * 0.02).to(dtype)  # noqa: E731
     model = {}
     for i in range(2):
-        model |= {f"blocks.{i}.attn.qkv.weight": rand(768, 256), f"blocks.{i}.attn.qkv.bias": rand(768),
-                  f"blocks.{i}.mlp.fc2.weight": rand(256, 512), f"blocks.{i}.norm1.weight": rand(256),
-                  f"blocks.{i}.adaLN_modulation.1.weight": rand(512, 256)}
-    model |= {"img_in.weight": rand(256, 64), "final_layer.linear.weight": rand(64, 256), "x_embedder.proj.weight":
-              rand(256, 16, 2, 2), "pos_embed": torch.randn(1, 8, 256, generator=g), "step": torch.tensor(7),
-              "mask": torch.tensor([True, False]), "empty": torch.empty(0, 4)}
+        model |= {
+            f"blocks.{i}.attn.qkv.weight": rand(768, 256),
+            f"blocks.{i}.attn.qkv.bias": rand(768),
+            f"blocks.{i}.mlp.fc2.weight": rand(256, 512),
+            f"blocks.{i}.norm1.weight": rand(256),
+            f"blocks.{i}.adaLN_modulation.1.weight": rand(512, 256),
+        }
+    model |= {
+        "img_in.weight": rand(256, 64),
+        "final_layer.linear.weight": rand(64, 256),
+        "x_embedder.proj.weight": rand(256, 16, 2, 2),
+        "pos_embed": torch.randn(1, 8, 256, generator=g),
+        "step": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 4),
+    }
     return model
 
 
@@ -57,7 +67,9 @@ def test_plan_run_and_verify_agree(fmt, source, tmp_path):
     report = convert(source, target, Recipe(fmt))
     assert digest(source) == before
     with open_source(target) as out:
-        assert {(t.name, t.dtype, t.shape) for t in out.tensors.values()} == {(o.name, o.dtype, o.shape) for o in plan.outputs}
+        assert {(t.name, t.dtype, t.shape) for t in out.tensors.values()} == {
+            (o.name, o.dtype, o.shape) for o in plan.outputs
+        }
         assert out.nbytes == plan.output_bytes == report.output_bytes
     assert [r.layer for r in report.quantized] == [layer.layer for layer in plan.quantized]
     assert {r.layer for r in report.quantized} == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "mlp.fc2")}
@@ -81,7 +93,12 @@ def test_untouched_tensors_and_metadata_are_kept(source, tmp_path):
     convert(source, target, Recipe(get_format("nvfp4")))
     before, after = load_file(source), load_file(target)
     for name, tensor in before.items():
-        if name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"):
+        if name in (
+            "blocks.0.attn.qkv.weight",
+            "blocks.1.attn.qkv.weight",
+            "blocks.0.mlp.fc2.weight",
+            "blocks.1.mlp.fc2.weight",
+        ):
             continue
         assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
     with safe_open(target, "pt") as file:
@@ -97,10 +114,26 @@ def test_untouched_tensors_and_metadata_are_kept(source, tmp_path):
 
 
 def test_every_safetensors_dtype_is_copied_untouched(tmp_path):
-    model = tiny_model() | {f"extra.{str(d)[6:]}": torch.arange(6).to(d) for d in
-                            (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
-                             torch.uint64, torch.float16, torch.float32, torch.float64, torch.bool, torch.complex64,
-                             torch.float8_e4m3fn, torch.float8_e5m2)}
+    model = tiny_model() | {
+        f"extra.{str(d)[6:]}": torch.arange(6).to(d)
+        for d in (
+            torch.uint8,
+            torch.int8,
+            torch.int16,
+            torch.uint16,
+            torch.int32,
+            torch.uint32,
+            torch.int64,
+            torch.uint64,
+            torch.float16,
+            torch.float32,
+            torch.float64,
+            torch.bool,
+            torch.complex64,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+        )
+    }
     path, target = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
     save_file(model, path)
     convert(path, target, Recipe(get_format("int8_rowwise")))
@@ -108,7 +141,9 @@ def test_every_safetensors_dtype_is_copied_untouched(tmp_path):
         extras = [name for name in a.tensors if name.startswith("extra.")]
         assert len(extras) == 15
         for name in extras:
-            assert a.tensors[name].dtype == b.tensors[name].dtype and torch.equal(a.read_bytes(name), b.read_bytes(name))
+            assert a.tensors[name].dtype == b.tensors[name].dtype and torch.equal(
+                a.read_bytes(name), b.read_bytes(name)
+            )
 
 
 def test_a_sharded_source_gives_the_same_layers(source, tmp_path):
@@ -158,19 +193,30 @@ def test_policy_options(source, tmp_path):
     with open_source(source) as src:
         recipe = Recipe(get_format("int8_rowwise"))
         chosen = lambda policy: {layer.layer for layer in make_plan(src, recipe, policy).quantized}  # noqa: E731
-        assert chosen(Policy(only=(r"blocks\.0\.",))) == {"blocks.0.attn.qkv", "blocks.0.mlp.fc2",
-                                                         "blocks.0.adaLN_modulation.1"}
+        assert chosen(Policy(only=(r"blocks\.0\.",))) == {
+            "blocks.0.attn.qkv",
+            "blocks.0.mlp.fc2",
+            "blocks.0.adaLN_modulation.1",
+        }
         assert chosen(Policy(keep=("fc2",))) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
         assert chosen(Policy(only=("blocks",), keep=("adaLN", "attn"))) == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
         reasons = {layer.layer: layer.reason for layer in make_plan(src, recipe).layers if layer.recipe is None}
-        assert reasons == {"blocks.0.adaLN_modulation.1": "modulation", "blocks.1.adaLN_modulation.1": "modulation",
-                           "img_in": "input layer", "final_layer.linear": "output layer"}
+        assert reasons == {
+            "blocks.0.adaLN_modulation.1": "modulation",
+            "blocks.1.adaLN_modulation.1": "modulation",
+            "img_in": "input layer",
+            "final_layer.linear": "output layer",
+        }
 
 
-@pytest.mark.parametrize("policy, words", [
-    (Policy(keep=("(",)), "is no regular expression"), (Policy(only=("nosuch",)), "matches none of the"),
-    (Policy(keep=("blocks",)), "none of the 8 linear layers would be quantized"),
-])
+@pytest.mark.parametrize(
+    "policy, words",
+    [
+        (Policy(keep=("(",)), "is no regular expression"),
+        (Policy(only=("nosuch",)), "matches none of the"),
+        (Policy(keep=("blocks",)), "none of the 8 linear layers would be quantized"),
+    ],
+)
 def test_policies_that_cannot_be_meant_are_refused(policy, words, source):
     with open_source(source) as src, pytest.raises(PlanError, match=words):
         make_plan(src, Recipe(get_format("int8_rowwise")), policy)
@@ -179,12 +225,18 @@ def test_policies_that_cannot_be_meant_are_refused(policy, words, source):
 def test_fallback_takes_what_the_main_format_cannot(source):
     with open_source(source) as src:
         recipe = Recipe(get_format("bnb_nf4"))
-        plan = make_plan(src, recipe, Policy(fallback=Recipe(get_format("int8_rowwise"))),
-                         never_pack=frozenset({"blocks.0.attn.qkv"}))
+        plan = make_plan(
+            src,
+            recipe,
+            Policy(fallback=Recipe(get_format("int8_rowwise"))),
+            never_pack=frozenset({"blocks.0.attn.qkv"}),
+        )
         formats = {layer.layer: layer.recipe.format.name for layer in plan.quantized}
         assert formats["blocks.0.attn.qkv"] == "int8_rowwise" and formats["blocks.1.attn.qkv"] == "bnb_nf4"
         kept = make_plan(src, recipe, never_pack=frozenset({"blocks.0.attn.qkv"}))
-        assert next(x for x in kept.layers if x.layer == "blocks.0.attn.qkv").reason.startswith("ComfyUI's model detection")
+        assert next(x for x in kept.layers if x.layer == "blocks.0.attn.qkv").reason.startswith(
+            "ComfyUI's model detection"
+        )
 
 
 def test_block_formats_keep_what_does_not_divide(tmp_path):
@@ -231,6 +283,7 @@ def test_cancel_leaves_nothing_and_is_fast(source, tmp_path):
     def press():
         when.append(time.monotonic())
         pressed.set()
+
     timer = threading.Timer(0.3, press)
     timer.start()
     with pytest.raises(Cancelled):
@@ -243,6 +296,7 @@ def test_an_error_in_the_callback_leaves_nothing(source, tmp_path):
     def progress(state):
         if state.done_layers == 2:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), progress=progress)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -296,15 +350,20 @@ DEFECTS = {
     "tensor-missing": lambda t, m: t.pop(f"{LAYER}.weight_scale_2"),
     "weight-missing": lambda t, m: t.pop(f"{LAYER}.weight"),
     "orphan": lambda t, m: t.update({"img_in.weight_scale": torch.ones(())}),
-    "config-json": lambda t, m: t.update({f"{LAYER}.comfy_quant": torch.cat([t[f"{LAYER}.comfy_quant"],
-                                                                            torch.zeros(3, dtype=torch.uint8)])}),
+    "config-json": lambda t, m: t.update(
+        {f"{LAYER}.comfy_quant": torch.cat([t[f"{LAYER}.comfy_quant"], torch.zeros(3, dtype=torch.uint8)])}
+    ),
     "config-dtype": lambda t, m: t.update({f"{LAYER}.comfy_quant": t[f"{LAYER}.comfy_quant"].to(torch.int32)}),
-    "format": lambda t, m: (t.update({f"{LAYER}.comfy_quant": torch.frombuffer(bytearray(b'{"format":"nf5"}'), dtype=torch.uint8)}),
-                            m.pop("_quantization_metadata")),
+    "format": lambda t, m: (
+        t.update({f"{LAYER}.comfy_quant": torch.frombuffer(bytearray(b'{"format":"nf5"}'), dtype=torch.uint8)}),
+        m.pop("_quantization_metadata"),
+    ),
     "tensor-shape": lambda t, m: t.update({f"{LAYER}.weight_scale_2": t[f"{LAYER}.weight_scale_2"].reshape(1)}),
     "scale-value": lambda t, m: t[f"{LAYER}.weight_scale_2"].fill_(float("nan")),
     "bias-shape": lambda t, m: t.update({f"{LAYER}.bias": torch.zeros(5)}),
-    "header-sync": lambda t, m: m.update({"_quantization_metadata": m["_quantization_metadata"].replace("nvfp4", "mxfp8", 1)}),
+    "header-sync": lambda t, m: m.update(
+        {"_quantization_metadata": m["_quantization_metadata"].replace("nvfp4", "mxfp8", 1)}
+    ),
     "header-json": lambda t, m: m.update({"_quantization_metadata": "{"}),
     "input-scale": lambda t, m: t.update({f"{LAYER}.input_scale": torch.ones(1)}),
 }
@@ -314,13 +373,18 @@ DEFECTS = {
 def test_verify_finds_each_defect(code, source, tmp_path):
     report = check_file(broken(source, tmp_path, DEFECTS[code]))
     assert code in {f.code for f in report.errors}
-    assert all(f.message and (LAYER in f.message or f.code in ("header-json", "orphan")) for f in report.errors if f.code == code)
+    assert all(
+        f.message and (LAYER in f.message or f.code in ("header-json", "orphan"))
+        for f in report.errors
+        if f.code == code
+    )
 
 
 def test_verify_against_finds_a_wrong_layer_and_a_changed_copy(source, tmp_path):
     def damage(tensors, metadata):
         tensors[f"{LAYER}.weight"].random_(0, 256)
         tensors["pos_embed"][0, 0, 0] += 1
+
     report = verify_file(broken(source, tmp_path, damage), against=source)
     assert {f.code for f in report.errors} == {"large-error", "copy-differs"}
     save_file(tiny_model(seed=9), tmp_path / "other.safetensors")
@@ -340,7 +404,9 @@ convert(sys.argv[1], sys.argv[2], Recipe(get_format(sys.argv[3])))
 # Not ru_maxrss: a child inherits its parent's there.
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc, which only Linux has")
+needs_proc = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads the peak memory from /proc, which only Linux has"
+)
 
 
 @needs_proc
@@ -350,8 +416,12 @@ def test_memory_does_not_grow_with_the_file(name, tmp_path):
     for blocks in (6, 24):
         path = tmp_path / f"{blocks}.safetensors"
         save_file({f"blocks.{i}.w.weight": torch.randn(2048, 2048).bfloat16() for i in range(blocks)}, path)
-        done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, path, tmp_path / f"o{blocks}.safetensors", name],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, path, tmp_path / f"o{blocks}.safetensors", name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 40, f"{peaks} MiB; 18 more layers of 8 MiB"
 
@@ -362,35 +432,84 @@ def test_the_plan_estimates_the_peak(tmp_path):
     save_file({f"blocks.{i}.w.weight": torch.randn(4096, 2048).bfloat16() for i in range(3)}, path)
     with open_source(path) as src:
         estimate = make_plan(src, Recipe(get_format("nvfp4"))).peak_bytes
-    done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, path, tmp_path / "o.safetensors", "nvfp4"],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, path, tmp_path / "o.safetensors", "nvfp4"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     measured = int(done.stdout) * 1024
     assert measured < estimate * 1.25 and estimate < measured * 2, (measured, estimate)
 
 
 # ---- the general policy ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("layer", [
-    "final_layer.linear", "model.diffusion_model.final_layer.linear", "context_embedder", "double_blocks.0.img_mod.lin",
-    "img_in", "txt_in", "time_in.in_layer", "vector_in.in_layer", "guidance_in.in_layer", "single_blocks.1.modulation.lin",
-    "head.head", "text_embedding.0", "time_projection.1", "transformer_blocks.4.img_mod.1", "norm_out.linear", "proj_out",
-    "cap_embedder.1", "model.diffusion_model.label_emb.0.0", "first_stage_model.decoder.mid.attn_1.q", "adaln_single.linear",
-    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1", "blocks.0.adaLN_modulation.1", "patchify_proj",
-    "double_blocks.0.img_attn.norm.query_norm", "lm_head", "shared", "model.embed_tokens"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "final_layer.linear",
+        "model.diffusion_model.final_layer.linear",
+        "context_embedder",
+        "double_blocks.0.img_mod.lin",
+        "img_in",
+        "txt_in",
+        "time_in.in_layer",
+        "vector_in.in_layer",
+        "guidance_in.in_layer",
+        "single_blocks.1.modulation.lin",
+        "head.head",
+        "text_embedding.0",
+        "time_projection.1",
+        "transformer_blocks.4.img_mod.1",
+        "norm_out.linear",
+        "proj_out",
+        "cap_embedder.1",
+        "model.diffusion_model.label_emb.0.0",
+        "first_stage_model.decoder.mid.attn_1.q",
+        "adaln_single.linear",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1",
+        "blocks.0.adaLN_modulation.1",
+        "patchify_proj",
+        "double_blocks.0.img_attn.norm.query_norm",
+        "lm_head",
+        "shared",
+        "model.embed_tokens",
+    ],
+)
 def test_sensitive_layers_are_kept(layer):
     assert name_rule(layer)
 
 
-@pytest.mark.parametrize("layer", [
-    "joint_blocks.0.x_block.attn.qkv", "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "blocks.3.self_attn.q",
-    "blocks.3.ffn.0", "transformer_blocks.4.attn.to_q", "transformer_blocks.4.attn.to_out.0", "layers.3.feed_forward.w1",
-    "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k", "transformer_blocks.0.ff.net.2",
-    "encoder.block.3.layer.1.DenseReluDense.wi_1", "model.layers.3.mlp.gate_proj"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "joint_blocks.0.x_block.attn.qkv",
+        "double_blocks.0.img_attn.qkv",
+        "single_blocks.1.linear1",
+        "blocks.3.self_attn.q",
+        "blocks.3.ffn.0",
+        "transformer_blocks.4.attn.to_q",
+        "transformer_blocks.4.attn.to_out.0",
+        "layers.3.feed_forward.w1",
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k",
+        "transformer_blocks.0.ff.net.2",
+        "encoder.block.3.layer.1.DenseReluDense.wi_1",
+        "model.layers.3.mlp.gate_proj",
+    ],
+)
 def test_block_layers_are_quantized(layer):
     assert name_rule(layer) is None
 
 
-@pytest.mark.parametrize("device, words", [("nosuch", "no such device"), ("cuda:x", "no such device"), ("cpu ", "no such device"),
-                                           ("cuda:99", "CUDA device"), ("meta", "no such device")])
+@pytest.mark.parametrize(
+    "device, words",
+    [
+        ("nosuch", "no such device"),
+        ("cuda:x", "no such device"),
+        ("cpu ", "no such device"),
+        ("cuda:99", "CUDA device"),
+        ("meta", "no such device"),
+    ],
+)
 def test_devices_that_are_not_there_are_refused(device, words):
     with pytest.raises(RequestError, match=words):
         pick_device(device)

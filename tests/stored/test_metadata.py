@@ -5,9 +5,6 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from comfyui_quantpress.quant_core.checkpoint.metadata import (
     CONFIG_SUFFIX,
     HEADER_KEY,
@@ -22,14 +19,19 @@ from comfyui_quantpress.quant_core.checkpoint.metadata import (
 )
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, RequestError
+from hypothesis import given
+from hypothesis import strategies as st
 
 NVFP4 = {"format": "nvfp4"}
 CONVROT = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256, "per_row": True}
 
 text = st.text(st.characters(codec="utf-8"))
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
-configs = st.builds(lambda name, rest: {"format": name, **{k: v for k, v in rest.items() if k != "format"}},
-                    text.filter(bool), st.dictionaries(text, scalars | st.lists(scalars, max_size=3), max_size=4))
+configs = st.builds(
+    lambda name, rest: {"format": name, **{k: v for k, v in rest.items() if k != "format"}},
+    text.filter(bool),
+    st.dictionaries(text, scalars | st.lists(scalars, max_size=3), max_size=4),
+)
 
 
 def as_tensor(data: bytes) -> torch.Tensor:
@@ -58,18 +60,21 @@ def test_the_bytes_are_those_of_comfyuis_own_save():
     assert encode_config(CONVROT).numpy().tobytes() == json.dumps(CONVROT).encode("utf-8")
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({}, "has no format: None was found"),
-    ({"format": ""}, "has no format: ''"),
-    ({"format": 8}, "has no format: 8"),
-    ({**NVFP4, "params": {"group_size": 64}}, "nests an object in 'params'"),
-    ({**NVFP4, "scale": float("nan")}, "'scale' = nan; JSON has no NaN"),
-    ({**NVFP4, "scales": [1.0, float("-inf")]}, "'scales' = .*; JSON has no NaN or Infinity"),
-    ({**NVFP4, "dtype": torch.bfloat16}, "'dtype' = torch.bfloat16, which is no plain JSON value"),
-    ({**NVFP4, "lists": [[1]]}, "'lists' = .* no plain JSON value or list"),
-    ({**NVFP4, 5: 1}, "the key 5; JSON keys are strings"),
-    ({"format": "\ud800"}, "no valid Unicode"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "has no format: None was found"),
+        ({"format": ""}, "has no format: ''"),
+        ({"format": 8}, "has no format: 8"),
+        ({**NVFP4, "params": {"group_size": 64}}, "nests an object in 'params'"),
+        ({**NVFP4, "scale": float("nan")}, "'scale' = nan; JSON has no NaN"),
+        ({**NVFP4, "scales": [1.0, float("-inf")]}, "'scales' = .*; JSON has no NaN or Infinity"),
+        ({**NVFP4, "dtype": torch.bfloat16}, "'dtype' = torch.bfloat16, which is no plain JSON value"),
+        ({**NVFP4, "lists": [[1]]}, "'lists' = .* no plain JSON value or list"),
+        ({**NVFP4, 5: 1}, "the key 5; JSON keys are strings"),
+        ({"format": "\ud800"}, "no valid Unicode"),
+    ],
+)
 def test_what_is_no_flat_json_object_with_a_format_is_not_written(config, message):
     with pytest.raises(RequestError, match=message):
         encode_config(config)
@@ -77,21 +82,24 @@ def test_what_is_no_flat_json_object_with_a_format_is_not_written(config, messag
         build_header_metadata({"blocks.0": config})
 
 
-@pytest.mark.parametrize(("tensor", "message"), [
-    (torch.zeros(3), r"blocks.0.comfy_quant is torch.float32 of shape \(3,\); uint8"),
-    (torch.zeros(1, 3, dtype=torch.uint8), r"of shape \(1, 3\); uint8 with one dimension"),
-    (as_tensor(b""), "is empty"),
-    (as_tensor(b"\0\0"), "is empty"),
-    (as_tensor(b'{"format": "\xff"}'), "blocks.0.comfy_quant is not UTF-8"),
-    (as_tensor(b'{"format": '), "is not JSON"),
-    (as_tensor(b'{"format"\0: "nvfp4"}'), "is not JSON"),
-    (as_tensor(b'["nvfp4"]'), "is a JSON list"),
-    (as_tensor(b'{"format": "a", "format": "b"}'), "'format' more than once"),
-    (as_tensor(b'{"group_size": 64}'), "blocks.0.comfy_quant has no format"),
-    (as_tensor(b'{"format": "a", "x": NaN}'), "holds 'NaN'"),
-    (as_tensor(b'{"format": "a", "x": 1e999}'), "holds '1e999'"),
-    (as_tensor(b'{"format": "a", "other": {"x": 1}}'), "nests an object in 'other'"),
-])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(3), r"blocks.0.comfy_quant is torch.float32 of shape \(3,\); uint8"),
+        (torch.zeros(1, 3, dtype=torch.uint8), r"of shape \(1, 3\); uint8 with one dimension"),
+        (as_tensor(b""), "is empty"),
+        (as_tensor(b"\0\0"), "is empty"),
+        (as_tensor(b'{"format": "\xff"}'), "blocks.0.comfy_quant is not UTF-8"),
+        (as_tensor(b'{"format": '), "is not JSON"),
+        (as_tensor(b'{"format"\0: "nvfp4"}'), "is not JSON"),
+        (as_tensor(b'["nvfp4"]'), "is a JSON list"),
+        (as_tensor(b'{"format": "a", "format": "b"}'), "'format' more than once"),
+        (as_tensor(b'{"group_size": 64}'), "blocks.0.comfy_quant has no format"),
+        (as_tensor(b'{"format": "a", "x": NaN}'), "holds 'NaN'"),
+        (as_tensor(b'{"format": "a", "x": 1e999}'), "holds '1e999'"),
+        (as_tensor(b'{"format": "a", "other": {"x": 1}}'), "nests an object in 'other'"),
+    ],
+)
 @pytest.mark.parametrize("lenient", [False, True])
 def test_a_broken_config_is_refused_naming_the_layer(tensor, message, lenient):
     with pytest.raises(InputFileError, match=message) as caught:
@@ -123,18 +131,21 @@ def test_padding_and_params_are_errors_unless_lenient_which_repairs_and_tells():
     assert len(findings) == 1 and findings[0].startswith("l: ")
 
 
-@pytest.mark.parametrize(("header", "message"), [
-    ("", "_quantization_metadata is not JSON"),
-    ("[]", "is a JSON list"),
-    ("{}", "layers = None; an object"),
-    ('{"layers": []}', "layers = .*; an object"),
-    ('{"format_version": "2.0", "layers": {}}', "format_version '2.0'; this pack reads '1.0'"),
-    ('{"layers": {"l": "nvfp4"}}', "l: the config in _quantization_metadata is 'nvfp4'"),
-    ('{"layers": {"l": {}}}', "l: the config .* has no format"),
-    ('{"layers": {"l": {"format": "a"}, "l": {"format": "b"}}}', "'l' more than once"),
-    ('{"layers": {"l": {"format": "a", "x": Infinity}}}', "holds 'Infinity'"),
-    ("\ud800", "no valid Unicode"),
-])
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("", "_quantization_metadata is not JSON"),
+        ("[]", "is a JSON list"),
+        ("{}", "layers = None; an object"),
+        ('{"layers": []}', "layers = .*; an object"),
+        ('{"format_version": "2.0", "layers": {}}', "format_version '2.0'; this pack reads '1.0'"),
+        ('{"layers": {"l": "nvfp4"}}', "l: the config in _quantization_metadata is 'nvfp4'"),
+        ('{"layers": {"l": {}}}', "l: the config .* has no format"),
+        ('{"layers": {"l": {"format": "a"}, "l": {"format": "b"}}}', "'l' more than once"),
+        ('{"layers": {"l": {"format": "a", "x": Infinity}}}', "holds 'Infinity'"),
+        ("\ud800", "no valid Unicode"),
+    ],
+)
 @pytest.mark.parametrize("lenient", [False, True])
 def test_broken_header_metadata_is_refused(header, message, lenient):
     with pytest.raises(InputFileError, match=message):
@@ -177,12 +188,17 @@ def test_a_file_in_sync_has_no_mismatch_whatever_the_key_order(read):
 def test_mismatches_name_the_layer_and_the_headers_config_wins(read):
     one = {"format": "int8_tensorwise", "per_row": True}
     other = {"format": "int8_tensorwise", "per_row": 1}  # equal to Python, not to JSON
-    found = read({"both": dumped(NVFP4), "t": dumped(NVFP4), "d": dumped(one)},
-                 build_header_metadata({"both": NVFP4, "h": CONVROT, "d": other}))
+    found = read(
+        {"both": dumped(NVFP4), "t": dumped(NVFP4), "d": dumped(one)},
+        build_header_metadata({"both": NVFP4, "h": CONVROT, "d": other}),
+    )
     assert found.layers == {"both": NVFP4, "t": NVFP4, "h": CONVROT, "d": other}
     assert found.layers["d"]["per_row"] is not True
     assert {(m.layer, m.kind) for m in found.mismatches} == {
-        ("t", MismatchKind.TENSOR_ONLY), ("h", MismatchKind.HEADER_ONLY), ("d", MismatchKind.DIFFERING)}
+        ("t", MismatchKind.TENSOR_ONLY),
+        ("h", MismatchKind.HEADER_ONLY),
+        ("d", MismatchKind.DIFFERING),
+    }
     (differing,) = (m for m in found.mismatches if m.kind is MismatchKind.DIFFERING)
     assert differing.detail == f"header: {json.dumps(other)}; tensor: {json.dumps(one)}"
 

@@ -1,4 +1,5 @@
 """Exchange with bitsandbytes: the bytes it writes and reads, with the real library."""
+
 from __future__ import annotations
 
 import sys
@@ -9,19 +10,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
-from tool_files import assert_untouched, bystanders, canonical_file, decoded, save, weight  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.cli.commands.inspect import summarize  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError  # noqa: E402
 from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.policy.recipe import Recipe  # noqa: E402
 from comfyui_quantpress.quant_core.tools.bitsandbytes import dynamic_map, export_bitsandbytes, quantize_absmax  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
 from comfyui_quantpress.quant_core.tools.requantize import requantize  # noqa: E402
-from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
+from tool_files import assert_untouched, bystanders, canonical_file, decoded, save, weight  # noqa: E402
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 TYPES = ["nf4", "fp4"]
@@ -43,17 +43,24 @@ def portable_statistics(monkeypatch):
         code = bnb.create_dynamic_map()
         codes, absmax = portable("quantize_blockwise", values, code, blocksize)
         return codes, bnb.QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=values.dtype)
+
     monkeypatch.setattr(bnb, "quantize_blockwise", quantize_blockwise)
-    with torch.compiler.set_stance("force_eager"):       # the library would compile its portable kernels: 40 s
+    with torch.compiler.set_stance("force_eager"):  # the library would compile its portable kernels: 40 s
         yield
 
 
-def library_file(path: Path, quant_type: str, nested: bool, blocksize: int = 64, k: int = 256, under_layer: bool = False) -> Path:
+def library_file(
+    path: Path, quant_type: str, nested: bool, blocksize: int = 64, k: int = 256, under_layer: bool = False
+) -> Path:
     tensors = dict(bystanders())
     for i in range(2):
-        packed, state = bnb.quantize_4bit(weight(i, k=k), blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
+        packed, state = bnb.quantize_4bit(
+            weight(i, k=k), blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+        )
         owner = f"blocks.{i}" if under_layer else f"blocks.{i}.weight"
-        tensors |= {f"blocks.{i}.weight": packed} | {f"{owner}.{key}": t for key, t in state.as_dict(packed=True).items()}
+        tensors |= {f"blocks.{i}.weight": packed} | {
+            f"{owner}.{key}": t for key, t in state.as_dict(packed=True).items()
+        }
     return save(path, tensors)
 
 
@@ -71,7 +78,10 @@ def library_decodes(quant_type: str, nested: bool, blocksize: int = 64, k: int =
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("under_layer", [False, True])
 def test_import_decodes_as_the_library_does(tmp_path, quant_type, nested, under_layer):
-    source, target = library_file(tmp_path / "lib.safetensors", quant_type, nested, under_layer=under_layer), tmp_path / "a.safetensors"
+    source, target = (
+        library_file(tmp_path / "lib.safetensors", quant_type, nested, under_layer=under_layer),
+        tmp_path / "a.safetensors",
+    )
     with open_source(source) as src:
         migrate(src).apply(target)
     expected = library_decodes(quant_type, nested)
@@ -80,7 +90,9 @@ def test_import_decodes_as_the_library_does(tmp_path, quant_type, nested, under_
         assert all(torch.equal(got[layer], expected[layer]) for layer in expected)
     assert not check_file(target).findings
     with open_source(source) as src:
-        touched = {name for name in src.tensors if name.startswith(("blocks.0.", "blocks.1.")) and not name.endswith("bias")}
+        touched = {
+            name for name in src.tensors if name.startswith(("blocks.0.", "blocks.1.")) and not name.endswith("bias")
+        }
     assert_untouched(source, target, touched)
     with open_source(target) as src:
         assert migrate(src).changes() == ()
@@ -94,7 +106,9 @@ def test_export_writes_the_library_s_bytes(tmp_path, quant_type, nested):
         export_bitsandbytes(src, nested=nested).apply(target)
     expected = library_file(tmp_path / "lib.safetensors", quant_type, nested)
     with open_source(expected) as want, open_source(target) as got:
-        assert {n: (i.dtype, i.shape) for n, i in want.tensors.items()} == {n: (i.dtype, i.shape) for n, i in got.tensors.items()}
+        assert {n: (i.dtype, i.shape) for n, i in want.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in got.tensors.items()
+        }
         for name in want.tensors:
             assert torch.equal(want.read_bytes(name), got.read_bytes(name)), name
         assert got.metadata == want.metadata
@@ -107,7 +121,9 @@ def test_the_library_reads_the_export(tmp_path, quant_type):
         export_bitsandbytes(src).apply(target)
     ours = decoded(source)["blocks.0"]
     with open_source(target) as src:
-        parts = {n.removeprefix("blocks.0.weight."): src.read(n) for n in src.tensors if n.startswith("blocks.0.weight.")}
+        parts = {
+            n.removeprefix("blocks.0.weight."): src.read(n) for n in src.tensors if n.startswith("blocks.0.weight.")
+        }
         state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
         state.dtype = torch.float32
         assert torch.equal(bnb.dequantize_4bit(src.read("blocks.0.weight"), state), ours)
@@ -115,7 +131,11 @@ def test_the_library_reads_the_export(tmp_path, quant_type):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "af4"])
 def test_out_and_in_again_is_the_same_file(tmp_path, quant_type):
-    source, out, back = canonical_file(tmp_path / "a.safetensors", f"bnb_{quant_type}"), tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    source, out, back = (
+        canonical_file(tmp_path / "a.safetensors", f"bnb_{quant_type}"),
+        tmp_path / "b.safetensors",
+        tmp_path / "c.safetensors",
+    )
     with open_source(source) as src:
         rewrite = export_bitsandbytes(src)
         assert ("AF4" in " ".join(rewrite.notes)) is (quant_type == "af4")
@@ -154,15 +174,26 @@ def test_requantizing_to_the_same_format_loses_nothing(tmp_path):
 
 
 def test_export_refuses_other_formats(tmp_path):
-    with open_source(canonical_file(tmp_path / "a.safetensors", "mxfp8")) as src, pytest.raises(PlanError, match="2 layers.*mxfp8"):
+    with (
+        open_source(canonical_file(tmp_path / "a.safetensors", "mxfp8")) as src,
+        pytest.raises(PlanError, match="2 layers.*mxfp8"),
+    ):
         export_bitsandbytes(src)
 
 
-@pytest.mark.parametrize(("names", "family"), [
-    (("a.qweight", "a.wscales", "a.proj_up"), "SVDQuant"), (("a.qweight", "a.qzeros", "a.scales"), "AWQ or GPTQ"),
-    (("a.weight_packed", "a.weight_global_scale"), "NVFP4 of compressed-tensors"), (("a.SCB",), "LLM.int8")])
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (("a.qweight", "a.wscales", "a.proj_up"), "SVDQuant"),
+        (("a.qweight", "a.qzeros", "a.scales"), "AWQ or GPTQ"),
+        (("a.weight_packed", "a.weight_global_scale"), "NVFP4 of compressed-tensors"),
+        (("a.SCB",), "LLM.int8"),
+    ],
+)
 def test_other_families_are_named_with_what_to_do(tmp_path, names, family):
-    source = save(tmp_path / "a.safetensors", {**bystanders(), **{name: torch.zeros(4, dtype=torch.int32) for name in names}})
+    source = save(
+        tmp_path / "a.safetensors", {**bystanders(), **{name: torch.zeros(4, dtype=torch.int32) for name in names}}
+    )
     with open_source(source) as src:
         for use in (migrate, lambda src: make_plan(src, Recipe(get_format("nvfp4")))):
             with pytest.raises(InputFileError, match=f"this file is {family}.*[Tt]ake the 16-bit"):

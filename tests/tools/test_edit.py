@@ -1,4 +1,5 @@
 """Editing configs: tensors and header stay in sync, everything else stays byte for byte, unloadable results are refused."""
+
 from __future__ import annotations
 
 import json
@@ -14,23 +15,28 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
-from tool_files import assert_untouched, bystanders, canonical_file, config_of, quantized, save  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, PlanError, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.cleanup import add_legacy_input, cleanup_legacy  # noqa: E402
 from comfyui_quantpress.quant_core.tools.configs import HeaderMode  # noqa: E402
 from comfyui_quantpress.quant_core.tools.edit import Edit, add_header, edit, parse_pairs  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
-from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
+from tool_files import assert_untouched, bystanders, canonical_file, config_of, quantized, save  # noqa: E402
 
 CONFIGS = {"blocks.0.comfy_quant", "blocks.1.comfy_quant"}
-PLAIN = st.none() | st.booleans() | st.integers(-2**53, 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-    st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+)
 FREE_KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8).filter(
-    lambda key: key not in ("format", "group_size", "shape", "orig_shape", "params", "convrot", "per_row"))
+    lambda key: key not in ("format", "group_size", "shape", "orig_shape", "params", "convrot", "per_row")
+)
 
 
 def edited(source: Path, change: Edit) -> Path:
@@ -70,16 +76,19 @@ def test_filter_edits_only_its_layers(tmp_path):
     assert_untouched(source, target, {"blocks.1.comfy_quant"})
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("int8_blockwise", Edit(remove=["format"]), "without `format`"),
-    ("int8_blockwise", Edit(add={"group_size": 64}), "blocks.0.*64"),
-    ("int8_lodewise", Edit(remove=["group_size"], add={"group_size": 32}), "blocks.1"),
-    ("float8_e4m3fn", Edit(add={"format": "nvfp4"}), "lack|missing|needs"),
-    ("float8_e4m3fn", Edit(add={"format": "no_such"}), "no_such"),
-    ("bnb_nf4", Edit(add={"group_size": 32}), "weight_scale"),
-    ("nvfp4", Edit(add={"orig_shape": [512, 512]}), "512"),
-    ("float8_e4m3fn", Edit(add={"params": {"x": 1}}), "nests an object"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("int8_blockwise", Edit(remove=["format"]), "without `format`"),
+        ("int8_blockwise", Edit(add={"group_size": 64}), "blocks.0.*64"),
+        ("int8_lodewise", Edit(remove=["group_size"], add={"group_size": 32}), "blocks.1"),
+        ("float8_e4m3fn", Edit(add={"format": "nvfp4"}), "lack|missing|needs"),
+        ("float8_e4m3fn", Edit(add={"format": "no_such"}), "no_such"),
+        ("bnb_nf4", Edit(add={"group_size": 32}), "weight_scale"),
+        ("nvfp4", Edit(add={"orig_shape": [512, 512]}), "512"),
+        ("float8_e4m3fn", Edit(add={"params": {"x": 1}}), "nests an object"),
+    ],
+)
 def test_what_would_not_load_is_refused_unless_forced(tmp_path, name, change, message):
     source = canonical_file(tmp_path / "a.safetensors", name)
     with open_source(source) as src, pytest.raises(PlanError, match=message):
@@ -105,8 +114,11 @@ def test_header_is_built_from_the_tensors_and_tensors_from_the_header(tmp_path):
     assert header_of(target)["layers"]["blocks.0"] == config_of(source, "blocks.0")
     assert_untouched(source, target)
     tensors, configs = quantized(get_format("float8_e4m3fn"))
-    header_only = save(tmp_path / "c.safetensors", {**tensors, **bystanders()}, metadata={
-        "_quantization_metadata": json.dumps({"layers": configs, "note": "stays"})})
+    header_only = save(
+        tmp_path / "c.safetensors",
+        {**tensors, **bystanders()},
+        metadata={"_quantization_metadata": json.dumps({"layers": configs, "note": "stays"})},
+    )
     with open_source(header_only) as src:
         add_header(src).apply(tmp_path / "d.safetensors")
     assert config_of(tmp_path / "d.safetensors", "blocks.1") == configs["blocks.1"]
@@ -126,14 +138,22 @@ def test_preview_says_what_changes_and_writes_nothing(tmp_path):
     with open_source(source) as src:
         changes = edit(src, Edit(add={"x": 1}, layers="blocks.0")).changes()
     assert {(change.kind, change.name) for change in changes} == {
-        ("rewritten", "blocks.0.comfy_quant"), ("header-set", "_quantization_metadata")}
+        ("rewritten", "blocks.0.comfy_quant"),
+        ("header-set", "_quantization_metadata"),
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-@pytest.mark.parametrize(("text", "pairs"), [
-    ("'full_precision_matrix_mult': true", {"full_precision_matrix_mult": True}),
-    ("'a': False, \"b\": None, 'c': -1.5, 'd': 'true, x'", {"a": False, "b": None, "c": -1.5, "d": "true, x"}),
-    ('{"a": [1, 2], "b": null}', {"a": [1, 2], "b": None}), ('"a": 1', {"a": 1}), ("", {})])
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("'full_precision_matrix_mult': true", {"full_precision_matrix_mult": True}),
+        ("'a': False, \"b\": None, 'c': -1.5, 'd': 'true, x'", {"a": False, "b": None, "c": -1.5, "d": "true, x"}),
+        ('{"a": [1, 2], "b": null}', {"a": [1, 2], "b": None}),
+        ('"a": 1', {"a": 1}),
+        ("", {}),
+    ],
+)
 def test_keys_are_typed_as_json_or_as_python(text, pairs):
     assert parse_pairs(text) == pairs
 
@@ -159,9 +179,20 @@ def test_a_pattern_that_finds_nothing_is_an_error(tmp_path):
 
 def legacy(path: Path) -> Path:
     tensors, _ = quantized(get_format("float8_e4m3fn"))
-    old = {key.replace("weight_scale", "scale_weight"): t.reshape(1) if key.endswith("scale") else t for key, t in tensors.items()}
-    return save(path, {**old, **bystanders(), "final.scale_weight": torch.ones(1), "blocks.0.scale_input": torch.tensor([0.5]),
-                       "scaled_fp8": torch.zeros(1).to(torch.float8_e4m3fn)})
+    old = {
+        key.replace("weight_scale", "scale_weight"): t.reshape(1) if key.endswith("scale") else t
+        for key, t in tensors.items()
+    }
+    return save(
+        path,
+        {
+            **old,
+            **bystanders(),
+            "final.scale_weight": torch.ones(1),
+            "blocks.0.scale_input": torch.tensor([0.5]),
+            "scaled_fp8": torch.zeros(1).to(torch.float8_e4m3fn),
+        },
+    )
 
 
 @pytest.mark.parametrize("marker", [0, 2])
@@ -177,8 +208,12 @@ def test_cleanup_keeps_the_legacy_form(tmp_path, marker, normalise, scale_input)
         assert ("blocks.1.scale_input" in src.tensors) is scale_input
         assert float(src.read("blocks.0.scale_input")) == 0.5
         assert cleanup_legacy(src, marker=marker, scale_input=scale_input, normalise=normalise).changes() == ()
-    assert_untouched(source, target, {"scaled_fp8", "final.scale_weight"} | (
-        {f"blocks.{i}.scale_{what}" for i in (0, 1) for what in ("weight", "input")} if normalise else set()))
+    assert_untouched(
+        source,
+        target,
+        {"scaled_fp8", "final.scale_weight"}
+        | ({f"blocks.{i}.scale_{what}" for i in (0, 1) for what in ("weight", "input")} if normalise else set()),
+    )
 
 
 def test_legacy_input_add(tmp_path):

@@ -1,4 +1,5 @@
 """LoRA baking, and files put together and taken apart: nothing lost, header and tensors in sync."""
+
 from __future__ import annotations
 
 import json
@@ -11,17 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
-from tool_files import assert_untouched, canonical_file, config_of, decoded, weight  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats.base import format_of_layer, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.lora import RECORD_KEY, bake  # noqa: E402
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split  # noqa: E402
 from comfyui_quantpress.quant_core.tools.rewrite import Draft  # noqa: E402
-from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
+from tool_files import assert_untouched, canonical_file, config_of, decoded, weight  # noqa: E402
 
 HIDDEN, RANK = 64, 4
 
@@ -31,11 +31,16 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def flux_file(path: Path, prefix: str = "") -> tuple[Path, dict[str, Tensor]]:
-    tensors = {f"{prefix}double_blocks.0.img_attn.qkv.weight": randn(3 * HIDDEN, HIDDEN, seed=1),
-               f"{prefix}double_blocks.0.img_attn.proj.weight": randn(HIDDEN, HIDDEN, seed=2).bfloat16(),
-               f"{prefix}single_blocks.0.linear1.weight": randn(7 * HIDDEN, HIDDEN, seed=3),
-               f"{prefix}conv.weight": randn(8, 16, 3, 3, seed=4), f"{prefix}norm.weight": randn(HIDDEN, seed=5),
-               f"{prefix}a.bias": randn(3, seed=6), f"{prefix}b.bias": randn(3, seed=7), f"{prefix}c.bias": randn(3, seed=8)}
+    tensors = {
+        f"{prefix}double_blocks.0.img_attn.qkv.weight": randn(3 * HIDDEN, HIDDEN, seed=1),
+        f"{prefix}double_blocks.0.img_attn.proj.weight": randn(HIDDEN, HIDDEN, seed=2).bfloat16(),
+        f"{prefix}single_blocks.0.linear1.weight": randn(7 * HIDDEN, HIDDEN, seed=3),
+        f"{prefix}conv.weight": randn(8, 16, 3, 3, seed=4),
+        f"{prefix}norm.weight": randn(HIDDEN, seed=5),
+        f"{prefix}a.bias": randn(3, seed=6),
+        f"{prefix}b.bias": randn(3, seed=7),
+        f"{prefix}c.bias": randn(3, seed=8),
+    }
     save_file(tensors, path, {"keep": "me"})
     return path, tensors
 
@@ -46,14 +51,26 @@ def pair(n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
 
 QKV, PROJ, LINEAR1 = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj", "single_blocks.0.linear1")
 STYLES = {
-    "kohya": lambda base: (f"lora_unet_{base.replace('.', '_')}.lora_down.weight", f"lora_unet_{base.replace('.', '_')}.lora_up.weight",
-                           f"lora_unet_{base.replace('.', '_')}.alpha"),
-    "lycoris": lambda base: (f"lycoris_{base.replace('.', '_')}.lora_down.weight", f"lycoris_{base.replace('.', '_')}.lora_up.weight",
-                             f"lycoris_{base.replace('.', '_')}.alpha"),
-    "comfy": lambda base: (f"diffusion_model.{base}.lora_down.weight", f"diffusion_model.{base}.lora_up.weight",
-                           f"diffusion_model.{base}.alpha"),
-    "peft": lambda base: (f"base_model.model.{base}.lora_A.default.weight", f"base_model.model.{base}.lora_B.default.weight",
-                          f"base_model.model.{base}.alpha"),
+    "kohya": lambda base: (
+        f"lora_unet_{base.replace('.', '_')}.lora_down.weight",
+        f"lora_unet_{base.replace('.', '_')}.lora_up.weight",
+        f"lora_unet_{base.replace('.', '_')}.alpha",
+    ),
+    "lycoris": lambda base: (
+        f"lycoris_{base.replace('.', '_')}.lora_down.weight",
+        f"lycoris_{base.replace('.', '_')}.lora_up.weight",
+        f"lycoris_{base.replace('.', '_')}.alpha",
+    ),
+    "comfy": lambda base: (
+        f"diffusion_model.{base}.lora_down.weight",
+        f"diffusion_model.{base}.lora_up.weight",
+        f"diffusion_model.{base}.alpha",
+    ),
+    "peft": lambda base: (
+        f"base_model.model.{base}.lora_A.default.weight",
+        f"base_model.model.{base}.lora_B.default.weight",
+        f"base_model.model.{base}.alpha",
+    ),
 }
 
 
@@ -93,17 +110,24 @@ def test_parts_of_fused_layers_change_their_rows_only(tmp_path):
     k_down, k_up = pair(HIDDEN, HIDDEN, 21)
     mlp_down, mlp_up = pair(4 * HIDDEN, HIDDEN, 22)
     v_down, v_up = pair(HIDDEN, HIDDEN, 23)
-    result = baked(model, {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": k_down,
-                           "transformer.transformer_blocks.0.attn.to_k.lora_B.weight": k_up,
-                           "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": mlp_down,
-                           "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": mlp_up,
-                           "lora_unet_single_transformer_blocks_0_attn_to_v.lora_down.weight": v_down,
-                           "lora_unet_single_transformer_blocks_0_attn_to_v.lora_up.weight": v_up})
+    result = baked(
+        model,
+        {
+            "transformer.transformer_blocks.0.attn.to_k.lora_A.weight": k_down,
+            "transformer.transformer_blocks.0.attn.to_k.lora_B.weight": k_up,
+            "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": mlp_down,
+            "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": mlp_up,
+            "lora_unet_single_transformer_blocks_0_attn_to_v.lora_down.weight": v_down,
+            "lora_unet_single_transformer_blocks_0_attn_to_v.lora_up.weight": v_up,
+        },
+    )
     qkv, linear1 = tensors[f"{QKV}.weight"].clone(), tensors[f"{LINEAR1}.weight"].clone()
-    qkv[HIDDEN:2 * HIDDEN] += k_up @ k_down
-    linear1[3 * HIDDEN:] += mlp_up @ mlp_down
-    linear1[2 * HIDDEN:3 * HIDDEN] += v_up @ v_down
-    assert torch.allclose(result[f"{QKV}.weight"], qkv, atol=1e-6) and torch.equal(result[f"{QKV}.weight"][:HIDDEN], qkv[:HIDDEN])
+    qkv[HIDDEN : 2 * HIDDEN] += k_up @ k_down
+    linear1[3 * HIDDEN :] += mlp_up @ mlp_down
+    linear1[2 * HIDDEN : 3 * HIDDEN] += v_up @ v_down
+    assert torch.allclose(result[f"{QKV}.weight"], qkv, atol=1e-6) and torch.equal(
+        result[f"{QKV}.weight"][:HIDDEN], qkv[:HIDDEN]
+    )
     assert torch.allclose(result[f"{LINEAR1}.weight"], linear1, atol=1e-6)
 
 
@@ -115,14 +139,31 @@ def test_convolutions_are_baked(tmp_path):
     assert torch.allclose(result["conv.weight"], want, atol=1e-6)
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ({"lora_unet_nowhere.lora_down.weight": (RANK, 8), "lora_unet_nowhere.lora_up.weight": (8, RANK)}, "1 layer is not in"),
-    ({f"diffusion_model.{PROJ}.dora_scale": (HIDDEN, 1)}, "more than a LoRA"),
-    ({"lora_unet_conv.hada_w1_a": (4, 4)}, "LoHa"), ({"lora_unet_conv.lokr_w1": (4, 4)}, "LoKr"),
-    ({"lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3)}, "no up factor"),
-    ({"lora_unet_conv.lora_down.weight": (RANK, 16, 1, 1), "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1)}, "do not make"),
-    ({"lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3), "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1),
-      "lora_unet_conv.lora_mid.weight": (RANK, RANK, 3, 3)}, "more than a LoRA")])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"lora_unet_nowhere.lora_down.weight": (RANK, 8), "lora_unet_nowhere.lora_up.weight": (8, RANK)},
+            "1 layer is not in",
+        ),
+        ({f"diffusion_model.{PROJ}.dora_scale": (HIDDEN, 1)}, "more than a LoRA"),
+        ({"lora_unet_conv.hada_w1_a": (4, 4)}, "LoHa"),
+        ({"lora_unet_conv.lokr_w1": (4, 4)}, "LoKr"),
+        ({"lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3)}, "no up factor"),
+        (
+            {"lora_unet_conv.lora_down.weight": (RANK, 16, 1, 1), "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1)},
+            "do not make",
+        ),
+        (
+            {
+                "lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3),
+                "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1),
+                "lora_unet_conv.lora_mid.weight": (RANK, RANK, 3, 3),
+            },
+            "more than a LoRA",
+        ),
+    ],
+)
 def test_what_cannot_be_baked_exactly_is_refused_by_name(tmp_path, extra, message):
     model, _ = flux_file(tmp_path / "m.safetensors")
     down, up = pair(HIDDEN, HIDDEN, 41)
@@ -146,8 +187,15 @@ def test_unmatched_layers_can_be_skipped_and_text_encoders_always_are(tmp_path):
 
 def test_quantized_weights_are_refused_with_the_remedy(tmp_path):
     model = canonical_file(tmp_path / "q.safetensors", "int8_rowwise")
-    save_file({"blocks.0.lora_down.weight": torch.ones(4, 256), "blocks.0.lora_up.weight": torch.ones(256, 4)}, tmp_path / "l.safetensors")
-    with open_source(model) as src, open_source(tmp_path / "l.safetensors") as lora, pytest.raises(PlanError, match="dequantize"):
+    save_file(
+        {"blocks.0.lora_down.weight": torch.ones(4, 256), "blocks.0.lora_up.weight": torch.ones(256, 4)},
+        tmp_path / "l.safetensors",
+    )
+    with (
+        open_source(model) as src,
+        open_source(tmp_path / "l.safetensors") as lora,
+        pytest.raises(PlanError, match="dequantize"),
+    ):
         bake(src, [(lora, 1.0)])
 
 
@@ -155,13 +203,19 @@ def test_quantized_weights_are_refused_with_the_remedy(tmp_path):
 def test_a_damaged_record_of_earlier_loras_is_not_lost(tmp_path, record):
     save_file({"blocks.0.weight": torch.ones(8, 8)}, tmp_path / "m.safetensors", {RECORD_KEY: record})
     with pytest.raises(InputFileError, match=RECORD_KEY):
-        baked(tmp_path / "m.safetensors", {"blocks.0.lora_down.weight": torch.ones(4, 8), "blocks.0.lora_up.weight": torch.ones(8, 4)})
+        baked(
+            tmp_path / "m.safetensors",
+            {"blocks.0.lora_down.weight": torch.ones(4, 8), "blocks.0.lora_up.weight": torch.ones(8, 4)},
+        )
 
 
 def test_overflow_is_an_error(tmp_path):
     save_file({"blocks.0.weight": torch.full((8, 8), 60000.0, dtype=torch.float16)}, tmp_path / "m.safetensors")
     with pytest.raises(InputFileError, match="exceed what F16 holds"):
-        baked(tmp_path / "m.safetensors", {"blocks.0.lora_down.weight": torch.ones(4, 8), "blocks.0.lora_up.weight": torch.ones(8, 4) * 1e4})
+        baked(
+            tmp_path / "m.safetensors",
+            {"blocks.0.lora_down.weight": torch.ones(4, 8), "blocks.0.lora_up.weight": torch.ones(8, 4) * 1e4},
+        )
 
 
 @pytest.mark.parametrize("name", ["int8_rowwise", "nvfp4", "bnb_nf4", "float8_e4m3fn"])
@@ -170,8 +224,10 @@ def test_baking_first_is_nearer_than_applying_to_quantized_weights(name):
     fmt, w = get_format(name), weight(0).float()
     down, up = pair(*w.shape, 61)
     target = w + up @ down
+
     def through(x: Tensor) -> Tensor:
         return fmt.dequantize(fmt.quantize(x), tuple(x.shape))
+
     assert relative_error(target, through(target)) < relative_error(target, through(through(w) + up @ down))
 
 
@@ -179,9 +235,16 @@ def checkpoint_file(path: Path, name: str = "nvfp4") -> Path:
     inner = canonical_file(path.with_name("inner.safetensors"), name)
     with open_source(inner) as src:
         tensors = {MODEL_PREFIX + n: src.read(n) for n in src.tensors}
-        layers = {MODEL_PREFIX + layer: config for layer, config in json.loads(src.metadata["_quantization_metadata"])["layers"].items()}
+        layers = {
+            MODEL_PREFIX + layer: config
+            for layer, config in json.loads(src.metadata["_quantization_metadata"])["layers"].items()
+        }
     tensors |= {"vae.w.weight": randn(4, 4, seed=1), "vae.w.bias": randn(4, seed=2)}
-    save_file(tensors, path, {"keep": "me", "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+    save_file(
+        tensors,
+        path,
+        {"keep": "me", "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})},
+    )
     return path
 
 
@@ -212,7 +275,10 @@ def test_another_quantization_of_the_model_goes_into_the_checkpoint(tmp_path):
 
 
 def test_extract_says_what_is_there(tmp_path):
-    with open_source(canonical_file(tmp_path / "a.safetensors")) as src, pytest.raises(RequestError, match="the prefix"):
+    with (
+        open_source(canonical_file(tmp_path / "a.safetensors")) as src,
+        pytest.raises(RequestError, match="the prefix"),
+    ):
         extract(src)
 
 
@@ -235,12 +301,17 @@ def test_shards_and_one_file(tmp_path):
 def test_one_shard_alone_is_no_model(tmp_path):
     with open_source(canonical_file(tmp_path / "a.safetensors", "bnb_nf4")) as src:
         shards = split(src, tmp_path / "a.safetensors.index.json", 45_000)
-    with open_source(shards[0]) as src, pytest.raises(RequestError, match=f"shard 1 of {len(shards)}, a part of the model. Give the"):
+    with (
+        open_source(shards[0]) as src,
+        pytest.raises(RequestError, match=f"shard 1 of {len(shards)}, a part of the model. Give the"),
+    ):
         join(src)
 
 
 def test_a_layer_that_lost_its_scale_says_which_tensor_is_missing():
-    with pytest.raises(RequestError, match=r"blocks.0: stored as float8_e4m3fn, but weight_scale is missing; found weight \[64, 32\]"):
+    with pytest.raises(
+        RequestError, match=r"blocks.0: stored as float8_e4m3fn, but weight_scale is missing; found weight \[64, 32\]"
+    ):
         format_of_layer("blocks.0", {"format": "float8_e4m3fn"}, {"weight": (64, 32)})
 
 
@@ -257,8 +328,13 @@ def test_a_cancelled_split_leaves_nothing(tmp_path):
     source = canonical_file(tmp_path / "a.safetensors", "bnb_nf4")
     calls = []
     with open_source(source) as src, pytest.raises(Cancelled):
-        split(src, tmp_path / "a.safetensors.index.json", 45_000, progress=lambda state: calls.append(time.sleep(0.03)),
-              cancel=lambda: len(calls) > 8)
+        split(
+            src,
+            tmp_path / "a.safetensors.index.json",
+            45_000,
+            progress=lambda state: calls.append(time.sleep(0.03)),
+            cancel=lambda: len(calls) > 8,
+        )
     assert calls and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

@@ -1,4 +1,5 @@
 """Migration: every legacy form becomes comfy_quant, decodes to the same weights, and loses nothing on the way."""
+
 from __future__ import annotations
 
 import json
@@ -11,32 +12,52 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
-from tool_files import (  # noqa: E402
-    K, N, as_bytes, assert_untouched, bystanders, canonical_file, config_of, decoded, quantized, save, weight,
-)
-
-from comfyui_quantpress.quant_core.stored.layers import stored_layers  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats.base import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
-from comfyui_quantpress.quant_core.tools.canonicalize import InputScale  # noqa: E402
-from comfyui_quantpress.quant_core.tools.migrate import MigrateOptions, migrate  # noqa: E402
-from comfyui_quantpress.quant_core.tools.merge import split  # noqa: E402
-from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file  # noqa: E402
+from comfyui_quantpress.quant_core.stored.layers import stored_layers  # noqa: E402
+from comfyui_quantpress.quant_core.tools.canonicalize import InputScale  # noqa: E402
+from comfyui_quantpress.quant_core.tools.merge import split  # noqa: E402
+from comfyui_quantpress.quant_core.tools.migrate import MigrateOptions, migrate  # noqa: E402
+from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy  # noqa: E402
+from tool_files import (  # noqa: E402
+    K,
+    N,
+    as_bytes,
+    assert_untouched,
+    bystanders,
+    canonical_file,
+    config_of,
+    decoded,
+    quantized,
+    save,
+    weight,
+)
 
 ALL = [fmt.name for fmt in all_formats()]
-LEGACY = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d",
-          "int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_lodewise"]
+LEGACY = [
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "int8_tensorwise",
+    "int8_rowwise",
+    "int8_blockwise",
+    "int8_lodewise",
+]
 
 
 def legacy_file(path: Path, name: str, marker: int | None = 0, scale_input: bool = False, prefix: str = "") -> Path:
     """An fp8_scaled or legacy INT8 file with two layers, and a dummy scale beside a 16-bit weight."""
     tensors, _ = quantized(get_format(name))
-    old = {key.replace(".weight_scale", ".scale_weight").replace(".input_scale", ".scale_input"): t
-           for key, t in tensors.items()}
+    old = {
+        key.replace(".weight_scale", ".scale_weight").replace(".input_scale", ".scale_input"): t
+        for key, t in tensors.items()
+    }
     old["final.scale_weight"] = torch.ones(())
     if scale_input:
         old |= {"blocks.0.scale_input": torch.tensor([0.5]), "final.scale_input": torch.ones(())}
@@ -81,7 +102,9 @@ def test_legacy_scales_become_comfy_quant(tmp_path, name, scale_input):
     tensors, configs = quantized(get_format(name))
     assert not check_file(target).errors
     assert_same_weights(source, target)
-    own = {key for key in open_names(source) if key.startswith(("blocks.0.", "blocks.1.")) and not key.endswith(".bias")}
+    own = {
+        key for key in open_names(source) if key.startswith(("blocks.0.", "blocks.1.")) and not key.endswith(".bias")
+    }
     assert_untouched(source, target, own | {"final.scale_weight", "final.scale_input", "scaled_fp8"})
     assert "final.scale_weight" not in open_names(target) and "scaled_fp8" not in open_names(target)
     assert config_of(target, "blocks.0") == configs["blocks.0"]
@@ -101,9 +124,17 @@ def open_names(path: Path) -> set[str]:
         return set(src.tensors)
 
 
-@pytest.mark.parametrize(("name", "shape"), [
-    ("float8_e4m3fn", (1,)), ("float8_e4m3fn", (1, 1)), ("float8_e4m3fn_rowwise", (N, 1)), ("int8_rowwise", (N,)),
-    ("float8_e4m3fn_block3d", (N, K // 128)), ("int8_tensorwise", (1,))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("float8_e4m3fn", (1,)),
+        ("float8_e4m3fn", (1, 1)),
+        ("float8_e4m3fn_rowwise", (N, 1)),
+        ("int8_rowwise", (N,)),
+        ("float8_e4m3fn_block3d", (N, K // 128)),
+        ("int8_tensorwise", (1,)),
+    ],
+)
 def test_scales_of_another_rank_are_normalised(tmp_path, name, shape):
     fmt = get_format(name)
     tensors, configs = quantized(fmt)
@@ -112,7 +143,9 @@ def test_scales_of_another_rank_are_normalised(tmp_path, name, shape):
     target = migrated(source)
     good = save(tmp_path / "good.safetensors", {**tensors, **bystanders()}, configs)
     with open_source(target) as got, open_source(good) as want:
-        assert {n: (i.dtype, i.shape) for n, i in got.tensors.items()} == {n: (i.dtype, i.shape) for n, i in want.tensors.items()}
+        assert {n: (i.dtype, i.shape) for n, i in got.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in want.tensors.items()
+        }
     assert_same_weights(good, target)
 
 
@@ -154,8 +187,14 @@ def test_input_scale_is_added_on_demand_and_an_old_one_kept(tmp_path, wanted):
         assert "final.input_scale" not in src.tensors
 
 
-@given(params=st.dictionaries(st.sampled_from(["group_size", "note", "full_precision_matrix_mult"]),
-                              st.sampled_from([128, True, "x ✓"]), max_size=3), pad=st.integers(0, 5))
+@given(
+    params=st.dictionaries(
+        st.sampled_from(["group_size", "note", "full_precision_matrix_mult"]),
+        st.sampled_from([128, True, "x ✓"]),
+        max_size=3,
+    ),
+    pad=st.integers(0, 5),
+)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nested_params_and_padding_are_flattened(tmp_path, params, pad):
     params["group_size"] = 128
@@ -174,10 +213,12 @@ def test_nested_params_and_padding_are_flattened(tmp_path, params, pad):
 def test_header_only_metadata_becomes_tensors_too(tmp_path):
     tensors, configs = quantized(get_format("nvfp4"))
     header = json.dumps({"format_version": "1.0", "layers": configs})
-    source = save(tmp_path / "header.safetensors", {**tensors, **bystanders()}, metadata={"_quantization_metadata": header})
+    source = save(
+        tmp_path / "header.safetensors", {**tensors, **bystanders()}, metadata={"_quantization_metadata": header}
+    )
     target = migrated(source)
     assert config_of(target, "blocks.1") == configs["blocks.1"]
-    assert_untouched(source, target, header=set())       # the header's own text stays, too
+    assert_untouched(source, target, header=set())  # the header's own text stays, too
     assert_same_weights(source, target)
 
 
@@ -234,7 +275,9 @@ def test_transformers_block_scales_are_read(tmp_path):
     other = {key.replace("weight_scale", "weight_scale_inv"): t for key, t in tensors.items()}
     source = save(tmp_path / "hf.safetensors", {**other, **bystanders()})
     target = migrated(source)
-    assert config_of(target, "blocks.0") == configs["blocks.0"] and "blocks.0.weight_scale_inv" not in open_names(target)
+    assert config_of(target, "blocks.0") == configs["blocks.0"] and "blocks.0.weight_scale_inv" not in open_names(
+        target
+    )
     assert_same_weights(source, target)
 
 
@@ -246,12 +289,19 @@ def test_modelopt_nvfp4_is_reordered_exactly(tmp_path, n):
     packed = tensors["weight"][:n]
     plain = unswizzle_scales(tensors["weight_scale"], n, K // 16)
     others = {key: t for key, t in bystanders().items() if key != "blocks.0.bias"}
-    source = save(tmp_path / "export.safetensors", {
-        "blocks.0.weight": (packed << 4) | (packed >> 4), "blocks.0.weight_scale": plain,
-        "blocks.0.weight_scale_2": tensors["weight_scale_2"], "blocks.0.input_scale": torch.tensor(0.01), **others})
+    source = save(
+        tmp_path / "export.safetensors",
+        {
+            "blocks.0.weight": (packed << 4) | (packed >> 4),
+            "blocks.0.weight_scale": plain,
+            "blocks.0.weight_scale_2": tensors["weight_scale_2"],
+            "blocks.0.input_scale": torch.tensor(0.01),
+            **others,
+        },
+    )
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}}))
     target = migrated(source)
-    (tmp_path / "hf_quant_config.json").unlink()         # the new file explains itself
+    (tmp_path / "hf_quant_config.json").unlink()  # the new file explains itself
     assert torch.equal(decoded(target)["blocks.0"], fmt.dequantize(tensors, tuple(w.shape)))
     assert not check_file(target).errors
     with open_source(target) as src:
@@ -303,7 +353,9 @@ def test_legacy_files_are_verified_against_their_source(tmp_path):
     assert [finding.code for finding in report.errors] == ["copy-differs"]
 
 
-@pytest.mark.parametrize(("name", "group", "rows"), [("nvfp4", 16, 200), ("mxfp8", 32, 200), ("nvfp4", 16, 256), ("mxfp8", 32, 256)])
+@pytest.mark.parametrize(
+    ("name", "group", "rows"), [("nvfp4", 16, 200), ("mxfp8", 32, 200), ("nvfp4", 16, 256), ("mxfp8", 32, 256)]
+)
 def test_block_formats_of_convert_to_quant_are_read_as_they_are(tmp_path, name, group, rows):
     """Its JSON also tells group_size, orig_dtype and orig_shape."""
     fmt, w = get_format(name), weight(1, rows)
@@ -322,7 +374,7 @@ def test_shards_are_migrated_into_one_file(tmp_path):
         assert len(split(src, tmp_path / "s.safetensors.index.json", 90_000)) == 2
     with open_source(tmp_path / "s.safetensors.index.json") as src:
         migrate(src).apply(tmp_path / "joined.safetensors")
-    whole = migrated(source)                                     # only the order of the tensors differs
+    whole = migrated(source)  # only the order of the tensors differs
     assert open_names(whole) == open_names(tmp_path / "joined.safetensors")
     assert_untouched(whole, tmp_path / "joined.safetensors")
     assert not check_file(tmp_path / "joined.safetensors").findings

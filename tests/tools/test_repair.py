@@ -1,4 +1,5 @@
 """Repair: every defect is found by its code and put right exactly; what has no exact answer is only reported."""
+
 from __future__ import annotations
 
 import json
@@ -10,11 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))   # pytest's importlib mode leaves the folder of the tests out
-from tool_files import (  # noqa: E402
-    K, N, assert_untouched, bystanders, canonical_file, config_of, decoded, quantized, save, weight,
-)
-
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.cli.main import main  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
@@ -22,10 +19,22 @@ from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats.base import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.against import find_layout  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
 from comfyui_quantpress.quant_core.tools.repair import Repair, repair  # noqa: E402
-from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
+from tool_files import (  # noqa: E402
+    K,
+    N,
+    assert_untouched,
+    bystanders,
+    canonical_file,
+    config_of,
+    decoded,
+    quantized,
+    save,
+    weight,
+)
 
 HEADER = "_quantization_metadata"
 Tensors, Configs = dict[str, Tensor], dict[str, dict]
@@ -74,7 +83,9 @@ def header_lacks_a_layer(tensors: Tensors, configs: Configs, meta: dict) -> None
 
 
 def header_with_prefix(tensors: Tensors, configs: Configs, meta: dict) -> None:
-    meta[HEADER] = build_header_metadata({f"model.diffusion_model.{layer}": config for layer, config in configs.items()})
+    meta[HEADER] = build_header_metadata(
+        {f"model.diffusion_model.{layer}": config for layer, config in configs.items()}
+    )
 
 
 def header_names_a_stranger(tensors: Tensors, configs: Configs, meta: dict) -> None:
@@ -108,17 +119,32 @@ def described_but_whole(tensors: Tensors, configs: Configs, meta: dict) -> None:
     tensors["final.comfy_quant"] = encode_config({"format": "float8_e4m3fn"})
 
 
-COMMON = [(nul, "config-nul"), (invalid_json, "config-json"), (signed_config, "config-dtype"), (nested, "config-nested"),
-          (no_header, "header-missing"), (broken_header, "header-json"), (header_lacks_a_layer, "header-incomplete"),
-          (header_with_prefix, "header-prefix"), (header_names_a_stranger, "header-orphan"),
-          (header_contradicts_the_data, "header-sync"), (header_only, "config-tensor-missing"), (orphan, "orphan"),
-          (described_but_whole, "not-quantized"), (scales_under_a_prefix, "tensor-prefix"),
-          (descriptions_under_a_prefix, "tensor-prefix")]
+COMMON = [
+    (nul, "config-nul"),
+    (invalid_json, "config-json"),
+    (signed_config, "config-dtype"),
+    (nested, "config-nested"),
+    (no_header, "header-missing"),
+    (broken_header, "header-json"),
+    (header_lacks_a_layer, "header-incomplete"),
+    (header_with_prefix, "header-prefix"),
+    (header_names_a_stranger, "header-orphan"),
+    (header_contradicts_the_data, "header-sync"),
+    (header_only, "config-tensor-missing"),
+    (orphan, "orphan"),
+    (described_but_whole, "not-quantized"),
+    (scales_under_a_prefix, "tensor-prefix"),
+    (descriptions_under_a_prefix, "tensor-prefix"),
+]
 
 
 def damaged(path: Path, name: str, damage: Callable[[Tensors, Configs, dict], None]) -> Path:
     tensors, configs = quantized(get_format(name))
-    tensors = {**tensors, **{f"{layer}.comfy_quant": encode_config(config) for layer, config in configs.items()}, **bystanders()}
+    tensors = {
+        **tensors,
+        **{f"{layer}.comfy_quant": encode_config(config) for layer, config in configs.items()},
+        **bystanders(),
+    }
     meta = {HEADER: build_header_metadata(configs)}
     damage(tensors, configs, meta)
     return save(path, tensors, metadata=meta)
@@ -133,7 +159,9 @@ def test_damaged_metadata_is_found_and_put_right(tmp_path, name, damage, code):
     assert code in {finding.code for finding in result.findings} and not result.unfixed
     assert not check_file(target).findings
     with open_source(good) as one, open_source(target) as two:
-        assert {n: (i.dtype, i.shape) for n, i in one.tensors.items()} == {n: (i.dtype, i.shape) for n, i in two.tensors.items()}
+        assert {n: (i.dtype, i.shape) for n, i in one.tensors.items()} == {
+            n: (i.dtype, i.shape) for n, i in two.tensors.items()
+        }
         assert all(torch.equal(one.read_bytes(n), two.read_bytes(n)) for n in one.tensors)
         assert json.loads(one.metadata[HEADER]) == json.loads(two.metadata[HEADER])
         assert repair(two).rewrite.changes() == ()
@@ -150,6 +178,7 @@ def bf16_scale(t: Tensors) -> None:
 def one_element(key: str) -> Callable[[Tensors], None]:
     def damage(t: Tensors) -> None:
         t[f"blocks.0.{key}"] = t[f"blocks.0.{key}"].reshape(1)
+
     return damage
 
 
@@ -165,6 +194,7 @@ def in_row_order(columns: int) -> Callable[[Tensors], None]:
     def damage(t: Tensors) -> None:
         for layer in ("blocks.0", "blocks.1"):
             t[f"{layer}.weight_scale"] = unswizzle_scales(t[f"{layer}.weight_scale"], N, K // columns)
+
     return damage
 
 
@@ -172,10 +202,18 @@ def input_scale(t: Tensors) -> None:
     t["blocks.0.input_scale"] = torch.ones(1, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(("name", "damage", "code"), [
-    ("float8_e4m3fn", bf16_scale, "scale-dtype"), ("int8_blockwise", bf16_scale, "scale-dtype"),
-    ("float8_e4m3fn", one_element("weight_scale"), "scale-rank"), ("nvfp4", one_element("weight_scale_2"), "scale-rank"),
-    ("nvfp4", as_uint8, "scale-bytes"), ("mxfp8", as_e8m0, "scale-bytes"), ("float8_e4m3fn", input_scale, "scale-dtype")])
+@pytest.mark.parametrize(
+    ("name", "damage", "code"),
+    [
+        ("float8_e4m3fn", bf16_scale, "scale-dtype"),
+        ("int8_blockwise", bf16_scale, "scale-dtype"),
+        ("float8_e4m3fn", one_element("weight_scale"), "scale-rank"),
+        ("nvfp4", one_element("weight_scale_2"), "scale-rank"),
+        ("nvfp4", as_uint8, "scale-bytes"),
+        ("mxfp8", as_e8m0, "scale-bytes"),
+        ("float8_e4m3fn", input_scale, "scale-dtype"),
+    ],
+)
 def test_scales_of_another_dtype_or_rank(tmp_path, name, damage, code):
     tensors, configs = quantized(get_format(name))
     damage(tensors)
@@ -192,13 +230,16 @@ def test_scales_of_another_dtype_or_rank(tmp_path, name, damage, code):
 def narrow(fmt_name: str, rows: int) -> tuple[Tensors, Configs, Tensor]:
     fmt = get_format(fmt_name)
     w = torch.randn(rows, K, generator=torch.Generator().manual_seed(1)) * 0.1
-    return ({f"blocks.0.{s}": t for s, t in fmt.quantize(w).items()}, {"blocks.0": fmt.config(tuple(w.shape), w.dtype)},
-            fmt.dequantize(fmt.quantize(w), tuple(w.shape)))
+    return (
+        {f"blocks.0.{s}": t for s, t in fmt.quantize(w).items()},
+        {"blocks.0": fmt.config(tuple(w.shape), w.dtype)},
+        fmt.dequantize(fmt.quantize(w), tuple(w.shape)),
+    )
 
 
 @pytest.mark.parametrize(("name", "columns"), [("nvfp4", 16), ("mxfp8", 32)])
 def test_block_scales_in_row_order_are_seen_by_their_shape(tmp_path, name, columns):
-    tensors, configs, expected = narrow(name, 96)              # 96 rows would be padded to 128
+    tensors, configs, expected = narrow(name, 96)  # 96 rows would be padded to 128
     good = tensors["blocks.0.weight_scale"]
     tensors["blocks.0.weight_scale"] = unswizzle_scales(good, 96, K // columns)
     others = {key: t for key, t in bystanders().items() if key != "blocks.0.bias"}
@@ -219,14 +260,19 @@ def test_block_scales_whose_shape_does_not_tell_are_reordered_on_request_only(tm
     assert not untouched.findings and not untouched.rewrite.changes()
     _, target = repaired(source, unswizzled=True)
     assert all(torch.equal(expected[layer], w) for layer, w in decoded(target).items())
-    with open_source(canonical_file(tmp_path / "fp8.safetensors")) as src, pytest.raises(RequestError, match="NVFP4 or MXFP8"):
+    with (
+        open_source(canonical_file(tmp_path / "fp8.safetensors")) as src,
+        pytest.raises(RequestError, match="NVFP4 or MXFP8"),
+    ):
         repair(src, unswizzled=True)
 
 
 def test_a_label_that_contradicts_the_scales_is_corrected(tmp_path):
     """As converters wrote it that fell back to row scales and kept the label of block scales."""
     tensors, configs = quantized(get_format("float8_e4m3fn_rowwise"), full_precision_matrix_mult=True)
-    told = {layer: {**config, "format": "float8_e4m3fn_blockwise", "group_size": 128} for layer, config in configs.items()}
+    told = {
+        layer: {**config, "format": "float8_e4m3fn_blockwise", "group_size": 128} for layer, config in configs.items()
+    }
     source = save(tmp_path / "bad.safetensors", {**tensors, **bystanders()}, told)
     result, target = repaired(source)
     assert {finding.code for finding in result.findings} == {"config-format"} and not result.unfixed
@@ -254,8 +300,13 @@ def test_a_broken_description_still_tells_whose_order_the_scales_have(tmp_path):
     def damage(tensors, configs, meta):
         invalid_json(tensors, configs, meta)
         no_header(tensors, configs, meta)
+
     result, target = repaired(damaged(tmp_path / "bad.safetensors", "nvfp4", damage))
-    assert {finding.code for finding in result.findings} == {"config-json", "config-missing", "header-missing"} and not result.unfixed
+    assert {finding.code for finding in result.findings} == {
+        "config-json",
+        "config-missing",
+        "header-missing",
+    } and not result.unfixed
     with open_source(good) as one, open_source(target) as two:
         assert one.tensors.keys() == two.tensors.keys()
         assert all(torch.equal(one.read_bytes(name), two.read_bytes(name)) for name in one.tensors)
@@ -267,6 +318,7 @@ def test_a_description_without_format_is_said_of_the_tensor_and_of_the_header(tm
     def damage(tensors, configs, meta):
         tensors["blocks.0.comfy_quant"] = raw(json.dumps({"note": 1}))
         meta[HEADER] = json.dumps({"format_version": "1.0", "layers": {**configs, "blocks.0": {"note": 1}}})
+
     result, target = repaired(damaged(tmp_path / "bad.safetensors", "float8_e4m3fn", damage))
     said = {finding.code: finding.message for finding in result.findings}
     assert said.keys() == {"config-json", "config-format"} and not result.unfixed
@@ -279,8 +331,12 @@ def test_a_header_that_says_less_is_completed(tmp_path):
     """As convert_to_quant 1.3.1 wrote it: per_row in the tensors only."""
     tensors, configs = quantized(get_format("int8_convrot"))
     tensors |= {f"{layer}.comfy_quant": encode_config(config) for layer, config in configs.items()}
-    less = {layer: {key: value for key, value in config.items() if key != "per_row"} for layer, config in configs.items()}
-    source = save(tmp_path / "a.safetensors", {**tensors, **bystanders()}, metadata={HEADER: build_header_metadata(less)})
+    less = {
+        layer: {key: value for key, value in config.items() if key != "per_row"} for layer, config in configs.items()
+    }
+    source = save(
+        tmp_path / "a.safetensors", {**tensors, **bystanders()}, metadata={HEADER: build_header_metadata(less)}
+    )
     result, target = repaired(source)
     assert {finding.code for finding in result.findings} == {"header-sync"} and not check_file(target).findings
     assert_untouched(source, target)
@@ -304,10 +360,18 @@ def plain(path: Path) -> Path:
     return save(path, {f"blocks.{i}.weight": weight(i) for i in range(2)})
 
 
-@pytest.mark.parametrize(("name", "described", "row_order", "expected"), [
-    ("nvfp4", True, False, (None, False)), ("nvfp4", True, True, (None, True)), ("nvfp4", False, False, ("nvfp4", False)),
-    ("nvfp4", False, True, ("nvfp4", True)), ("mxfp8", True, True, (None, True)), ("int8_rowwise", False, False, ("int8_rowwise", False)),
-    ("int8_convrot", False, False, ("int8_convrot", False))])
+@pytest.mark.parametrize(
+    ("name", "described", "row_order", "expected"),
+    [
+        ("nvfp4", True, False, (None, False)),
+        ("nvfp4", True, True, (None, True)),
+        ("nvfp4", False, False, ("nvfp4", False)),
+        ("nvfp4", False, True, ("nvfp4", True)),
+        ("mxfp8", True, True, (None, True)),
+        ("int8_rowwise", False, False, ("int8_rowwise", False)),
+        ("int8_convrot", False, False, ("int8_convrot", False)),
+    ],
+)
 def test_the_source_tells_the_layout_that_the_file_does_not(tmp_path, name, described, row_order, expected):
     tensors, configs = quantized(get_format(name))
     if row_order:
@@ -316,9 +380,11 @@ def test_the_source_tells_the_layout_that_the_file_does_not(tmp_path, name, desc
     with open_source(bad) as src, open_source(plain(tmp_path / "plain.safetensors")) as reference:
         layout = find_layout(src, reference)
         assert (layout.assume, layout.unswizzled) == expected and layout.error < 0.12
-    code = main(["repair", str(bad), str(tmp_path / "good.safetensors"), "--against", str(tmp_path / "plain.safetensors")])
+    code = main(
+        ["repair", str(bad), str(tmp_path / "good.safetensors"), "--against", str(tmp_path / "plain.safetensors")]
+    )
     sound, good = described and not row_order, tmp_path / "good.safetensors"
-    assert code == 0 and good.exists() is not sound       # a sound file is not copied
+    assert code == 0 and good.exists() is not sound  # a sound file is not copied
     assert not check_file(bad if sound else good).errors
     got = decoded(bad if sound else good)
     assert all(relative_error(weight(i), got[f"blocks.{i}"]) < 0.12 for i in range(2))
@@ -352,8 +418,12 @@ def test_damage_without_an_exact_answer_is_reported_and_left(tmp_path):
     tensors["final.weight_scale"] = torch.tensor(0.25)
     configs["final"] = {"format": "float8_e4m3fn"}
     configs["lost"] = {"format": "float8_e4m3fn"}
-    source = save(tmp_path / "bad.safetensors", {**tensors, **bystanders(), "far.weight_scale": torch.ones(())}, configs,
-                  header=False)
+    source = save(
+        tmp_path / "bad.safetensors",
+        {**tensors, **bystanders(), "far.weight_scale": torch.ones(())},
+        configs,
+        header=False,
+    )
     result, target = repaired(source)
     assert {finding.code for finding in result.unfixed} == {"scale-value", "not-quantized", "weight-missing", "orphan"}
     assert_untouched(source, target)

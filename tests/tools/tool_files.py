@@ -1,4 +1,5 @@
 """Small checkpoint files in every form that the tools read, for the tests of the tools."""
+
 from __future__ import annotations
 
 import json
@@ -6,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats.base import Format, get_format
+from comfyui_quantpress.quant_core.stored.layers import stored_layers
+from safetensors.torch import save_file
+from torch import Tensor
 
 N, K = 256, 256
 
@@ -25,9 +25,13 @@ def weight(seed: int, n: int = N, k: int = K) -> Tensor:
 def bystanders(prefix: str = "") -> dict[str, Tensor]:
     """What no tool may touch: a bias, a norm, a 16-bit weight, an odd dtype, an empty tensor."""
     seeded = torch.Generator().manual_seed(5)
-    return {f"{prefix}blocks.0.bias": torch.randn(N, generator=seeded),
-            f"{prefix}norm.weight": torch.randn(7, generator=seeded).half(),
-            f"{prefix}final.weight": weight(9, 32, 64), f"{prefix}ids": torch.arange(5), f"{prefix}nothing": torch.empty(0, 3)}
+    return {
+        f"{prefix}blocks.0.bias": torch.randn(N, generator=seeded),
+        f"{prefix}norm.weight": torch.randn(7, generator=seeded).half(),
+        f"{prefix}final.weight": weight(9, 32, 64),
+        f"{prefix}ids": torch.arange(5),
+        f"{prefix}nothing": torch.empty(0, 3),
+    }
 
 
 def quantized(fmt: Format, layers: tuple[str, ...] = ("blocks.0", "blocks.1"), **extra: Any) -> tuple[dict, dict]:
@@ -40,8 +44,14 @@ def quantized(fmt: Format, layers: tuple[str, ...] = ("blocks.0", "blocks.1"), *
     return tensors, configs
 
 
-def save(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict] | None = None, *, header: bool = True,
-         metadata: dict[str, str] | None = None) -> Path:
+def save(
+    path: Path,
+    tensors: dict[str, Tensor],
+    configs: dict[str, dict] | None = None,
+    *,
+    header: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> Path:
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"keep": "me ✓", "format": "pt", **(metadata or {})}
     for layer, config in (configs or {}).items():
@@ -71,8 +81,12 @@ def config_of(path: Path, layer: str) -> dict:
         return json.loads(src.read(f"{layer}.comfy_quant").numpy().tobytes())
 
 
-def assert_untouched(before: Path, after: Path, touched: set[str] = frozenset(),
-                     header: set[str] = frozenset({"_quantization_metadata"})) -> None:
+def assert_untouched(
+    before: Path,
+    after: Path,
+    touched: set[str] = frozenset(),
+    header: set[str] = frozenset({"_quantization_metadata"}),
+) -> None:
     """Every tensor and header entry outside of `touched` and `header` is there, with the same dtype, shape and bytes."""
     with open_source(before) as one, open_source(after) as two:
         checked = 0

@@ -1,4 +1,5 @@
 """How scales are chosen. A chooser takes a Task and returns QParams."""
+
 from . import absmax, search
 
 CHOOSERS = {"absmax": absmax.choose, "search": search.choose}

@@ -1,4 +1,5 @@
 """The block's largest magnitude lands on the element's largest value."""
+
 from __future__ import annotations
 
 from ...numerics.scales import QParams

@@ -5,6 +5,7 @@ a strong channel the OUTPUT suffers: up to 3.2 times that of absmax scales (int8
 column's error may rise much: if none does, no uncorrelated inputs can make the output worse. Guarded, that layer ends at
 1.06, and the median over 46 trained layers stays (nvfp4 0.87, nf4 0.90).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...formats.tiles import errors_by_rows, row_slices, tile
 from ...numerics.elements import FloatElement
 from ...numerics.scales import QParams, ScaleDtype, block_view
-from ..task import Task
-from ...formats.tiles import errors_by_rows, row_slices, tile
 from ...numerics.triton_kernels import runs_triton
+from ..task import Task
 
-_PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)   # an octave: E4M3 repeats itself beyond
-_PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)                          # rows and neighbours sampled for it
-_COARSE = tuple(1.1 - 0.05 * i for i in range(17))                       # 1.1 down to 0.3
-_SMALL_BLOCK, _SMALL_COARSE = 256, 11                                    # small blocks never want less than 0.6
+_PARENT_MULTIPLES = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)  # an octave: E4M3 repeats itself beyond
+_PARENT_ROWS, _PARENT_STEPS = 256, range(-3, 2)  # rows and neighbours sampled for it
+_COARSE = tuple(1.1 - 0.05 * i for i in range(17))  # 1.1 down to 0.3
+_SMALL_BLOCK, _SMALL_COARSE = 256, 11  # small blocks never want less than 0.6
 # A float grid repeats itself an octave up, where nothing clips: where the weights fall on it counts, so many are tried.
-_OCTAVE = tuple(2.0**(-i / 20) * 2 for i in range(20)) + tuple(0.95 - 0.05 * i for i in range(10))
+_OCTAVE = tuple(2.0 ** (-i / 20) * 2 for i in range(20)) + tuple(0.95 - 0.05 * i for i in range(10))
 _FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
 _NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 9), ScaleDtype.E8M0: range(-3, 2)}
 _GUARD_ROUNDS = 2
@@ -45,6 +46,7 @@ class SearchOptions:
 def choose(task: Task) -> QParams:
     """Starts from absmax scales, and accepts only what lowers a block's error, so it never ends above them."""
     from ..options import read_options
+
     options = read_options(SearchOptions, task.options)
     base = task.fmt.absmax(task.work)
     found = _search(task, base, options)
@@ -128,6 +130,7 @@ def _fused_sums(task: Task, qp: QParams) -> Tensor | None:
     if levels is None:
         return None
     from .search_triton import block_sums
+
     return block_sums(task.work, qp.effective(), levels, task.weights, task.fmt.block(task.shape))
 
 
@@ -195,8 +198,14 @@ def least_squares(task: Task, qp: QParams, rounded: Tensor | None = None) -> QPa
         unit = torch.where(scale == 0, torch.zeros_like(value), value / scale)
         weight = torch.ones_like(part[0]) if weights is None else weights
         weight = weight.view(1, 1, -1, block[1])
-        sums.append(torch.stack([(weight * x).sum(dim=(1, 3)) for x in
-                                 (unit * unit, unit * target, unit, torch.ones_like(unit), target)]))
+        sums.append(
+            torch.stack(
+                [
+                    (weight * x).sum(dim=(1, 3))
+                    for x in (unit * unit, unit * target, unit, torch.ones_like(unit), target)
+                ]
+            )
+        )
     total = sum(sums) if fmt.block(shape)[0] == shape[0] and len(sums) > 1 else torch.cat(sums, dim=1)
     return _solve(task, qp, *total)
 
@@ -211,5 +220,6 @@ def _solve(task: Task, qp: QParams, cc: Tensor, cw: Tensor, *more: Tensor) -> QP
     det = cc * one - c * c
     scale, zero = (cw * one - c * w) / det, (cc * w - c * cw) / det
     good = (det > 1e-6 * cc * one) & (scale > 0)
-    return task.fmt.qparams(torch.where(good, scale, qp.effective()),
-                            like=replace(qp, zero=torch.where(good, zero, qp.zero)))
+    return task.fmt.qparams(
+        torch.where(good, scale, qp.effective()), like=replace(qp, zero=torch.where(good, zero, qp.zero))
+    )

@@ -3,14 +3,15 @@
 search.block_loss and search.least_squares in torch are the specification; sums agree but for the order of float32 sums.
 Nothing of the weight's size is allocated, and a candidate takes one launch. Needs float32, levels ascending.
 """
+
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-import torch
 from torch import Tensor
 
-_WIDTH, _AT_ONCE = 128, 1024      # columns of one block summed by a program; weights of a program
+_WIDTH, _AT_ONCE = 128, 1024  # columns of one block summed by a program; weights of a program
 
 
 def block_sums(work: Tensor, scale: Tensor, levels: Tensor, weights: Tensor | None, block: tuple[int, int]) -> Tensor:
@@ -24,15 +25,54 @@ def block_sums(work: Tensor, scale: Tensor, levels: Tensor, weights: Tensor | No
     parts = triton.cdiv(cols, width)
     out = torch.empty(3, n, k // cols, parts, dtype=torch.float32, device=work.device)
     _block_sums[(triton.cdiv(n, at_once), k // cols * parts)](
-        work, scale, levels, work if weights is None else weights, out, n, cols, rows, parts, out.stride(0), out.stride(1),
-        work.stride(0), work.stride(1), scale.stride(0), scale.stride(1), COUNT=levels.numel(), STEPS=(levels.numel() - 1).bit_length(),
-        WEIGHTED=weights is not None, ROWS=at_once, WIDTH=width, num_warps=4)
+        work,
+        scale,
+        levels,
+        work if weights is None else weights,
+        out,
+        n,
+        cols,
+        rows,
+        parts,
+        out.stride(0),
+        out.stride(1),
+        work.stride(0),
+        work.stride(1),
+        scale.stride(0),
+        scale.stride(1),
+        COUNT=levels.numel(),
+        STEPS=(levels.numel() - 1).bit_length(),
+        WEIGHTED=weights is not None,
+        ROWS=at_once,
+        WIDTH=width,
+        num_warps=4,
+    )
     return out.view(3, n // rows, rows, k // cols, parts).sum(dim=(2, 4))
 
 
 @triton.jit
-def _block_sums(work, scale, levels, weights, out, n, cols, rows, parts, out_kind, out_row, wr, wc, sr, sc,
-                COUNT: tl.constexpr, STEPS: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _block_sums(
+    work,
+    scale,
+    levels,
+    weights,
+    out,
+    n,
+    cols,
+    rows,
+    parts,
+    out_kind,
+    out_row,
+    wr,
+    wc,
+    sr,
+    sc,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     within = part * WIDTH + tl.arange(0, WIDTH)

@@ -3,6 +3,7 @@
 Every iteration goes through the layer in slices of rows: what is kept of a weight is the relaxation's variable, the
 optimizer's memory and one bit, and all else lives as long as its slice.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -44,7 +45,9 @@ class FitResult:
     stopped_by: str
 
 
-def fit(grid: Neighbours, relaxation: Any, objective: Any, settings: FitSettings, poll: Callable[[], None]) -> FitResult:
+def fit(
+    grid: Neighbours, relaxation: Any, objective: Any, settings: FitSettings, poll: Callable[[], None]
+) -> FitResult:
     """Starts from round-to-nearest on `grid`."""
     state = _State(grid, relaxation, objective, OPTIMIZERS[settings.optimizer](), poll)
     first, squared = state.begin()
@@ -85,11 +88,19 @@ class _Sums:
 class _State:
     """What is kept between iterations: the variable, and what the objective needs to know of its present value."""
 
-    def __init__(self, grid: Neighbours, relaxation: Any, objective: Any, optimizer: Any, poll: Callable[[], None]) -> None:
-        self.grid, self.relaxation, self.objective, self.optimizer, self.poll = grid, relaxation, objective, optimizer, poll
+    def __init__(
+        self, grid: Neighbours, relaxation: Any, objective: Any, optimizer: Any, poll: Callable[[], None]
+    ) -> None:
+        self.grid, self.relaxation, self.objective, self.optimizer, self.poll = (
+            grid,
+            relaxation,
+            objective,
+            optimizer,
+            poll,
+        )
         self.slices = grid.slices(optimizer.parts)
         self.variable = torch.empty(grid.work.shape, dtype=optimizer.stored, device=grid.work.device)
-        self.soft: _Sums | None = None         # of the relaxed result, where one slice's gradient depends on the others
+        self.soft: _Sums | None = None  # of the relaxed result, where one slice's gradient depends on the others
         self.unit: Tensor | float = 1.0
 
     def begin(self) -> tuple[float, float]:
@@ -125,7 +136,7 @@ class _State:
         for index, rows in enumerate(self.slices):
             self.poll()
             self._step(index, rows, rate, progress, soft, hard if judged else None)
-        self.soft = hard if self.relaxation.judged_every == 1 else soft       # there both are the same
+        self.soft = hard if self.relaxation.judged_every == 1 else soft  # there both are the same
         return hard
 
     def _step(self, index: int, rows: slice, rate: float, progress: float, soft: _Sums, hard: _Sums | None) -> None:
@@ -139,7 +150,7 @@ class _State:
 
     def _moved(self, index: int, rows: slice, low: Tensor, high: Tensor, rate: float, progress: float) -> Tensor:
         """A slice's variable after the step, float32, as it is stored."""
-        variable = self.variable[rows].float()                  # a view where float32 is stored
+        variable = self.variable[rows].float()  # a view where float32 is stored
         gradient = self.objective.gradient(self._error(variable, low, high, rows), rows, self.soft.shares)
         gradient.mul_(high - low).div_(self.unit)
         exact = variable.dtype == self.variable.dtype

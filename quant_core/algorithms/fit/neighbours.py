@@ -2,6 +2,7 @@
 
 Kept for the whole layer the points would be two copies of the weight, and what computes them ten; a choice is one bit.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ...formats.base import Format
-from ...numerics.scales import Granularity, QParams
 from ...formats.tiles import encode_rows, tile
+from ...numerics.scales import Granularity, QParams
 
 # Weights in a slice: at least so many, for a GPU's sake, and on a CPU at most so many, which stay in its cache.
 FEWEST, _MOST_ON_CPU = 1 << 18, 1 << 19
-_OWN_CODEBOOK = 3      # a format with a codebook in the file brackets through 16 levels for every weight: smaller slices
+_OWN_CODEBOOK = 3  # a format with a codebook in the file brackets through 16 levels for every weight: smaller slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,12 @@ class Neighbours:
         """The codes of a choice; None: those of rounding to nearest."""
         if choice is None:
             return encode_rows(self.fmt, self.work, self.qp)
-        return torch.cat([self.fmt.encode(self._chosen(rows, bits), self._part(rows)[1])
-                          for rows, bits in zip(choice.slices, choice.bits)])
+        return torch.cat(
+            [
+                self.fmt.encode(self._chosen(rows, bits), self._part(rows)[1])
+                for rows, bits in zip(choice.slices, choice.bits)
+            ]
+        )
 
     def _chosen(self, rows: slice, bits: Tensor) -> Tensor:
         low, high = self.bracket(rows)

@@ -2,6 +2,7 @@
 
 Each slice gives its share; the shares' sum gives the loss, and is all that the gradient needs to know of the other rows.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable

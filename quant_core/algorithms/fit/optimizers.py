@@ -3,6 +3,7 @@
 stored: the dtype of the variable between steps. parts: into how many slices a layer is cut, so that what is kept and what
 a slice takes for the moment stay within three copies of the weight together.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-_JUMP = 16.0      # times as large a mean square as an iteration before
+_JUMP = 16.0  # times as large a mean square as an iteration before
 
 
 class Original:
@@ -36,8 +36,9 @@ class Original:
         own = torch.linalg.vector_norm(gradient).square_()
         before, self.squares[index], self.counts[index] = self.squares.get(index, own), own, gradient.numel()
         squares, counts = torch.stack(list(self.squares.values())), list(self.counts.values())
-        size = torch.where(own > _JUMP * before, squares[:index + 1].sum() / sum(counts[:index + 1]),
-                           squares.sum() / sum(counts)).sqrt_()
+        size = torch.where(
+            own > _JUMP * before, squares[: index + 1].sum() / sum(counts[: index + 1]), squares.sum() / sum(counts)
+        ).sqrt_()
         variable.sub_(gradient.mul_(rate / size.clamp_(min=1e-30)))
 
 

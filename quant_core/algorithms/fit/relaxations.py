@@ -2,14 +2,15 @@
 
 Both keep one number per weight; hardened, the weight takes `high` where that number is above zero.
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_STRETCH = 1.2        # the sigmoid is stretched beyond 0 and 1, so that it reaches them
+_STRETCH = 1.2  # the sigmoid is stretched beyond 0 and 1, so that it reaches them
 _SHARP, _SOFT = 2.0, 20.0
-_PUSHED_FROM = 0.2    # of the iterations
+_PUSHED_FROM = 0.2  # of the iterations
 
 
 def harden(variable: Tensor, low: Tensor, high: Tensor) -> Tensor:

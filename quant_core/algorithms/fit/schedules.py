@@ -1,4 +1,5 @@
 """Learning-rate schedules. Each is asked once per judged step whether the loss improved, and answers with the next rate."""
+
 from __future__ import annotations
 
 import math

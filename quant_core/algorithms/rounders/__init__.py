@@ -1,4 +1,5 @@
 """How codes are chosen. A rounder takes a Task and QParams, and returns Rounded (it may move the scales on)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ The same pass serves GPTQ (feedback from the columns before, errors 0 at the sta
 from all columns, errors of the solution so far). Both round column k to the grid point nearest to
     w_k + sum_j error_j F_jk,       error = w - rounded.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from ...formats.records import ColumnGrid
 from ...numerics.scales import QParams
-from ..task import Task
 from ...numerics.triton_kernels import runs_triton
+from ..task import Task
 
-BLOCK = 128          # columns whose feedback from outside is one matrix product
+BLOCK = 128  # columns whose feedback from outside is one matrix product
 
 
-def feedback_pass(task: Task, qp: QParams, errors: Tensor, order: Tensor,
-                  feedback: Callable[[int, int], Tensor], block: int = BLOCK) -> None:
+def feedback_pass(
+    task: Task, qp: QParams, errors: Tensor, order: Tensor, feedback: Callable[[int, int], Tensor], block: int = BLOCK
+) -> None:
     """errors: float32 [Np, Kp], columns in `order`, changed in place.
 
     feedback(start, stop): float32 [R, stop - start], rows for the first R columns of `order`, R >= stop; 0 where a
@@ -33,7 +35,7 @@ def feedback_pass(task: Task, qp: QParams, errors: Tensor, order: Tensor,
         columns = order[start:stop]
         weights = feedback(start, stop)
         original = task.work[:, columns]
-        target = torch.addmm(original, errors[:, :weights.shape[0]], weights)
+        target = torch.addmm(original, errors[:, : weights.shape[0]], weights)
         grid = task.fmt.column_grid(qp, columns, task.shape)
         round_block(original, target, errors[:, start:stop], weights[start:stop], grid)
 
@@ -45,6 +47,7 @@ def round_block(original: Tensor, target: Tensor, errors: Tensor, inner: Tensor,
     """
     if runs_triton(original.device):
         from .feedback_triton import round_block_triton
+
         round_block_triton(original, target, errors, inner, grid)
     else:
         round_block_torch(original, target, errors, inner, grid)
@@ -59,7 +62,7 @@ def round_block_torch(original: Tensor, target: Tensor, errors: Tensor, inner: T
         levels = grid.levels if grid.levels.dim() == 1 else grid.levels[:, i]
         rounded = nearest(goal[i], levels, scale[i], None if zero is None else zero[i])
         new = source[i] - rounded
-        goal[i + 1:].addr_(inner[i, i + 1:], new - old[i])
+        goal[i + 1 :].addr_(inner[i, i + 1 :], new - old[i])
         old[i] = new
     errors.copy_(old.T)
 

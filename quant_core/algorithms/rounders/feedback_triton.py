@@ -4,6 +4,7 @@ feedback.round_block_torch is the specification. Results agree with it but for t
 turn the rare weight that lies within 1e-6 of the middle between two grid points.
 Needs float32, levels ascending, C <= 128; any CUDA device that Triton runs on. One program: ROWS rows, all columns.
 """
+
 from __future__ import annotations
 
 import triton
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from ...formats.records import ColumnGrid
 
-ROWS, WARPS = 4, 2       # on an H200 within 10 % of the best for 16 and 254 levels, 3072 and 12288 rows; 16, 4 takes 1.6 times as long
+ROWS, WARPS = (
+    4,
+    2,
+)  # on an H200 within 10 % of the best for 16 and 254 levels, 3072 and 12288 rows; 16, 4 takes 1.6 times as long
 
 
 def round_block_triton(original: Tensor, target: Tensor, errors: Tensor, inner: Tensor, grid: ColumnGrid) -> None:
@@ -22,18 +26,67 @@ def round_block_triton(original: Tensor, target: Tensor, errors: Tensor, inner: 
     zero = scale if grid.zero is None else grid.zero
     count = levels.shape[-1]
     _round_block[(triton.cdiv(rows, ROWS),)](
-        original, target, errors, inner, levels, scale, zero, rows, columns,
-        original.stride(0), original.stride(1), target.stride(0), target.stride(1), errors.stride(0), errors.stride(1),
-        inner.stride(0), inner.stride(1), scale.stride(0), scale.stride(1), zero.stride(0), zero.stride(1),
-        COUNT=count, STEPS=(count - 1).bit_length(), PER_WEIGHT=levels.dim() == 3, HAS_ZERO=grid.zero is not None,
-        ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(columns)), num_warps=WARPS)
+        original,
+        target,
+        errors,
+        inner,
+        levels,
+        scale,
+        zero,
+        rows,
+        columns,
+        original.stride(0),
+        original.stride(1),
+        target.stride(0),
+        target.stride(1),
+        errors.stride(0),
+        errors.stride(1),
+        inner.stride(0),
+        inner.stride(1),
+        scale.stride(0),
+        scale.stride(1),
+        zero.stride(0),
+        zero.stride(1),
+        COUNT=count,
+        STEPS=(count - 1).bit_length(),
+        PER_WEIGHT=levels.dim() == 3,
+        HAS_ZERO=grid.zero is not None,
+        ROWS=ROWS,
+        COLUMNS=max(16, triton.next_power_of_2(columns)),
+        num_warps=WARPS,
+    )
 
 
 @triton.jit
-def _round_block(original, target, errors, inner, levels, scale, zero, rows, columns,
-                 or_, oc, tr, tc, er, ec, ir, ic, sr, sc, zr, zc,
-                 COUNT: tl.constexpr, STEPS: tl.constexpr, PER_WEIGHT: tl.constexpr, HAS_ZERO: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _round_block(
+    original,
+    target,
+    errors,
+    inner,
+    levels,
+    scale,
+    zero,
+    rows,
+    columns,
+    or_,
+    oc,
+    tr,
+    tc,
+    er,
+    ec,
+    ir,
+    ic,
+    sr,
+    sc,
+    zr,
+    zc,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    PER_WEIGHT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = row.to(tl.int64)
     column = tl.arange(0, COLUMNS)

@@ -3,6 +3,7 @@
 Then sweeps of coordinate descent over the finished solution, with a least-squares re-fit of the scales between them.
 Sources: GPTQ, arXiv 2210.17323; LDLQ, arXiv 2307.13304.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
@@ -10,18 +11,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..options import read_options
+from ...formats.tiles import encode_rows, group_columns
 from ...numerics.precision import tensor_core_products
 from ...numerics.scales import QParams
-from ..task import Rounded, Task
 from ..factor import Factor, column_order, damped, factor
+from ..options import read_options
+from ..task import Rounded, Task
 from .feedback import feedback_pass
 from .group_scales import feedback_pass_with_scales, group_order, has_groups
-from ...formats.tiles import encode_rows, group_columns
 from .refit import refit_scales, worth_refitting
 
-_DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)      # tried in turn when the factorisation fails
-_SCARCE = 0.05       # damping grows to this many times K / rows: what few rows say of correlations is partly chance
+_DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)  # tried in turn when the factorisation fails
+_SCARCE = 0.05  # damping grows to this many times K / rows: what few rows say of correlations is partly chance
 
 
 @dataclass(frozen=True, slots=True)

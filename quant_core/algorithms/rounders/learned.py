@@ -5,10 +5,12 @@ hundreds of passes; where there is data, gptq ends lower in a fraction of the ti
 Hessian at most three copies of the weight, one and a half to two with the `original` optimizer; more in layers of a few
 million weights, whose slices are not made smaller, and with full_matrix.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from ...numerics.scales import QParams
 from ..choosers.search import least_squares
 from ..fit.loop import FitSettings, fit
 from ..fit.neighbours import Neighbours
@@ -17,11 +19,11 @@ from ..fit.optimizers import OPTIMIZERS
 from ..fit.relaxations import RELAXATIONS
 from ..fit.schedules import SCHEDULES, ScheduleSettings, StopRule
 from ..options import read_options
-from ...numerics.scales import QParams
 from ..task import Rounded, Task
 
-
-_NO_INPUTS = "learned: nothing is known of this layer's inputs, so the projected objective was used instead of the output's"
+_NO_INPUTS = (
+    "learned: nothing is known of this layer's inputs, so the projected objective was used instead of the output's"
+)
 
 
 def _choice(default: str, choices) -> str:
@@ -66,11 +68,26 @@ class LearnedOptions:
     scale_refinement: int = _number(1, 1, 20)
 
     def fit_settings(self) -> FitSettings:
-        schedule = ScheduleSettings(self.lr_gamma, self.lr_patience, self.lr_factor, self.lr_cooldown, self.lr_min,
-                                    self.lr_threshold, self.lr_threshold_mode, self.lr_adaptive_mode,
-                                    self.lr_shape_influence)
-        return FitSettings(self.iterations, self.optimizer, self.lr_schedule, self.lr, self.max_weight_error, schedule,
-                           StopRule(self.early_stop_loss, self.early_stop_lr, self.early_stop_stall))
+        schedule = ScheduleSettings(
+            self.lr_gamma,
+            self.lr_patience,
+            self.lr_factor,
+            self.lr_cooldown,
+            self.lr_min,
+            self.lr_threshold,
+            self.lr_threshold_mode,
+            self.lr_adaptive_mode,
+            self.lr_shape_influence,
+        )
+        return FitSettings(
+            self.iterations,
+            self.optimizer,
+            self.lr_schedule,
+            self.lr,
+            self.max_weight_error,
+            schedule,
+            StopRule(self.early_stop_loss, self.early_stop_lr, self.early_stop_stall),
+        )
 
 
 def prepare(task: Task) -> Task:
@@ -78,8 +95,12 @@ def prepare(task: Task) -> Task:
     options, hessian = read_options(LearnedOptions, task.options), task.objective.hessian
     if hessian is not None and options.learn_objective != "projected":
         return replace(task, aim=Output(hessian))
-    return replace(task, aim=projected(task, ProjectionSettings(options.top_p, options.min_k, options.max_k,
-                                                                options.full_matrix, options.ridge)))
+    return replace(
+        task,
+        aim=projected(
+            task, ProjectionSettings(options.top_p, options.min_k, options.max_k, options.full_matrix, options.ridge)
+        ),
+    )
 
 
 def round_codes(task: Task, qp: QParams) -> Rounded:

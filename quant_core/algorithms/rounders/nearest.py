@@ -1,9 +1,10 @@
 """Round to nearest under the stored scales."""
+
 from __future__ import annotations
 
+from ...formats.tiles import encode_rows
 from ...numerics.scales import QParams
 from ..task import Rounded, Task
-from ...formats.tiles import encode_rows
 
 
 def round_codes(task: Task, qp: QParams) -> Rounded:

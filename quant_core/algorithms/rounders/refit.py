@@ -1,4 +1,5 @@
 """Least-squares scales for fixed codes under the Hessian, one group of columns after the other."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...formats.base import Format
+from ...formats.tiles import group_columns, row_slices, tile
 from ...numerics.scales import Granularity, QParams, ScaleDtype, block_view
 from ..task import Task
-from ...formats.tiles import group_columns, row_slices, tile
 
 
 def worth_refitting(fmt: Format) -> bool:
@@ -34,21 +35,22 @@ def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QPar
         part = task.work[:, cols]
         for rows in row_slices(fmt, part):
             task.poll()
-            current = tile(fmt, result, shape, rows, cols)       # views into `scale`, `zero`
+            current = tile(fmt, result, shape, rows, cols)  # views into `scale`, `zero`
             new, keep = _refit_block(task, current, part[rows], errors[rows], cols, added)
             current.scale.copy_(torch.where(keep, new.scale, current.scale))
     return result
 
 
-def _refit_block(task: Task, sub: QParams, original: Tensor, errors: Tensor, cols: slice,
-                 added: Tensor) -> tuple[QParams, Tensor]:
+def _refit_block(
+    task: Task, sub: QParams, original: Tensor, errors: Tensor, cols: slice, added: Tensor
+) -> tuple[QParams, Tensor]:
     """The new QParams of one group of columns and which blocks keep them, bool [NB, 1]; updates errors[:, cols]."""
     fmt, hessian = task.fmt, task.objective.hessian
     block = fmt.block(tuple(original.shape))
     own = errors[:, cols]
     rounded = (original - own).contiguous()
     codes = fmt.encode(rounded, sub)
-    pull = torch.addmm(own * added[cols], errors, hessian[:, cols])            # E H of these columns
+    pull = torch.addmm(own * added[cols], errors, hessian[:, cols])  # E H of these columns
     within = hessian[cols, cols]
     sums = lambda a, b: block_view(a * b, block).sum(dim=(1, 3))  # noqa: E731
 

@@ -1,4 +1,5 @@
 """How much memory a capture may take, and who gets it: decided from shapes alone, before anything is captured."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,11 +8,11 @@ from dataclasses import dataclass, replace
 from ...errors import RequestError
 from ..statistics.hessian import PANEL, HessianKind, Placement
 from ..statistics.histogram import BINS
-from ..statistics.staging import LARGEST_SLOTS
 from ..statistics.layer import StatisticsSettings
+from ..statistics.staging import LARGEST_SLOTS
 
 GIB = 2**30
-LEAST_STAGED, MOST_STAGED = 256, 8192      # the most is 30 steps of the default rows, prompt and negative
+LEAST_STAGED, MOST_STAGED = 256, 8192  # the most is 30 steps of the default rows, prompt and negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,10 @@ class BudgetPlan:
     def describe(self) -> str:
         """One sentence for the user."""
         parts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
-        return (f"Hessians: {parts}. Memory at most: {self.device_bytes / GIB:.2f} GiB on the device, "
-                f"{self.host_bytes / GIB:.2f} GiB of RAM, {self.disk_bytes / GIB:.2f} GiB on disk.")
+        return (
+            f"Hessians: {parts}. Memory at most: {self.device_bytes / GIB:.2f} GiB on the device, "
+            f"{self.host_bytes / GIB:.2f} GiB of RAM, {self.disk_bytes / GIB:.2f} GiB on disk."
+        )
 
 
 def fixed_bytes(in_features: int, settings: StatisticsSettings, kind: HessianKind = HessianKind.FULL) -> int:
@@ -93,27 +96,39 @@ def kept_bytes(decision: Decision, settings: StatisticsSettings) -> int:
     return hessian + decision.in_features * (4 + 8 + 8 + settings.reservoir_rows * 2) + BINS * 8
 
 
-def plan_budget(in_features: Mapping[str, int], budget: Budget = Budget(),
-                settings: StatisticsSettings = StatisticsSettings()) -> BudgetPlan:
+def plan_budget(
+    in_features: Mapping[str, int], budget: Budget = Budget(), settings: StatisticsSettings = StatisticsSettings()
+) -> BudgetPlan:
     """Narrow layers first, as most of them fit: on the device, else in RAM, else on disk, else a sketch, else the
     diagonal alone. in_features: K by layer. The scratch memory of one layer at work is counted once, for the widest.
 
     Raises RequestError when device_bytes does not hold even the small statistics of all layers.
     """
-    left = {Placement.DEVICE: budget.device_bytes, Placement.HOST: budget.host_bytes, Placement.DISK: budget.disk_bytes}
+    left = {
+        Placement.DEVICE: budget.device_bytes,
+        Placement.HOST: budget.host_bytes,
+        Placement.DISK: budget.disk_bytes,
+    }
     settings = _staging_that_fits(in_features, budget, settings)
     small = _small_bytes(in_features, budget, settings) + max(map(_scratch, in_features.values()), default=0)
     if small > budget.device_bytes:
-        raise RequestError(f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
-                           f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "
-                           "capture fewer layers.")
+        raise RequestError(
+            f"the calibration of {len(in_features)} layers needs {small} bytes on the device without any "
+            f"Hessian; the budget is {budget.device_bytes}. Raise it, keep fewer held-out rows, or "
+            "capture fewer layers."
+        )
     left[Placement.DEVICE] -= small
     decided: dict[str, Decision] = {}
     for layer, k in sorted(in_features.items(), key=lambda item: (item[1], item[0])):
         decided[layer] = _decide(layer, k, budget, settings, left)
     _stage_more(decided, settings.staged_rows, left)
-    return BudgetPlan(tuple(decided[layer] for layer in in_features), budget.device_bytes - left[Placement.DEVICE],
-                      budget.host_bytes - left[Placement.HOST], budget.disk_bytes - left[Placement.DISK], settings.staged_rows)
+    return BudgetPlan(
+        tuple(decided[layer] for layer in in_features),
+        budget.device_bytes - left[Placement.DEVICE],
+        budget.host_bytes - left[Placement.HOST],
+        budget.disk_bytes - left[Placement.DISK],
+        settings.staged_rows,
+    )
 
 
 def _stage_more(decided: dict[str, Decision], staged: int, left: dict[Placement, int]) -> None:
@@ -132,7 +147,9 @@ def _small_bytes(in_features: Mapping[str, int], budget: Budget, settings: Stati
     return sum(fixed_bytes(k, settings, kind) for k in in_features.values())
 
 
-def _staging_that_fits(in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings) -> StatisticsSettings:
+def _staging_that_fits(
+    in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings
+) -> StatisticsSettings:
     """Fewer rows wait where they would fill more than half of the device's budget, a Hessian there is worth more; or where the
     scratch memory would not fit beside them."""
     most = min(budget.device_bytes // 2, budget.device_bytes - max(map(_scratch, in_features.values()), default=0))
@@ -153,8 +170,10 @@ def _decide(layer: str, k: int, budget: Budget, settings: StatisticsSettings, le
         choices += [(HessianKind.FULL, place, k * k * 4) for place in Placement]
     if budget.hessians and budget.sketch and settings.sketch_size < k:
         # The sketch, the rows that wait, and both once more, stacked for a shrinking.
-        choices += [(HessianKind.SKETCH, place, 4 * settings.sketch_size * k * 4)
-                    for place in (Placement.DEVICE, Placement.HOST)]
+        choices += [
+            (HessianKind.SKETCH, place, 4 * settings.sketch_size * k * 4)
+            for place in (Placement.DEVICE, Placement.HOST)
+        ]
     for kind, place, nbytes in choices:
         if left[place] >= nbytes:
             left[place] -= nbytes

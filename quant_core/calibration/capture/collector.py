@@ -1,4 +1,5 @@
 """Watching a model while it samples: hooks on its linear layers, only for as long as a run lasts."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RequestError
-from .budget import BudgetPlan, kept_bytes
 from ..calibration import Calibration, ModelIdentity, RunRecord
 from ..statistics.hessian import HessianKind, Placement
-from .linear_layers import refuse_compiled
-from ..statistics.selection import Chosen, chunk_labels, select_rows
 from ..statistics.layer import LayerStatistics, StatisticsSettings
+from ..statistics.selection import Chosen, chunk_labels, select_rows
+from .budget import BudgetPlan, kept_bytes
+from .linear_layers import refuse_compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,13 @@ class Collector:
     Several devices: a layer's statistics stay where its first input was.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], plan: BudgetPlan,
-                 settings: CaptureSettings = CaptureSettings(), fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        plan: BudgetPlan,
+        settings: CaptureSettings = CaptureSettings(),
+        fingerprint: str = "",
+    ) -> None:
         self.modules = dict(modules)
         self.settings = replace(settings, statistics=replace(settings.statistics, staged_rows=plan.staged_rows))
         self._plan = plan
@@ -101,12 +107,23 @@ class Collector:
     def result(self) -> Calibration:
         """What was captured so far; the statistics are the collector's own, so take it when sampling is over."""
         ordered = {name: self._statistics[name] for name in self.modules if name in self._statistics}
-        return Calibration(self.model, ordered, tuple(self._runs), self.settings.seed, self.settings.statistics,
-                           self.settings.weighting_name)
+        return Calibration(
+            self.model,
+            ordered,
+            tuple(self._runs),
+            self.settings.seed,
+            self.settings.statistics,
+            self.settings.weighting_name,
+        )
 
     @contextlib.contextmanager
-    def capture(self, root: nn.Module, context: Callable[[], CallContext] | None = None, note: str = "",
-                loras: Sequence[str] = ()) -> Iterator[None]:
+    def capture(
+        self,
+        root: nn.Module,
+        context: Callable[[], CallContext] | None = None,
+        note: str = "",
+        loras: Sequence[str] = (),
+    ) -> Iterator[None]:
         """Watch one run. root: the module whose every call begins a new look (the diffusion model).
 
         context: asked at the beginning of every call of root; None counts each call as a step. On any exit, errors and
@@ -130,10 +147,10 @@ class Collector:
     def _begin_run(self, record: RunRecord) -> None:
         self._runs.append(record)
         self._context, self._call = None, -1
-        self._taken: dict[tuple[str, str], int] = {}                  # (layer, label) -> rows of this step
+        self._taken: dict[tuple[str, str], int] = {}  # (layer, label) -> rows of this step
         self._chosen: dict[tuple[object, ...], Chosen] = {}
         self._on_device: dict[tuple[object, ...], Tensor] = {}
-        self._steps: dict[int, dict[str, int]] = {}                   # step -> layer -> rows
+        self._steps: dict[int, dict[str, int]] = {}  # step -> layer -> rows
         self._sigmas: dict[int, float | Tensor] = {}
         self._labels: dict[str, int] = {}
 
@@ -161,6 +178,7 @@ class Collector:
             # Not inference tensors, for the sums live on; and no autocast, which would round the products to bf16.
             with torch.inference_mode(False), torch.no_grad(), _without_autocast(x.device.type):
                 self._look(name, x.detach())
+
         return before
 
     # ---- a layer's input ---------------------------------------------------------------------------------------
@@ -172,7 +190,7 @@ class Collector:
         rows = flat.shape[0]
         statistics = self._statistics_of(name, flat.device)
         stride = self.settings.absmax_stride if rows > ABSMAX_WHOLE else 1
-        statistics.see(flat if stride == 1 else flat[self._call % stride::stride])
+        statistics.see(flat if stride == 1 else flat[self._call % stride :: stride])
         if not rows:
             return
         chosen = self._rows_of(name, statistics.kind, rows, chunk_labels(x.shape, self._context.labels) or ("",))
@@ -205,8 +223,10 @@ class Collector:
             return 1.0
         weight = float(self.settings.weighting(self._context, label))
         if not 0.0 <= weight < float("inf"):
-            raise RequestError(f"the row weighting {self.settings.weighting_name!r} gave {weight} for step "
-                               f"{self._context.step}; a finite number >= 0 is needed.")
+            raise RequestError(
+                f"the row weighting {self.settings.weighting_name!r} gave {weight} for step "
+                f"{self._context.step}; a finite number >= 0 is needed."
+            )
         return weight
 
     def _moved(self, index: Tensor, device: torch.device) -> Tensor:
@@ -225,7 +245,14 @@ class Collector:
             if decision.staged_rows is not None:
                 settings = replace(settings, staged_rows=decision.staged_rows)
             self._statistics[name] = LayerStatistics(
-                decision.in_features, device, decision.kind, decision.placement or Placement.DEVICE, settings, folder, f"{len(self._statistics):05d}")
+                decision.in_features,
+                device,
+                decision.kind,
+                decision.placement or Placement.DEVICE,
+                settings,
+                folder,
+                f"{len(self._statistics):05d}",
+            )
         return self._statistics[name]
 
     def _disk_folder(self) -> Path:

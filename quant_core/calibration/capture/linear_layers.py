@@ -1,4 +1,5 @@
 """Finding a live model's linear layers, and refusing models whose layers cannot be watched."""
+
 from __future__ import annotations
 
 import re
@@ -18,8 +19,11 @@ def linear_layers(model: nn.Module, pattern: str | None = None) -> dict[str, nn.
     """
     refuse_compiled(model)
     wanted = re.compile(pattern) if pattern else None
-    found = {name: module for name, module in model.named_modules()
-             if name and _is_linear(module) and (wanted is None or wanted.search(name))}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and _is_linear(module) and (wanted is None or wanted.search(name))
+    }
     if not found:
         what = f" whose name matches {pattern!r}" if pattern else ""
         raise RequestError(f"{type(model).__name__} has no linear layer{what}. Check the model and the pattern.")
@@ -32,8 +36,9 @@ def named_linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.
     names = list(names)
     missing = [name for name in names if name not in known]
     if missing:
-        raise RequestError(f"{type(model).__name__} has no linear layer called {some_of(missing)}. "
-                           f"It has {some_of(list(known))}.")
+        raise RequestError(
+            f"{type(model).__name__} has no linear layer called {some_of(missing)}. It has {some_of(list(known))}."
+        )
     return {name: known[name] for name in names}
 
 
@@ -44,8 +49,10 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
-            raise RequestError(f"{name or type(model).__name__}: the model is compiled (torch.compile), so its layers' "
-                               "inputs cannot be watched. Remove the compile node while calibrating.")
+            raise RequestError(
+                f"{name or type(model).__name__}: the model is compiled (torch.compile), so its layers' "
+                "inputs cannot be watched. Remove the compile node while calibrating."
+            )
 
 
 def _is_linear(module: nn.Module) -> bool:

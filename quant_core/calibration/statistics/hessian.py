@@ -2,6 +2,7 @@
 
 All hold the plain weighted sum over rows, so that merging is adding; evidence.py divides by the weight.
 """
+
 from __future__ import annotations
 
 from enum import Enum
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...cancel import poll
 from ...errors import RequestError
 
-PANEL = 1024          # rows of X^T X made at a time: it bounds the scratch memory, and spares most of the lower half
+PANEL = 1024  # rows of X^T X made at a time: it bounds the scratch memory, and spares most of the lower half
 
 # mm with a float32 result from 16-bit factors came with torch 2.8; the products are exact, the sums float32.
 _HAS_WIDE_RESULT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -41,8 +42,8 @@ def add_gram(total: Tensor, x: Tensor, weight: float) -> None:
     wide = _tensor_cores_keep_it_exact(x)
     rows = x if wide else x.to(torch.float32)
     for start in range(0, x.shape[1], PANEL):
-        panel, right = rows[:, start:start + PANEL].T, rows[:, start:]
-        out = total[start:start + PANEL, start:]
+        panel, right = rows[:, start : start + PANEL].T, rows[:, start:]
+        out = total[start : start + PANEL, start:]
         if out.device != x.device:
             product = torch.mm(panel, right, out_dtype=torch.float32) if wide else panel @ right
             out.add_(_fetched(product, out.device), alpha=weight)
@@ -56,7 +57,9 @@ def _fetched(product: Tensor, device: torch.device) -> Tensor:
     """On `device`; from a GPU through page-locked memory, which takes a fraction of the time."""
     if not product.is_cuda or device.type != "cpu":
         return product.to(device)
-    landing = torch.empty(product.shape, dtype=product.dtype, pin_memory=True)      # torch keeps such blocks for the next time
+    landing = torch.empty(
+        product.shape, dtype=product.dtype, pin_memory=True
+    )  # torch keeps such blocks for the next time
     return landing.copy_(product)
 
 
@@ -65,13 +68,15 @@ def _tensor_cores_keep_it_exact(x: Tensor) -> bool:
     if not x.is_cuda or not _HAS_WIDE_RESULT:
         return False
     # ComfyUI's --fast fp16_accumulation sums fp16 products in fp16.
-    return x.dtype is torch.bfloat16 or (x.dtype is torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation)
+    return x.dtype is torch.bfloat16 or (
+        x.dtype is torch.float16 and not torch.backends.cuda.matmul.allow_fp16_accumulation
+    )
 
 
 def mirror(total: Tensor) -> None:
     """Write what add_gram made right of the diagonal panels below them, in place."""
     for start in range(0, len(total), PANEL):
-        total[start + PANEL:, start:start + PANEL] = total[start:start + PANEL, start + PANEL:].T
+        total[start + PANEL :, start : start + PANEL] = total[start : start + PANEL, start + PANEL :].T
 
 
 class FullHessian:
@@ -82,13 +87,19 @@ class FullHessian:
 
     kind = HessianKind.FULL
 
-    def __init__(self, in_features: int, device: torch.device | str, placement: Placement = Placement.DEVICE,
-                 folder: Path | None = None, name: str = "hessian") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str,
+        placement: Placement = Placement.DEVICE,
+        folder: Path | None = None,
+        name: str = "hessian",
+    ) -> None:
         self._mirrored = True
         if placement is Placement.DISK:
             if folder is None:
                 raise ValueError("a Hessian on disk needs a folder")
-            flat = torch.from_file(str(folder / f"{name}.bin"), shared=True, size=in_features ** 2, dtype=torch.float32)
+            flat = torch.from_file(str(folder / f"{name}.bin"), shared=True, size=in_features**2, dtype=torch.float32)
             self._sum = flat.view(in_features, in_features)
         else:
             where = device if placement is Placement.DEVICE else "cpu"
@@ -106,7 +117,7 @@ class FullHessian:
             self._mirrored = True
         return self._sum
 
-    def merge(self, other: "FullHessian") -> None:
+    def merge(self, other: FullHessian) -> None:
         self._sum.add_(other._sum.to(self._sum.device))
         self._mirrored = self._mirrored and other._mirrored
 
@@ -139,7 +150,7 @@ class SketchHessian:
         """x: [n, K], finite."""
         size = len(self.rows)
         for piece in x.split(size):
-            self._waiting.append(piece.to(self.rows.device, torch.float32) * weight ** 0.5)
+            self._waiting.append(piece.to(self.rows.device, torch.float32) * weight**0.5)
             self._waiting_rows += len(piece)
             if self._waiting_rows >= size:
                 self.flush()
@@ -171,10 +182,12 @@ class SketchHessian:
         gram.diagonal().add_(missing)
         return gram
 
-    def merge(self, other: "SketchHessian") -> None:
+    def merge(self, other: SketchHessian) -> None:
         if other.rows.shape != self.rows.shape:
-            raise RequestError(f"sketches of {len(self.rows)} and {len(other.rows)} rows cannot be merged. "
-                               "Capture both with the same sketch size.")
+            raise RequestError(
+                f"sketches of {len(self.rows)} and {len(other.rows)} rows cannot be merged. "
+                "Capture both with the same sketch size."
+            )
         self.flush()
         other.flush()
         self.add(other.rows, 1.0)
@@ -183,7 +196,10 @@ class SketchHessian:
 
     def tensors(self) -> dict[str, Tensor]:
         self.flush()
-        return {"hessian_sketch": self.rows, "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64, device="cpu")}
+        return {
+            "hessian_sketch": self.rows,
+            "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64, device="cpu"),
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of tensors()."""
@@ -197,8 +213,8 @@ def pack_triangle(h: Tensor) -> Tensor:
     packed = torch.empty(size * (size + 1) // 2, dtype=h.dtype, device="cpu")
     for start in range(0, size, PANEL):
         poll()
-        for i, row in enumerate(h[start:start + PANEL].cpu(), start):
-            packed[at:at + size - i] = row[i:]
+        for i, row in enumerate(h[start : start + PANEL].cpu(), start):
+            packed[at : at + size - i] = row[i:]
             at += size - i
     return packed
 
@@ -207,9 +223,9 @@ def unpack_triangle(packed: Tensor, out: Tensor) -> None:
     """The inverse of pack_triangle, into out [K, K]."""
     size, at = len(out), 0
     for i in range(size):
-        out[i, i:] = packed[at:at + size - i].to(out.device)
+        out[i, i:] = packed[at : at + size - i].to(out.device)
         at += size - i
     for start in range(0, size, PANEL):
-        block = out[start:start + PANEL, start:start + PANEL]
+        block = out[start : start + PANEL, start : start + PANEL]
         block.copy_(block.triu() + block.triu(1).T)
     mirror(out)

@@ -1,4 +1,5 @@
 """Percentiles of |x| from a histogram with fixed edges: merging two is adding their counts."""
+
 from __future__ import annotations
 
 import torch
@@ -26,7 +27,9 @@ def count_into(histogram: Tensor, x: Tensor) -> None:
 
     Magnitudes below 2**-40, zeros included, fall into the first bin; those of 2**24 and more into the last.
     """
-    bins = ((x.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT).clamp_(_FIRST_BIN, _FIRST_BIN + BINS - 1)
+    bins = ((x.reshape(-1).contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT).clamp_(
+        _FIRST_BIN, _FIRST_BIN + BINS - 1
+    )
     if x.device.type in ("cpu", "mps"):
         histogram += torch.bincount(bins - _FIRST_BIN, minlength=BINS)
     else:  # bincount would wait for the largest value; histc counts in shared memory, integers exactly

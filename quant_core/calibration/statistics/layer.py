@@ -3,6 +3,7 @@
 Nothing here waits for the GPU, except a Hessian that lies elsewhere (hessian.py says which). A call costs two small
 kernels: the rest waits until enough rows have come together (staging.py).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -54,9 +55,16 @@ class LayerStatistics:
     `labels` counts sampled rows by label ("cond", "uncond"). Staged rows show in none of them before `flush`.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str, kind: HessianKind = HessianKind.FULL,
-                 placement: Placement = Placement.DEVICE, settings: StatisticsSettings = StatisticsSettings(),
-                 folder: Path | None = None, name: str = "hessian") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str,
+        kind: HessianKind = HessianKind.FULL,
+        placement: Placement = Placement.DEVICE,
+        settings: StatisticsSettings = StatisticsSettings(),
+        folder: Path | None = None,
+        name: str = "hessian",
+    ) -> None:
         self.in_features, self.settings, self.kind = in_features, settings, kind
         self.device = torch.device(device)
         # Sums of thousands of calls; MPS has no float64.
@@ -119,11 +127,15 @@ class LayerStatistics:
         counts = torch.tensor([part.count for part in parts], device="cpu")
         is_held = torch.tensor([part.keys is not None for part in parts], device="cpu").repeat_interleave(counts)
         held, keys = is_held.nonzero().flatten(), [part.keys for part in parts if part.keys is not None]
-        entering, slots = self.reservoir.choose(torch.cat(keys)) if keys and self.reservoir.size else (held[:0], held[:0])
+        entering, slots = (
+            self.reservoir.choose(torch.cat(keys)) if keys and self.reservoir.size else (held[:0], held[:0])
+        )
         counted = self._even_choice((~is_held).nonzero().flatten())
         # One transfer for all the indices, as each costs as much as a kernel.
         pieces = [held, held[entering], slots, counted]
-        held, kept, slots, counted = torch.cat(pieces).to(self.device, non_blocking=True).split([len(piece) for piece in pieces])
+        held, kept, slots, counted = (
+            torch.cat(pieces).to(self.device, non_blocking=True).split([len(piece) for piece in pieces])
+        )
         if len(slots):
             self.reservoir.place(rows[kept], slots)
         weights = {part.weight for part in parts if part.keys is None}
@@ -132,7 +144,9 @@ class LayerStatistics:
             return
         split = list(zip(parts, rows.split([part.count for part in parts])))
         for weight in sorted(weights):
-            self._work_in_all(torch.cat([piece for part, piece in split if part.keys is None and part.weight == weight]), weight)
+            self._work_in_all(
+                torch.cat([piece for part, piece in split if part.keys is None and part.weight == weight]), weight
+            )
 
     def add(self, x: Tensor, weight: float = 1.0, label: str = "") -> None:
         """Sampled rows into everything but the absmax and the reservoir, at once. x: [n, K]."""
@@ -141,11 +155,13 @@ class LayerStatistics:
             self._work_in_all(x.to(self.device, copy=True), weight)
 
     def _work_in_all(self, x: Tensor, weight: float) -> None:
-        self._work_in(x, weight, self._even_choice(torch.arange(len(x), device="cpu")).to(self.device, non_blocking=True))
+        self._work_in(
+            x, weight, self._even_choice(torch.arange(len(x), device="cpu")).to(self.device, non_blocking=True)
+        )
 
     def _even_choice(self, rows: Tensor) -> Tensor:
         """Of these row numbers, those that the histogram counts."""
-        return rows[::max(1, len(rows) // self.settings.histogram_rows)][:self.settings.histogram_rows]
+        return rows[:: max(1, len(rows) // self.settings.histogram_rows)][: self.settings.histogram_rows]
 
     def _work_in(self, x: Tensor, weight: float, counted: Tensor, held: Tensor | None = None) -> None:
         """x: [n, K], n > 0, overwritten: rows that do not count become zero. counted: rows for the histogram; held: rows to
@@ -195,11 +211,13 @@ class LayerStatistics:
             return self.hessian.total(self.square_sum)
         return None if self.hessian is None else self.hessian.total()
 
-    def merge(self, other: "LayerStatistics", layer: str) -> None:
+    def merge(self, other: LayerStatistics, layer: str) -> None:
         """Add another capture of the same layer. layer: for messages. RequestError when kinds or widths differ."""
         if other.in_features != self.in_features:
-            raise RequestError(f"{layer}: in_features is {self.in_features} in one calibration and "
-                               f"{other.in_features} in the other. They belong to different models.")
+            raise RequestError(
+                f"{layer}: in_features is {self.in_features} in one calibration and "
+                f"{other.in_features} in the other. They belong to different models."
+            )
         require_same_kind(layer, self.kind, other.kind)
         self.flush()
         other.flush()
@@ -207,7 +225,10 @@ class LayerStatistics:
         for label, rows in other.labels.items():
             self.labels[label] = self.labels.get(label, 0) + rows
         self._largest.replace(torch.maximum(self.absmax, other.absmax.to(self.device)))
-        self._offered, self._offered_weight = self._offered + other._offered, self._offered_weight + other._offered_weight
+        self._offered, self._offered_weight = (
+            self._offered + other._offered,
+            self._offered_weight + other._offered_weight,
+        )
         for field in ("sum", "square_sum", "nonfinite", "histogram", "_lost_weight"):
             getattr(self, field).add_(getattr(other, field).to(self.device))
         if self.reservoir.size and other.reservoir.size:
@@ -236,5 +257,7 @@ class LayerStatistics:
 def require_same_kind(layer: str, one: HessianKind, other: HessianKind) -> None:
     """RequestError when two captures of a layer keep different things."""
     if one is not other:
-        raise RequestError(f"{layer}: one calibration holds a {one.value} Hessian, the other a {other.value} one. "
-                           "Capture both with the same memory budget.")
+        raise RequestError(
+            f"{layer}: one calibration holds a {one.value} Hessian, the other a {other.value} one. "
+            "Capture both with the same memory budget."
+        )

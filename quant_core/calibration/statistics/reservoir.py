@@ -3,6 +3,7 @@
 Every offered row draws a key -E / weight with E exponential (Efraimidis and Spirakis, 2006), and the rows with the
 largest keys stay. Which rows these are depends on the draws alone, so merging is: keep the largest keys of both.
 """
+
 from __future__ import annotations
 
 import torch
@@ -27,7 +28,9 @@ class Reservoir:
         """x: [n, K]. index: int64 [m] on the CPU, the rows of x on offer; keys: float32 [m] on the CPU."""
         entering, slots = self.choose(keys)
         if len(entering):
-            self.place(x[index[entering].to(x.device, non_blocking=True)], slots.to(self.rows.device, non_blocking=True))
+            self.place(
+                x[index[entering].to(x.device, non_blocking=True)], slots.to(self.rows.device, non_blocking=True)
+            )
 
     def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the offered rows enter, where), int64 on the CPU; `place` must follow. keys: float32 [m] on the CPU."""
@@ -44,7 +47,7 @@ class Reservoir:
         """rows: [e, K]; slots: int64 [e] on the reservoir's device."""
         self.rows[slots] = rows.to(self.rows.device, torch.bfloat16)
 
-    def merge(self, other: "Reservoir") -> None:
+    def merge(self, other: Reservoir) -> None:
         """Keep the rows with the largest keys of both."""
         self.offer(other.rows, torch.arange(other.size, device="cpu"), other.keys)
 

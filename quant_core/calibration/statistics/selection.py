@@ -1,4 +1,5 @@
 """Which rows of a call are looked at: seeded, balanced over the call's chunks, the same for every layer."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -52,11 +53,15 @@ def select_rows(rows: int, chunks: Sequence[tuple[str, float, int]], holdout: fl
     size = rows // len(chunks)
     fitted, held = [], []
     for number, (label, weight, most) in enumerate(chunks):
-        order = torch.randperm(size, generator=generator, device="cpu")[:most if weight > 0 else 0] + number * size
+        order = torch.randperm(size, generator=generator, device="cpu")[: most if weight > 0 else 0] + number * size
         count = int(len(order) * holdout + float(torch.rand((), generator=generator, device="cpu")))
         # In rising order the rows of one picture lie together: sorted reads are kinder to memory.
         fitted.append((order[count:].sort().values, Part(label, weight, len(order) - count)))
-        held.append((order[:count], Part(label, weight, count, draw_keys(count, weight, generator) if count else None)))
+        held.append(
+            (order[:count], Part(label, weight, count, draw_keys(count, weight, generator) if count else None))
+        )
     taken = [(index, part) for index, part in fitted + held if part.count]
-    return Chosen(torch.cat([index for index, _ in taken]) if taken else torch.empty(0, dtype=torch.int64, device="cpu"),
-                  tuple(part for _, part in taken))
+    return Chosen(
+        torch.cat([index for index, _ in taken]) if taken else torch.empty(0, dtype=torch.int64, device="cpu"),
+        tuple(part for _, part in taken),
+    )

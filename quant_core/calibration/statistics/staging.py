@@ -1,4 +1,5 @@
 """What waits to be worked into a layer's statistics: at a few rows a call it is launches that cost, not arithmetic."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,11 +27,11 @@ class StagedRows:
 
     def put(self, x: Tensor, index: Tensor, parts: Sequence[Part]) -> None:
         """One kernel. x: [n, K]; index: int64 on x's device, rows of x; parts: what they are, in their order."""
-        count = index.numel()       # not len(), which is slow for a tensor: this runs at every call of every layer
+        count = index.numel()  # not len(), which is slow for a tensor: this runs at every call of every layer
         if self.rows is None:
             self._capacity = max(self._size, count)
             self.rows = torch.empty(self._capacity, self._in_features, dtype=x.dtype, device=self._device)
-        target = self.rows[self._fill:self._fill + count]
+        target = self.rows[self._fill : self._fill + count]
         if x.device == self._device:
             torch.index_select(x, 0, index, out=target)
         else:
@@ -40,7 +41,7 @@ class StagedRows:
 
     def take(self) -> tuple[Tensor, list[Part]]:
         """(rows [n, K], what they are): the caller's own from now on."""
-        rows, parts = self.rows[:self._fill], self._parts
+        rows, parts = self.rows[: self._fill], self._parts
         self.rows, self._parts, self._fill = None, [], 0
         return rows, parts
 
@@ -69,7 +70,7 @@ class LargestValues:
     def total(self) -> Tensor:
         """float32 [K]: the accumulator itself."""
         if self._slots is not None:
-            known = self._slots[:self._fill].to(torch.float32).nan_to_num_(nan=0.0, posinf=torch.inf)
+            known = self._slots[: self._fill].to(torch.float32).nan_to_num_(nan=0.0, posinf=torch.inf)
             torch.maximum(self._total, known.amax(dim=0), out=self._total)
             self._slots, self._fill = None, 0
         return self._total

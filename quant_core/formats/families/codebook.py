@@ -1,4 +1,5 @@
 """bitsandbytes-type formats: 4-bit codes into a codebook, one float32 absmax per group of input channels."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Format
-from ..records import TensorSpec
 from ...numerics.packing import pack_nibbles, unpack_nibbles
 from ...numerics.ranks import look_up
 from ...numerics.scales import QParams
+from ..base import Format
+from ..records import TensorSpec
 
-_SMALLEST_DIVISOR = 1e-38      # as bitsandbytes divides: blocks of zeros and of subnormals stay finite
-DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
+_SMALLEST_DIVISOR = 1e-38  # as bitsandbytes divides: blocks of zeros and of subnormals stay finite
+DTYPE_NAMES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,20 @@ class CodebookFormat(Format):
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
-        return (TensorSpec("weight", torch.uint8, (n, k // 2)),
-                TensorSpec("weight_scale", torch.float32, self.scale_grid(shape)),
-                TensorSpec("weight_codebook", torch.float32, (16,)))
+        return (
+            TensorSpec("weight", torch.uint8, (n, k // 2)),
+            TensorSpec("weight_scale", torch.float32, self.scale_grid(shape)),
+            TensorSpec("weight_codebook", torch.float32, (16,)),
+        )
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-        return {**super().config(shape, dtype), "group_size": self.group_size, "quant_type": self.quant_type,
-                "dtype": DTYPE_NAMES.get(dtype, "float32"), "shape": list(shape)}
+        return {
+            **super().config(shape, dtype),
+            "group_size": self.group_size,
+            "quant_type": self.quant_type,
+            "dtype": DTYPE_NAMES.get(dtype, "float32"),
+            "shape": list(shape),
+        }
 
     def codebook(self, device: torch.device | str = "cpu") -> Tensor:
         """float32 [16], in code order."""
@@ -49,13 +62,20 @@ class CodebookFormat(Format):
         return view * divisor.reciprocal()
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {"weight": pack_nibbles(codes, high_first=True), "weight_scale": qp.scale.contiguous(),
-                "weight_codebook": self.codebook(codes.device)}
+        return {
+            "weight": pack_nibbles(codes, high_first=True),
+            "weight_scale": qp.scale.contiguous(),
+            "weight_codebook": self.codebook(codes.device),
+        }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
-        return (unpack_nibbles(tensors["weight"], high_first=True),
-                QParams(tensors["weight_scale"].to(torch.float32).reshape(self.scale_grid(shape)),
-                        codebook=tensors["weight_codebook"].to(torch.float32)))
+        return (
+            unpack_nibbles(tensors["weight"], high_first=True),
+            QParams(
+                tensors["weight_scale"].to(torch.float32).reshape(self.scale_grid(shape)),
+                codebook=tensors["weight_codebook"].to(torch.float32),
+            ),
+        )
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
         """As the base; a codebook read from a file is used, not assumed."""

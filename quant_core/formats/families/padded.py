@@ -1,4 +1,5 @@
 """Formats of the block-scaled matrix units (NVFP4, MXFP8): padded weights, swizzled scales, zero-scale blocks."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ class PaddedBlockFormat(Format):
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         config = super().config(shape, dtype)
         if self.work_shape(shape) != tuple(shape):
-            config["orig_shape"] = list(shape)       # ComfyUI takes it from the module; a reader of the file cannot
+            config["orig_shape"] = list(shape)  # ComfyUI takes it from the module; a reader of the file cannot
         return config
 
     def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
-        return replace(self)                          # the block size is fixed; a recorded group_size changes nothing
+        return replace(self)  # the block size is fixed; a recorded group_size changes nothing
 
     def _to_units(self, view: Tensor, scale: Tensor) -> Tensor:
         empty = scale == 0

@@ -1,4 +1,5 @@
 """Formats stored as one code per weight (no packing, no padding) beside one tensor of scales."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics.scales import Granularity, QParams
 from ..base import Format
 from ..records import TensorSpec
-from ...numerics.scales import Granularity, QParams
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class PlainFormat(Format):
 
     def _stored_scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         rows, cols = self.scale_grid(shape)
-        return {"scalar": (), "vector": (rows,), "column": (rows, 1), "grid": (rows, cols),
-                "grid3d": (rows, cols, 1)}[self.scale_rank]
+        return {"scalar": (), "vector": (rows,), "column": (rows, 1), "grid": (rows, cols), "grid3d": (rows, cols, 1)}[
+            self.scale_rank
+        ]
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        specs = (TensorSpec("weight", self.element.dtype, tuple(shape)),
-                 TensorSpec("weight_scale", torch.float32, self._stored_scale_shape(shape)))
+        specs = (
+            TensorSpec("weight", self.element.dtype, tuple(shape)),
+            TensorSpec("weight_scale", torch.float32, self._stored_scale_shape(shape)),
+        )
         return specs + ((TensorSpec("input_scale", torch.float32, ()),) if self.unit_input_scale else ())
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -56,7 +60,7 @@ class PlainFormat(Format):
         scale = tensors["weight_scale"].to(torch.float32)
         return tensors["weight"], QParams(scale.reshape(self.scale_grid(shape)))
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> "Format | None":
+    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
         fmt = super().accepts(config, shapes)
         weight, scale = shapes["weight"], shapes.get("weight_scale")
         if scale is None or len(weight) != 2:

@@ -4,20 +4,20 @@ Each recorded call of the model runs twice, side by side and layer by layer (loc
 layers that are quantized so far. So each layer gets its inputs before and after, for the price of two calls of the model
 per recorded one, and never more than one layer's decoded weight beside the model.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ...algorithms.asymmetric import LEAST_GROUPS, InputPairs
 from ...errors import RequestError, counted
 from ...numerics.footprint import following_bytes, needed_bytes
-from .lockstep import Lockstep, Stop, Visits, visits
 from ..plan import LayerPlan
+from .lockstep import Lockstep, Stop, Visits, visits
 
 _ENOUGH_ROWS, _ENOUGH_CALLS, _MOST_CALLS = 1 << 15, 8, 64
 _INPUTS_HELD = 4
@@ -39,9 +39,11 @@ class LiveModel:
     def __post_init__(self) -> None:
         groups = len(set(self.groups or range(len(self.calls))))
         if groups < LEAST_GROUPS:
-            raise RequestError(f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of twenty; the "
-                               f"calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, with `calls` of "
-                               f"{_MOST_CALLS}, or quantize without a model.")
+            raise RequestError(
+                f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of twenty; the "
+                f"calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, with `calls` of "
+                f"{_MOST_CALLS}, or quantize without a model."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,15 @@ class InOrder:
     calls: how many of the recorded ones are used.
     """
 
-    def __init__(self, jobs: Sequence[LayerPlan], by_name: Mapping[str, LayerPlan], stops: Iterator[Stop], lockstep: Lockstep,
-                 calls: int, groups: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[LayerPlan],
+        by_name: Mapping[str, LayerPlan],
+        stops: Iterator[Stop],
+        lockstep: Lockstep,
+        calls: int,
+        groups: Sequence[int] = (),
+    ) -> None:
         self.calls = calls
         self._groups = groups or range(calls)
         self._jobs, self._by_name, self._stops, self._lockstep = jobs, by_name, stops, lockstep
@@ -79,8 +88,11 @@ class InOrder:
                 yield OrderedJob(job, None)
 
     def _pairs(self, stop: Stop) -> InputPairs:
-        found = [(stop.inputs[call], stop.inputs[self.calls + call], self._groups[call]) for call in range(self.calls)
-                 if call in stop.inputs and self.calls + call in stop.inputs]
+        found = [
+            (stop.inputs[call], stop.inputs[self.calls + call], self._groups[call])
+            for call in range(self.calls)
+            if call in stop.inputs and self.calls + call in stop.inputs
+        ]
         found = [(x, y, group) for x, y, group in found if x.shape == y.shape and x.numel()]
         return InputPairs([x for x, _, _ in found], [y for _, y, _ in found], [group for _, _, group in found])
 
@@ -88,8 +100,11 @@ class InOrder:
         """What readers decode of the quantized layer: weight [N, K] and its bias [N]."""
         if self._inputs is not None:
             like = self._inputs
-            self._lockstep.replace(self._names[layer], weight.to(like.device, like.dtype),
-                                   None if bias is None else bias.to(like.device, like.dtype))
+            self._lockstep.replace(
+                self._names[layer],
+                weight.to(like.device, like.dtype),
+                None if bias is None else bias.to(like.device, like.dtype),
+            )
 
 
 @contextmanager
@@ -100,18 +115,22 @@ def in_order(jobs: Sequence[LayerPlan], name_of: Callable[[str], str | None], li
         name = name_of(job.layer)
         module = live.modules.get(name)
         if module is None or name in by_name or (module.out_features, module.in_features) != job.shape:
-            raise RequestError(f"{job.layer}: the model has no layer of this name and of shape {list(job.shape)}. Connect the model that "
-                               "ComfyUI loads from this very file, or quantize without a model.")
+            raise RequestError(
+                f"{job.layer}: the model has no layer of this name and of shape {list(job.shape)}. Connect the model that "
+                "ComfyUI loads from this very file, or quantize without a model."
+            )
         by_name[name] = job
     modules = {name: live.modules[name] for name in by_name}
     visited = visits(modules, live.calls[0])
     if not visited.order:
         raise RequestError("the recorded calls use none of the layers to be quantized. Capture this model again.")
-    used = spread(live.groups or range(len(live.calls)))[:live.most_calls or enough_calls(visited, len(live.calls))]
+    used = spread(live.groups or range(len(live.calls)))[: live.most_calls or enough_calls(visited, len(live.calls))]
     calls = [live.calls[number] for number in used]
     lockstep = Lockstep(modules, [*calls, *calls], frozenset(range(len(calls), 2 * len(calls))), visited)
     with lockstep.stops() as stops:
-        yield InOrder(jobs, by_name, stops, lockstep, len(calls), [live.groups[number] for number in used] if live.groups else ())
+        yield InOrder(
+            jobs, by_name, stops, lockstep, len(calls), [live.groups[number] for number in used] if live.groups else ()
+        )
 
 
 def spread(groups: Sequence[int]) -> list[int]:
@@ -149,4 +168,3 @@ def room(live: LiveModel, most_bytes: int) -> Room:
     fitting = max(_ENOUGH_CALLS, (most_bytes - layer) // max(1, waiting))
     calls = min(enough_calls(visited, len(live.calls)), fitting)
     return Room(calls, calls * waiting + layer)
-

@@ -5,6 +5,7 @@ the same thread. Threads would do too, but each would take a cuBLAS handle for t
 64 MB, and a workspace of 32 MB). Where calls wait, their activations stay alive: about a hundred megabytes per call of a
 large model.
 """
+
 from __future__ import annotations
 
 import contextvars
@@ -80,7 +81,9 @@ def visits(modules: Mapping[str, nn.Module], call: Callable[[], None]) -> Visits
 
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hook = module.register_forward_pre_hook(lambda _, args, kwargs, name=name: look(name, _input(args, kwargs)), with_kwargs=True)
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: look(name, _input(args, kwargs)), with_kwargs=True
+            )
             hooks.callback(hook.remove)
         with torch.inference_mode():
             call()
@@ -92,8 +95,13 @@ class Lockstep:
     calls for which `replace` puts another weight in place; the others run the model as it is. visited: of the same modules.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], calls: Sequence[Callable[[], None]], quantized: frozenset[int],
-                 visited: Visits) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        calls: Sequence[Callable[[], None]],
+        quantized: frozenset[int],
+        visited: Visits,
+    ) -> None:
         self._modules, self._runs = modules, calls
         self._quantized, self._visited = quantized, visited
         self._rank = {name: rank for rank, name in enumerate(visited.order)}
@@ -148,12 +156,13 @@ class Lockstep:
     def _go_on(self, call: _Call) -> None:
         """Until it waits again, or ends; an error in it is raised here."""
         from greenlet import getcurrent
+
         call.stack.parent = getcurrent()
         before = _autocast()
         _set_autocast(call.autocast or before)
         self._running = call
         try:
-            with torch.inference_mode():      # entered here and not in the call, because calls end in any order
+            with torch.inference_mode():  # entered here and not in the call, because calls end in any order
                 try:
                     call.stack.switch()
                 finally:
@@ -164,6 +173,7 @@ class Lockstep:
 
     def _leave(self) -> None:
         from greenlet import getcurrent
+
         self._leaving = True
         for call in self._calls:
             call.stack.parent = getcurrent()
@@ -183,16 +193,21 @@ class Lockstep:
                 return
             if name in self._passed:
                 if call.number in self._quantized and name not in self._replaced and name not in self._visited.again:
-                    raise RequestError(f"{name}: some calls of the model use this layer more often, or later, than others, so it "
-                                       "cannot be quantized in order. Quantize without a model.")
+                    raise RequestError(
+                        f"{name}: some calls of the model use this layer more often, or later, than others, so it "
+                        "cannot be quantized in order. Quantize without a model."
+                    )
                 return
             if name not in self._rank:
-                raise RequestError(f"{name}: only some calls of the model use this layer, so it cannot be quantized in order. "
-                                   "Quantize without a model.")
+                raise RequestError(
+                    f"{name}: only some calls of the model use this layer, so it cannot be quantized in order. "
+                    "Quantize without a model."
+                )
             call.layer, call.input = name, _input(args, kwargs).detach()
             call.stack.parent.switch()
             if self._leaving:
                 raise _Left
+
         return before
 
     def _answer(self, name: str) -> Callable[[nn.Module, tuple, dict, Tensor], Tensor | None]:
@@ -201,6 +216,7 @@ class Lockstep:
             if call is None or call.number not in self._quantized or found is None:
                 return None
             return torch.nn.functional.linear(_input(args, kwargs), found.weight, found.bias)
+
         return after
 
 
@@ -208,14 +224,18 @@ def _greenlet() -> Any:
     try:
         from greenlet import greenlet
     except ImportError as err:
-        raise RequestError("quantizing in order needs the Python package greenlet, which is missing. Install the pack's "
-                           "requirements.txt again, or quantize without a model.") from err
+        raise RequestError(
+            "quantizing in order needs the Python package greenlet, which is missing. Install the pack's "
+            "requirements.txt again, or quantize without a model."
+        ) from err
     return greenlet
 
 
 def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
     """The one state of torch that a model may change around its layers and that does not go with a greenlet."""
-    return tuple((device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda"))
+    return tuple(
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    )
 
 
 def _set_autocast(state: tuple[tuple[str, bool, torch.dtype], ...]) -> None:
