@@ -166,5 +166,5 @@ def test_every_json_field_is_documented(command, tmp_path, capsys):
 
 def test_finding_codes_are_documented():
     source = (ROOT / "quant_core" / "pipeline" / "verify.py").read_text(encoding="utf-8")
-    codes = set(re.findall(r'(?:Finding|problem)\("([a-z-]+)"', source))
+    codes = set(re.findall(r'(?:Finding|problem)\(\s*"([a-z-]+)"', source))
     assert len(codes) > 10 and {code for code in codes if f"`{code}`" not in JSON_DOC} == set()
