@@ -1,4 +1,4 @@
-"""The README cannot rot: its commands are run, what they print is compared, its tables are those of the registry."""
+"""The pages cannot rot: commands are run, what they print is compared, tables are those of the registry."""
 
 import argparse
 import json
@@ -20,7 +20,11 @@ from comfyui_quantpress.quant_core.formats.base import all_formats
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS_DOC = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 JSON_DOC = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+# Every page about the program. Their console blocks are run one after the other in one folder, the README's first.
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 FORMATS = all_formats()
 
 
@@ -36,7 +40,7 @@ def console_steps(text: str) -> list[tuple[list[str], str]]:
     return steps
 
 
-STEPS = console_steps(README)
+STEPS = [step for text in PAGES.values() for step in console_steps(text)]
 COMMANDS = build_parser()._subparsers._group_actions[0].choices
 
 
@@ -58,7 +62,13 @@ def test_shape_of_tells_words_apart_and_not_numbers():
 
 
 def test_every_command_has_an_example():
-    assert {args[0] for args, _ in STEPS} == set(COMMANDS)
+    assert {args[0] for args, _ in console_steps(COMMANDS_DOC)} == set(COMMANDS)
+
+
+def test_the_readme_comes_to_comfyui_within_its_first_60_lines():
+    lines = README.splitlines()
+    assert lines.index("## In ComfyUI") < 60
+    assert len(lines) <= 150
 
 
 def capture_calibration(path: Path) -> None:
@@ -72,7 +82,7 @@ def capture_calibration(path: Path) -> None:
     save_calibration(collector.result(), path)
 
 
-def test_the_examples_print_what_the_readme_shows(tmp_path, monkeypatch, capsys):
+def test_the_examples_print_what_the_pages_show(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "assets" / "tiny_mmdit_256.safetensors", tmp_path / "model.safetensors")
     capture_calibration(tmp_path / "calibration.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -95,7 +105,7 @@ def test_options_and_commands_named_in_the_text_exist():
         known |= set(parser._option_string_actions)
         for action in parser._actions:  # `merge` has commands of its own
             parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + JSON_DOC))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(PAGES.values())))
     assert {"--format", "--fallback", "--against"} <= named
     assert named - known == set()
 
@@ -110,17 +120,46 @@ def test_the_format_table_is_the_registrys():
 
 
 def test_the_demo_table_names_every_format():
-    (table,) = re.findall(r"^```text\n(format .*?)^```", README, re.MULTILINE | re.DOTALL)
+    (table,) = re.findall(r"^```text\n(format .*?)^```", MEASURED, re.MULTILINE | re.DOTALL)
     assert [line.split()[0] for line in table.splitlines()[2:]] == [fmt.name for fmt in FORMATS]
 
 
-def test_the_numbers_of_formats_in_words_agree():
-    assert len(FORMATS) == 18 and "eighteen" in README
+NUMBER_WORDS = {"sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20}
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+def counted_formats(text: str) -> list[int]:
+    """What a page says of how many formats there are in all, in figures or in words from sixteen to twenty."""
+    counts = re.findall(
+        rf"\b(\d+|{'|'.join(NUMBER_WORDS)})\s+(?:8-bit\s+and\s+4-bit\s+)?formats\b", text, re.IGNORECASE
+    )
+    return [NUMBER_WORDS.get(count.lower()) or int(count) for count in counts]
+
+
+def test_counted_formats_reads_figures_and_words():
+    assert counted_formats("one of eighteen 8-bit\nand 4-bit formats; all 17 formats; two 8-bit formats") == [18, 17]
+
+
+def test_a_page_that_counts_the_formats_counts_right():
+    assert [path.name for path, text in PAGES.items() if {*counted_formats(text)} - {len(FORMATS)}] == []
+
+
+def links_of(text: str) -> list[str]:
+    """Targets of the relative links and pictures in a page, without their anchors."""
+    return [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+
+
+def test_links_of_reads_relative_links_and_drops_anchors():
+    assert links_of("[a](b.md#c) ![d](e.jpg) [f](https://g) [h](#i)") == ["b.md", "e.jpg"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    assert [link for link in links_of(PAGES[path]) if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {(ROOT / link).resolve() for link in links_of(README)}
+    assert [path.name for path in PAGES if path.parent != ROOT and path not in linked] == []
 
 
 def keys_of(value) -> set[str]:
