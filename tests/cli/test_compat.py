@@ -523,7 +523,9 @@ def test_every_finding_code_and_field_is_documented(tmp_path, capsys):
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs" / "json.md").read_text(encoding="utf-8")
     codes = set(
-        re.findall(r'found\.note\(\s*"([a-z0-9-]+)"', (root / "quant_core/tools/diagnose.py").read_text(encoding="utf-8"))
+        re.findall(
+            r'found\.note\(\s*"([a-z0-9-]+)"', (root / "quant_core/tools/diagnose.py").read_text(encoding="utf-8")
+        )
     ) | set(STEPS)
     assert len(codes) > 20 and {code for code in codes if f"`{code}`" not in text} == set()
     assert main(["repair", str(canonical_file(tmp_path / "a.safetensors", header=False)), "--json"]) == 0
