@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from .console import size_text, time_text
 
 if TYPE_CHECKING:
-    from ...quant_core.pipeline.report import Progress
+    from ...quant_core.progress import Progress
 
 _LINE_EVERY_S = 1.0  # never more often
 _LINE_EVERY_PART = 0.05  # and then only when so much more is done,

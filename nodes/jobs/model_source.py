@@ -11,7 +11,7 @@ from comfy import model_management
 from ...quant_core.checkpoint.header import TORCH_TO_CODE, OutputTensor
 from ...quant_core.checkpoint.sink import open_sink
 from ...quant_core.errors import RequestError
-from ...quant_core.pipeline.report import Progress
+from ...quant_core.progress import Progress
 from ..shared.handles import SourceHandle
 from ..shared.progress import NodeProgress
 from ..shared.spool import spool_folder, sweep

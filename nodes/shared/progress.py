@@ -7,7 +7,7 @@ import time
 from comfy import model_management, utils
 
 from ...quant_core.errors import counted
-from ...quant_core.pipeline.report import Progress
+from ...quant_core.progress import Progress
 
 _STEPS = 1000
 _TEXT_EVERY_S = 0.3

@@ -17,7 +17,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ...quant_core.cancel import cancel_scope
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import counted
-from ...quant_core.pipeline.report import Progress
+from ...quant_core.progress import Progress
 from ...quant_core.tools.rewrite import Change, Rewrite
 from ..jobs.inspect_quantization import like_layers
 from .folders import stamp

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import RequestError
-from ..pipeline.report import Progress
+from ..progress import Progress
 from .statistics.layer import LayerStatistics, require_same_kind
 from .storage import CalibrationReader, LayerEntry, open_calibration, write_calibration
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, load
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError
-from ..pipeline.report import Progress
+from ..progress import Clock, Progress
 from .calibration import Calibration, ModelIdentity, RunRecord
 from .calls import CallSample, KeptCall, RecordedCall
 from .statistics.hessian import HessianKind, Placement
@@ -101,19 +100,18 @@ def write_calibration(
         for layer, fields in specs.items()
     }
     metadata = {METADATA_KEY: json.dumps(_manifest(header, entries), ensure_ascii=False, allow_nan=False)}
-    started, done = time.monotonic(), header.calls.nbytes
-    total = done + sum(sizes.values())
+    from_calls = header.calls.nbytes
+    clock = Clock(len(specs), from_calls + sum(sizes.values()), done_bytes=from_calls)
     with open_sink(path, outputs, metadata, overwrite=overwrite, sources=sources) as sink:
         _write_calls(sink, calls)
-        for number, (layer, fields) in enumerate(specs.items(), 1):
+        for layer, fields in specs.items():
             poll()
             tensors = statistics(layer).tensors()
             for field, (dtype, _) in fields.items():
                 sink.write(f"{layer}.{field}", tensors[field].to("cpu", dtype))
-            done += sizes[layer]
+            state = clock.advance(layer, sizes[layer])
             if progress is not None:
-                elapsed = time.monotonic() - started
-                progress(Progress(layer, number, len(specs), done, total, elapsed, elapsed * (total - done) / done))
+                progress(state)
         sink.commit()
     return Path(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..cancel import poll
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
 from ..names.layer_names import LayerNames
-from ..pipeline.report import Progress
+from ..progress import Clock, Progress
 from ..stored.layers import StoredLayer, stored_layers
 from .rule import file_input_scales, rule_of, saturation_of, scale_for
 from .synthesise import SimulationSettings, index_lora_file, read_directions, simulated_magnitude
@@ -88,18 +87,13 @@ def _polled(
     sizes = {
         name: sum(source.tensors[tensor].nbytes for tensor in layer.names.values()) for name, layer in stored.items()
     }
-    started, done, total = time.monotonic(), 0, sum(sizes.values())
-    for count, (name, layer) in enumerate(stored.items(), 1):
+    clock = Clock(len(stored), sum(sizes.values()))
+    for name, layer in stored.items():
         poll()
         yield name, layer
-        done += sizes[name]
+        state = clock.advance(name, sizes[name])
         if progress is not None:
-            elapsed = time.monotonic() - started
-            progress(
-                Progress(
-                    name, count, len(stored), done, total, elapsed, elapsed * (total - done) / done if done else None
-                )
-            )
+            progress(state)
 
 
 def _shapes(source: Source, stored: Mapping[str, StoredLayer]) -> dict[str, tuple[int, int]]:

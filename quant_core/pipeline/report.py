@@ -97,23 +97,6 @@ def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Sent after every tensor. Bytes count the source. eta_s: seconds left, None until it can be told."""
-
-    layer: str
-    done_layers: int
-    total_layers: int
-    done_bytes: int
-    total_bytes: int
-    elapsed_s: float
-    eta_s: float | None
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.done_bytes / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class RunReport:
     """One conversion. recipe: as recorded in the file. peak_bytes: the plan's estimate."""
 

@@ -24,12 +24,12 @@ from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, OutputError, RequestError
 from ..policy.general import Policy
 from ..policy.recipe import Recipe
+from ..progress import Clock, Progress
 from ..stored.layers import config_tensor_name
 from .in_order.jobs import InOrder, LiveModel, in_order
 from .layer import NO_EVIDENCE, LayerResult, quantize_layer
 from .plan import LayerPlan, Plan, make_plan
-from .progress_clock import Clock
-from .report import LayerReport, Progress, RunReport
+from .report import LayerReport, RunReport
 from .verify import check_file
 from .write_behind import Writer
 
@@ -157,7 +157,9 @@ def run(
 
     residuals: {layer: low-rank part} is filled in, on the CPU.
     """
-    clock = Clock(plan, src, started)
+    sizes = {name: src.tensors[name].nbytes for name in plan.copied}
+    nbytes = sum(job.bytes_in for job in plan.quantized) + sum(sizes.values())
+    clock = Clock(len(plan.quantized), nbytes, started=started)
     with ExitStack() as stack:
         reader = stack.enter_context(ThreadPoolExecutor(1, "quantpress-read"))
         writer = Writer(stack.enter_context(ThreadPoolExecutor(1, "quantpress-write")))
@@ -176,12 +178,12 @@ def run(
             if data.pairs is not None:
                 order.deliver(job.layer, _decoded(job, result), _biased(job, data, result, src))
             _hand_over(job, data, result, sink, writer, residuals)
-            yield report, clock.advance(job)
+            yield report, clock.advance(job.layer, job.bytes_in)
             del data, result
         for name in plan.copied:
             poll()
             writer.submit(_copy, src, sink, name)
-            yield None, clock.copied(name)
+            yield None, clock.advance(name, sizes[name], layers=0)
         writer.finish()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,10 @@ from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, VerificationError, counted
 from ..formats.base import format_of_layer
 from ..numerics.metrics import relative_error, snr_db
+from ..progress import Clock, Progress
 from ..stored.layers import QUANT_SUFFIXES, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .plan import RECIPE_KEY
-from .report import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,23 +278,12 @@ def _compare_layers(
         check.layer: sum(src.tensors[name].nbytes for name in ours[check.layer].names.values())
         for check in report.layers
     }
-    total, done, started = sum(sizes.values()), 0, time.monotonic()
-    for index, check in enumerate(report.layers):
+    clock = Clock(len(sizes), sum(sizes.values()))
+    for check in report.layers:
         poll()
         if progress is not None:
-            elapsed = time.monotonic() - started
-            progress(
-                Progress(
-                    check.layer,
-                    index,
-                    len(sizes),
-                    done,
-                    total,
-                    elapsed,
-                    elapsed * (total - done) / done if done else None,
-                )
-            )
-        done += sizes[check.layer]
+            progress(clock.state(check.layer))
+        clock.advance(check.layer, sizes[check.layer])
         layer = check.layer
         if f"{layer}.weight" not in ref.tensors:
             findings.append(Finding("not-in-source", "error", layer, f"{layer} is not in the source {ref.path.name}."))

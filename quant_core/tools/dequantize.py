@@ -20,8 +20,8 @@ from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, some_of
 from ..pipeline.plan import RECIPE_KEY
-from ..pipeline.report import Progress
 from ..pipeline.verify import check_file
+from ..progress import Clock, Progress
 from ..stored.layers import QUANT_SUFFIXES, StoredLayer, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 
@@ -169,7 +169,7 @@ def _write_all(
     progress: Callable[[Progress], None] | None,
 ) -> None:
     total = sum(jobs[o.name].bytes_in if o.name in jobs else src.tensors[o.name].nbytes for o in outputs)
-    done = done_layers = 0
+    clock = Clock(len(jobs), total, started=started)
     for output in outputs:
         poll()
         job = jobs.get(output.name)
@@ -179,23 +179,12 @@ def _write_all(
                 poll()
                 sink.write_chunk(output.name, offset, chunk)
                 offset += len(chunk)
-            done += offset
+            state = clock.advance(output.name, offset, layers=0)
         else:
             sink.write(output.name, _decode(src, job, dtype))
-            done, done_layers = done + job.bytes_in, done_layers + 1
+            state = clock.advance(output.name, job.bytes_in)
         if progress is not None:
-            elapsed = time.monotonic() - started
-            progress(
-                Progress(
-                    output.name,
-                    done_layers,
-                    len(jobs),
-                    done,
-                    total,
-                    elapsed,
-                    elapsed * (total - done) / done if done else None,
-                )
-            )
+            progress(state)
 
 
 def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from ..checkpoint.source import Source, open_source
 from ..errors import RequestError, some_of
 from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
-from ..pipeline.report import Progress
+from ..progress import Progress
 from ..stored.layers import StoredLayer, stored_layers
 from .rewrite import Draft, Rewrite
 

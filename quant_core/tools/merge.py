@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, RequestError, counted, some_of
-from ..pipeline.report import Progress
+from ..progress import Clock, Progress
 from ..stored.foreign import part_of, refusal
 from ..stored.layers import QUANT_SUFFIXES
 from .configs import header_object
@@ -128,17 +127,15 @@ class _Whole:
     """Progress of all shards together, from that of one after the other."""
 
     def __init__(self, progress: Callable[[Progress], None], tensors: int, nbytes: int) -> None:
-        self._progress, self._tensors, self._bytes = progress, tensors, nbytes
-        self._before, self._last, self._started = (0, 0), (0, 0), time.monotonic()
+        self._progress, self._clock = progress, Clock(tensors, nbytes)
+        self._seen = (0, 0)  # layers and bytes of the shard at hand that are counted
 
     def __call__(self, state: Progress) -> None:
-        count, done = self._before[0] + state.done_layers, self._before[1] + state.done_bytes
-        self._last, elapsed = (count, done), time.monotonic() - self._started
-        left = elapsed * (self._bytes - done) / done if done else None
-        self._progress(Progress(state.layer, count, self._tensors, done, self._bytes, elapsed, left))
+        (layers, nbytes), self._seen = self._seen, (state.done_layers, state.done_bytes)
+        self._progress(self._clock.advance(state.layer, state.done_bytes - nbytes, state.done_layers - layers))
 
     def next_shard(self) -> None:
-        self._before = self._last
+        self._seen = (0, 0)
 
 
 def _shard(src: Source, names: list[str]) -> Rewrite:

@@ -13,10 +13,11 @@ import torch
 
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError
-from ..pipeline.report import Progress, RunReport
+from ..pipeline.report import RunReport
 from ..pipeline.run import convert
 from ..policy.general import Policy
 from ..policy.recipe import Recipe
+from ..progress import Progress
 from ..stored.layers import stored_layers
 
 

@@ -7,7 +7,6 @@ no tool touched is copied byte for byte, under the same name, with the same head
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, tensor_bytes
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError, VerificationError, counted, some_of
-from ..pipeline.report import Progress
 from ..pipeline.verify import check_file
+from ..progress import Clock, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,24 +238,13 @@ class Rewrite:
             cancel_scope(cancel),
             open_sink(target, self.entries(), self.metadata, overwrite=overwrite, sources=files) as sink,
         ):
-            started, done, total = time.monotonic(), 0, self.nbytes
-            for count, (name, content) in enumerate(self.outputs.items(), 1):
+            clock = Clock(len(self.outputs), self.nbytes)
+            for name, content in self.outputs.items():
                 poll()
                 _write(sink, name, content)
-                done += tensor_bytes(content.dtype, content.shape)
+                state = clock.advance(name, tensor_bytes(content.dtype, content.shape))
                 if progress is not None:
-                    elapsed = time.monotonic() - started
-                    progress(
-                        Progress(
-                            name,
-                            count,
-                            len(self.outputs),
-                            done,
-                            total,
-                            elapsed,
-                            elapsed * (total - done) / done if done else None,
-                        )
-                    )
+                    progress(state)
             for src in self.sources:
                 src.check_unchanged()
             sink.commit(verify=lambda part: self._verify(part, known, force))
