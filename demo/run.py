@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..quant_core._version import __version__
 from ..quant_core.errors import OutputError, RequestError
-from ..quant_core.formats.base import Format, all_formats, get_format
+from ..quant_core.formats import all_formats, get_format
+from ..quant_core.formats.base import Format
 from ..quant_core.numerics.metrics import snr_db
 from ..quant_core.pipeline.run import convert
 from ..quant_core.pipeline.verify import VerifyReport, verify_file

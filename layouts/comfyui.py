@@ -136,7 +136,7 @@ def our_formats() -> dict[str, Any]:
     ComfyUI knows, where the installed comfy-kitchen has their layout."""
     from comfy_kitchen.tensor.base import LAYOUTS
 
-    from ..quant_core.formats.base import all_formats
+    from ..quant_core.formats import all_formats
 
     native = native_formats()
     return {

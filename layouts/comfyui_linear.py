@@ -8,7 +8,7 @@ import torch
 
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
-from ..quant_core.formats.base import format_of_layer
+from ..quant_core.formats import format_of_layer
 from ..quant_core.stored.layers import QUANT_SUFFIXES
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")

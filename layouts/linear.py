@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as float_linear
 
-from ..quant_core.formats.base import Format, get_format
+from ..quant_core.formats import get_format
+from ..quant_core.formats.base import Format
 from .capability import ability, kernels_read, linear_path
 from .kernels.activation import quantize_activation
 from .kernels.decode import decode

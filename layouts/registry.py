@@ -11,7 +11,8 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class, register_lay
 from torch import Tensor
 
 from ..quant_core.errors import RequestError
-from ..quant_core.formats.base import Format, all_formats
+from ..quant_core.formats import all_formats
+from ..quant_core.formats.base import Format
 from .base import QuantPressLayout
 from .ops import register_ops
 from .params import CodebookParams, PlainParams

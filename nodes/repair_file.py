@@ -4,7 +4,7 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.formats.base import all_formats
+from ..quant_core.formats import all_formats
 from ..quant_core.tools.diagnose import MODELOPT
 from .jobs.repair_file import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_quantpress.cli.main import main
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.pipeline import run as run_module
 from safetensors.torch import load_file, save_file
 

@@ -14,7 +14,7 @@ from comfyui_quantpress.demo.run import ASSETS, MODEL, DemoSettings, draw, run_d
 from comfyui_quantpress.demo.sampler import load_conditioning, sample, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.sheet import difference, sheet_size
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import Recipe

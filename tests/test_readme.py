@@ -16,7 +16,7 @@ from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

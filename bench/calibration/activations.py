@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from comfyui_quantpress.quant_core.calibration.capture.collector import Weighting
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import RULES, scale_for
 from comfyui_quantpress.quant_core.input_scales.synthesise import SimulationSettings, simulated_magnitude
 from comfyui_quantpress.quant_core.numerics.scales import QParams, block_absmax

@@ -24,7 +24,7 @@ from comfyui_quantpress.quant_core.calibration.capture.collector import (
 )
 from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
 from layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from comfyui_quantpress.quant_core.checkpoint.header import OutputTensor
 from comfyui_quantpress.quant_core.checkpoint.sink import open_sink
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 
 WIDTH = 3072
 CHILD = """

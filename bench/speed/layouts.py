@@ -26,7 +26,8 @@ import torch
 from comfyui_quantpress.layouts import ability, register_layouts, tensor_of_layer
 from comfyui_quantpress.layouts import linear as maths
 from comfyui_quantpress.layouts.capability import kernels_read
-from comfyui_quantpress.quant_core.formats.base import Format, all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
+from comfyui_quantpress.quant_core.formats.base import Format
 from torch import Tensor
 from torch.nn.functional import linear
 

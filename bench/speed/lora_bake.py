@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.policy.general import name_rule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -78,7 +78,7 @@ def _add_requantize(commands: argparse._SubParsersAction) -> None:
 
 
 def _requantize(args: argparse.Namespace) -> int:
-    from ...quant_core.formats.base import get_format
+    from ...quant_core.formats import get_format
     from ...quant_core.policy.recipe import Recipe
     from ...quant_core.tools.requantize import requantize
 

@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...quant_core.formats.base import all_formats
+    from ...quant_core.formats import all_formats
 
     rows = [describe(fmt) for fmt in all_formats()]
     if args.json:

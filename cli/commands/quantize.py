@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
-    from ...quant_core.formats.base import get_format
+    from ...quant_core.formats import get_format
     from ...quant_core.policy.general import Policy
     from ...quant_core.policy.recipe import Recipe
 

@@ -12,7 +12,8 @@ from ...quant_core.algorithms.choosers import CHOOSERS
 from ...quant_core.algorithms.rounders import ROUNDERS
 from ...quant_core.calibration.use import CalibrationUse
 from ...quant_core.errors import RequestError
-from ...quant_core.formats.base import Format, all_formats, get_format
+from ...quant_core.formats import all_formats, get_format
+from ...quant_core.formats.base import Format
 from ...quant_core.policy.general import Policy
 from ...quant_core.policy.layer_config import parse_layer_config
 from ...quant_core.policy.presets import PRESETS, keep_patterns

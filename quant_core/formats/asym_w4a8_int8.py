@@ -15,7 +15,7 @@ from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.ranks import look_up, rank_table
 from ..numerics.scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
-from .base import Format, register
+from .base import Format
 from .records import ColumnGrid, Runtime, TensorSpec
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
@@ -237,23 +237,21 @@ def _lloyd_max(samples: Tensor, iterations: int = 25) -> Tensor:
     return levels.contiguous()
 
 
-register(
-    W4A8(
-        name="asym_w4a8_int8",
-        on_disk="asym_w4a8_int8",
-        title="W4A8 (codebook over int8, rotated)",
-        element=DEFAULT_CODEBOOK,
-        granularity=Granularity.GROUP,
-        group_size=16,
-        group_sizes=(16,),
-        rotation=256,
-        rotations=(16, 64, 256, 1024),
-        k_multiple=16,
-        scale_dtype=ScaleDtype.E4M3,
-        runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
-        # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
-        error_bound=0.35,
-        tensor_bound=1 / 127,
-        source="comfy-kitchen quantize_w4a8_int8_weight (eager, 4 bit, symmetric, codebook)",
-    )
+FORMAT = W4A8(
+    name="asym_w4a8_int8",
+    on_disk="asym_w4a8_int8",
+    title="W4A8 (codebook over int8, rotated)",
+    element=DEFAULT_CODEBOOK,
+    granularity=Granularity.GROUP,
+    group_size=16,
+    group_sizes=(16,),
+    rotation=256,
+    rotations=(16, 64, 256, 1024),
+    k_multiple=16,
+    scale_dtype=ScaleDtype.E4M3,
+    runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
+    # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
+    error_bound=0.35,
+    tensor_bound=1 / 127,
+    source="comfy-kitchen quantize_w4a8_int8_weight (eager, 4 bit, symmetric, codebook)",
 )

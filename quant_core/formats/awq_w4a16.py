@@ -9,7 +9,7 @@ from torch import Tensor
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
-from .base import Format, register
+from .base import Format
 from .records import ColumnGrid, Runtime, TensorSpec
 
 # value = (code - 8) * scale + zero
@@ -100,19 +100,17 @@ class AwqW4A16(Format):
         )
 
 
-register(
-    AwqW4A16(
-        name="awq_w4a16",
-        on_disk="awq_w4a16",
-        title="AWQ W4A16 (uint4 with zero point per 64)",
-        element=UINT4,
-        granularity=Granularity.GROUP,
-        group_size=64,
-        group_sizes=(32, 64, 128),
-        scale_dtype=ScaleDtype.BF16,
-        runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
-        # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
-        error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
-        source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",
-    )
+FORMAT = AwqW4A16(
+    name="awq_w4a16",
+    on_disk="awq_w4a16",
+    title="AWQ W4A16 (uint4 with zero point per 64)",
+    element=UINT4,
+    granularity=Granularity.GROUP,
+    group_size=64,
+    group_sizes=(32, 64, 128),
+    scale_dtype=ScaleDtype.BF16,
+    runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
+    # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
+    error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
+    source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cancel import poll
-from ..errors import RequestError, did_you_mean
+from ..errors import RequestError
 from ..numerics.metrics import relative_error
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
 from .records import ColumnGrid, Element, Runtime, TensorSpec
@@ -327,57 +327,3 @@ class Format(ABC):
     def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """{suffix: tensor} -> float32 [N, K], in the original basis."""
         return self.restore(self.decode(*self.unpack(tensors, shape)), shape)
-
-
-_REGISTRY: dict[str, Format] = {}
-
-
-def register(fmt: Format) -> Format:
-    if fmt.name in _REGISTRY:
-        raise ValueError(f"format {fmt.name} is registered twice")
-    _REGISTRY[fmt.name] = fmt
-    return fmt
-
-
-def all_formats() -> tuple[Format, ...]:
-    """Every registered format, in the order of the documentation table."""
-    from .. import formats  # noqa: F401  registers them
-
-    return tuple(_REGISTRY.values())
-
-
-def get_format(name: str, group_size: int | None = None, rotation: int | None = None) -> Format:
-    """RequestError that lists the names when there is none such."""
-    known = {fmt.name: fmt for fmt in all_formats()}
-    if name not in known:
-        raise RequestError(
-            f"there is no format {name!r}.{did_you_mean(name, known)} Known formats: {', '.join(known)}."
-        )
-    return known[name].with_options(group_size, rotation)
-
-
-def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format:
-    """The format of a stored layer. config: its comfy_quant object; shapes: {suffix: shape} of its tensors."""
-    on_disk = config.get("format")
-    candidates = [fmt for fmt in all_formats() if fmt.on_disk == on_disk]
-    if not candidates:
-        names = ", ".join(dict.fromkeys(fmt.on_disk for fmt in all_formats()))
-        raise RequestError(f"{layer}: the format {on_disk!r} is unknown. This pack reads: {names}.")
-    for fmt in candidates:
-        variant = fmt.accepts(config, shapes)
-        if variant is not None:
-            return variant
-    missing = min(
-        ([spec.suffix for spec in fmt.tensor_specs((4096, 4096)) if spec.suffix not in shapes] for fmt in candidates),
-        key=len,
-    )
-    found = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())
-    if missing:
-        raise RequestError(
-            f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. Take the file from its "
-            "source again, or quantize the original anew."
-        )
-    raise RequestError(
-        f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "
-        "Quantize the original anew, or give the right values with Edit Metadata."
-    )

@@ -2,7 +2,6 @@
 
 from ..numerics.elements import CodebookElement
 from ..numerics.scales import Granularity
-from .base import register
 from .families.codebook import CodebookFormat
 from .records import Runtime
 
@@ -29,19 +28,17 @@ AF4 = CodebookElement(
     ),
 )
 
-register(
-    CodebookFormat(
-        name="bnb_af4",
-        on_disk="bnb_af4",
-        title="AF4 (AbnormalFloat4)",
-        quant_type="af4",
-        element=AF4,
-        granularity=Granularity.GROUP,
-        group_size=64,
-        group_sizes=(32, 64, 128),
-        signed_scales=True,
-        runtime=Runtime("QuantPressAF4Layout", native_since=None),
-        error_bound=0.2898533 / 2 + 1e-5,  # half the largest gap, between -1 and -0.710
-        source="objective: arXiv 2306.06965; table: bench/rounding/derive_af4.py; structure: bitsandbytes",
-    )
+FORMAT = CodebookFormat(
+    name="bnb_af4",
+    on_disk="bnb_af4",
+    title="AF4 (AbnormalFloat4)",
+    quant_type="af4",
+    element=AF4,
+    granularity=Granularity.GROUP,
+    group_size=64,
+    group_sizes=(32, 64, 128),
+    signed_scales=True,
+    runtime=Runtime("QuantPressAF4Layout", native_since=None),
+    error_bound=0.2898533 / 2 + 1e-5,  # half the largest gap, between -1 and -0.710
+    source="objective: arXiv 2306.06965; table: bench/rounding/derive_af4.py; structure: bitsandbytes",
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..numerics.elements import INT4
 from ..numerics.packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
 from ..numerics.scales import Granularity, QParams, block_absmax, divide
-from .base import Format, register
+from .base import Format
 from .records import Runtime, TensorSpec
 
 _ABSMAX_FLOOR = 1e-10  # as the reference writes rows of zeros
@@ -45,20 +45,16 @@ class ConvRotW4A4(Format):
         return codes, QParams(tensors["weight_scale"].to(torch.float32).reshape(-1, 1))
 
 
-register(
-    ConvRotW4A4(
-        name="convrot_w4a4",
-        on_disk="convrot_w4a4",
-        title="INT4 per row, rotated (ConvRot W4A4)",
-        element=INT4,
-        granularity=Granularity.ROW,
-        rotation=256,
-        rotations=(16, 64, 256, 1024),
-        k_multiple=64,
-        runtime=Runtime(
-            "TensorCoreConvRotW4A4Layout", native_since="0.29", min_capability=(7, 5), quantizes_input=True
-        ),
-        error_bound=0.5 / 7 + 1e-5,
-        source="comfy-kitchen quantize_convrot_w4a4_weight (eager), K a multiple of its int4 group 64",
-    )
+FORMAT = ConvRotW4A4(
+    name="convrot_w4a4",
+    on_disk="convrot_w4a4",
+    title="INT4 per row, rotated (ConvRot W4A4)",
+    element=INT4,
+    granularity=Granularity.ROW,
+    rotation=256,
+    rotations=(16, 64, 256, 1024),
+    k_multiple=64,
+    runtime=Runtime("TensorCoreConvRotW4A4Layout", native_since="0.29", min_capability=(7, 5), quantizes_input=True),
+    error_bound=0.5 / 7 + 1e-5,
+    source="comfy-kitchen quantize_convrot_w4a4_weight (eager), K a multiple of its int4 group 64",
 )

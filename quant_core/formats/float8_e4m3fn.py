@@ -2,21 +2,18 @@
 
 from ..numerics.elements import E4M3
 from ..numerics.scales import Granularity
-from .base import register
 from .families.plain import PlainFormat
 from .records import Runtime
 
-register(
-    PlainFormat(
-        name="float8_e4m3fn",
-        on_disk="float8_e4m3fn",
-        title="FP8 E4M3 per tensor",
-        element=E4M3,
-        granularity=Granularity.TENSOR,
-        reciprocal=True,
-        scale_rank="scalar",
-        runtime=Runtime("TensorCoreFP8E4M3Layout", native_since="0.8", min_capability=(8, 9), quantizes_input=True),
-        error_bound=16 / 448 + 1e-5,  # half the largest gap, 32 between 256 and 448
-        source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",
-    )
+FORMAT = PlainFormat(
+    name="float8_e4m3fn",
+    on_disk="float8_e4m3fn",
+    title="FP8 E4M3 per tensor",
+    element=E4M3,
+    granularity=Granularity.TENSOR,
+    reciprocal=True,
+    scale_rank="scalar",
+    runtime=Runtime("TensorCoreFP8E4M3Layout", native_since="0.8", min_capability=(8, 9), quantizes_input=True),
+    error_bound=16 / 448 + 1e-5,  # half the largest gap, 32 between 256 and 448
+    source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",
 )

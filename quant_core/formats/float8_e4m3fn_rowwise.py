@@ -2,20 +2,17 @@
 
 from ..numerics.elements import E4M3
 from ..numerics.scales import Granularity
-from .base import register
 from .families.plain import PlainFormat
 from .records import Runtime
 
-register(
-    PlainFormat(
-        name="float8_e4m3fn_rowwise",
-        on_disk="float8_e4m3fn_rowwise",
-        title="FP8 E4M3 per row",
-        element=E4M3,
-        granularity=Granularity.ROW,
-        scale_rank="vector",
-        runtime=Runtime("QuantPressFP8RowwiseLayout", native_since=None, min_capability=(8, 9), quantizes_input=True),
-        error_bound=16 / 448 + 1e-5,
-        source="convert_to_quant's float8_e4m3fn_rowwise files",
-    )
+FORMAT = PlainFormat(
+    name="float8_e4m3fn_rowwise",
+    on_disk="float8_e4m3fn_rowwise",
+    title="FP8 E4M3 per row",
+    element=E4M3,
+    granularity=Granularity.ROW,
+    scale_rank="vector",
+    runtime=Runtime("QuantPressFP8RowwiseLayout", native_since=None, min_capability=(8, 9), quantizes_input=True),
+    error_bound=16 / 448 + 1e-5,
+    source="convert_to_quant's float8_e4m3fn_rowwise files",
 )

@@ -2,21 +2,18 @@
 
 from ..numerics.elements import E5M2
 from ..numerics.scales import Granularity
-from .base import register
 from .families.plain import PlainFormat
 from .records import Runtime
 
-register(
-    PlainFormat(
-        name="float8_e5m2",
-        on_disk="float8_e5m2",
-        title="FP8 E5M2 per tensor",
-        element=E5M2,
-        granularity=Granularity.TENSOR,
-        reciprocal=True,
-        scale_rank="scalar",
-        runtime=Runtime("TensorCoreFP8E5M2Layout", native_since="0.8", min_capability=(8, 9), quantizes_input=True),
-        error_bound=4096 / 57344 + 1e-5,  # half the largest gap, 8192 between 32768 and 57344
-        source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",
-    )
+FORMAT = PlainFormat(
+    name="float8_e5m2",
+    on_disk="float8_e5m2",
+    title="FP8 E5M2 per tensor",
+    element=E5M2,
+    granularity=Granularity.TENSOR,
+    reciprocal=True,
+    scale_rank="scalar",
+    runtime=Runtime("TensorCoreFP8E5M2Layout", native_since="0.8", min_capability=(8, 9), quantizes_input=True),
+    error_bound=4096 / 57344 + 1e-5,  # half the largest gap, 8192 between 32768 and 57344
+    source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",
 )

@@ -7,7 +7,6 @@ import torch
 
 from ..numerics.elements import INT8
 from ..numerics.scales import Granularity
-from .base import register
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
@@ -17,18 +16,16 @@ class Int8ConvRot(Int8TensorwiseFamily):
         return {**super().config(shape, dtype), "convrot": True, "convrot_groupsize": self.rotation, "per_row": True}
 
 
-register(
-    Int8ConvRot(
-        name="int8_convrot",
-        on_disk="int8_tensorwise",
-        title="INT8 per row, rotated (ConvRot)",
-        element=INT8,
-        granularity=Granularity.ROW,
-        scale_rank="column",
-        rotation=256,
-        rotations=(16, 64, 256, 1024),
-        runtime=INT8_RUNTIME,
-        error_bound=0.5 / 127 + 1e-5,
-        source=INT8_SOURCE,
-    )
+FORMAT = Int8ConvRot(
+    name="int8_convrot",
+    on_disk="int8_tensorwise",
+    title="INT8 per row, rotated (ConvRot)",
+    element=INT8,
+    granularity=Granularity.ROW,
+    scale_rank="column",
+    rotation=256,
+    rotations=(16, 64, 256, 1024),
+    runtime=INT8_RUNTIME,
+    error_bound=0.5 / 127 + 1e-5,
+    source=INT8_SOURCE,
 )

@@ -7,7 +7,6 @@ import torch
 
 from ..numerics.elements import INT8
 from ..numerics.scales import Granularity
-from .base import register
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
@@ -17,16 +16,14 @@ class Int8Rowwise(Int8TensorwiseFamily):
         return {**super().config(shape, dtype), "per_row": True}
 
 
-register(
-    Int8Rowwise(
-        name="int8_rowwise",
-        on_disk="int8_tensorwise",
-        title="INT8 per row",
-        element=INT8,
-        granularity=Granularity.ROW,
-        scale_rank="column",
-        runtime=INT8_RUNTIME,
-        error_bound=0.5 / 127 + 1e-5,
-        source=INT8_SOURCE,
-    )
+FORMAT = Int8Rowwise(
+    name="int8_rowwise",
+    on_disk="int8_tensorwise",
+    title="INT8 per row",
+    element=INT8,
+    granularity=Granularity.ROW,
+    scale_rank="column",
+    runtime=INT8_RUNTIME,
+    error_bound=0.5 / 127 + 1e-5,
+    source=INT8_SOURCE,
 )

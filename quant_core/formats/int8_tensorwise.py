@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..numerics.elements import INT8
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams
-from .base import register
 from .families.plain import PlainFormat
 from .records import Runtime
 
@@ -24,16 +23,14 @@ class Int8TensorwiseFamily(PlainFormat):
 INT8_RUNTIME = Runtime("TensorWiseINT8Layout", native_since="0.29", min_capability=(7, 5), quantizes_input=True)
 INT8_SOURCE = "comfy-kitchen TensorWiseINT8Layout, eager encoders in float32"
 
-register(
-    Int8TensorwiseFamily(
-        name="int8_tensorwise",
-        on_disk="int8_tensorwise",
-        title="INT8 per tensor",
-        element=INT8,
-        granularity=Granularity.TENSOR,
-        scale_rank="scalar",
-        runtime=INT8_RUNTIME,
-        error_bound=0.5 / 127 + 1e-5,
-        source=INT8_SOURCE,
-    )
+FORMAT = Int8TensorwiseFamily(
+    name="int8_tensorwise",
+    on_disk="int8_tensorwise",
+    title="INT8 per tensor",
+    element=INT8,
+    granularity=Granularity.TENSOR,
+    scale_rank="scalar",
+    runtime=INT8_RUNTIME,
+    error_bound=0.5 / 127 + 1e-5,
+    source=INT8_SOURCE,
 )

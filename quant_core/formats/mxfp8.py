@@ -8,7 +8,6 @@ from torch import Tensor
 from ..numerics.elements import E4M3
 from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
-from .base import register
 from .families.padded import PaddedBlockFormat
 from .records import Runtime, TensorSpec
 
@@ -33,18 +32,16 @@ class Mxfp8(PaddedBlockFormat):
         return tensors["weight"], QParams(load(exponents, self.scale_dtype))
 
 
-register(
-    Mxfp8(
-        name="mxfp8",
-        on_disk="mxfp8",
-        title="MXFP8 (E4M3, power-of-two scale per 32)",
-        element=E4M3,
-        granularity=Granularity.GROUP,
-        group_size=32,
-        scale_dtype=ScaleDtype.E8M0,
-        pad_to=32,
-        runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
-        error_bound=2 * 16 / 448 + 1e-5,  # a scale rounded up to a power of two is at most twice the wished one
-        source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
-    )
+FORMAT = Mxfp8(
+    name="mxfp8",
+    on_disk="mxfp8",
+    title="MXFP8 (E4M3, power-of-two scale per 32)",
+    element=E4M3,
+    granularity=Granularity.GROUP,
+    group_size=32,
+    scale_dtype=ScaleDtype.E8M0,
+    pad_to=32,
+    runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
+    error_bound=2 * 16 / 448 + 1e-5,  # a scale rounded up to a power of two is at most twice the wished one
+    source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
 )

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..numerics.elements import E2M1
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
-from .base import register
 from .families.padded import PaddedBlockFormat
 from .records import Runtime, TensorSpec
 
@@ -58,20 +57,18 @@ class Nvfp4(PaddedBlockFormat):
         return unpack_nibbles(tensors["weight"], high_first=True), QParams(load(stored, self.scale_dtype), parent)
 
 
-register(
-    Nvfp4(
-        name="nvfp4",
-        on_disk="nvfp4",
-        title="NVFP4 (E2M1, E4M3 scale per 16)",
-        element=E2M1,
-        granularity=Granularity.GROUP,
-        group_size=16,
-        scale_dtype=ScaleDtype.E4M3,
-        pad_to=16,
-        runtime=Runtime("TensorCoreNVFP4Layout", native_since="0.8", min_capability=(10, 0), quantizes_input=True),
-        # half the largest gap (2 of 6) under a scale that E4M3 moved by up to 1/16; small blocks round a subnormal scale
-        error_bound=1 / 6 * (1 + 1 / 16) + 1e-5,
-        tensor_bound=2.0**-10 / 448,
-        source="NVIDIA NVFP4; encoder: comfy-kitchen quantize_nvfp4",
-    )
+FORMAT = Nvfp4(
+    name="nvfp4",
+    on_disk="nvfp4",
+    title="NVFP4 (E2M1, E4M3 scale per 16)",
+    element=E2M1,
+    granularity=Granularity.GROUP,
+    group_size=16,
+    scale_dtype=ScaleDtype.E4M3,
+    pad_to=16,
+    runtime=Runtime("TensorCoreNVFP4Layout", native_since="0.8", min_capability=(10, 0), quantizes_input=True),
+    # half the largest gap (2 of 6) under a scale that E4M3 moved by up to 1/16; small blocks round a subnormal scale
+    error_bound=1 / 6 * (1 + 1 / 16) + 1e-5,
+    tensor_bound=2.0**-10 / 448,
+    source="NVIDIA NVFP4; encoder: comfy-kitchen quantize_nvfp4",
 )

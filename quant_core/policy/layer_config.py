@@ -16,7 +16,8 @@ from typing import Any
 
 from ..checkpoint.header import load_json_object
 from ..errors import InputFileError, PlanError, RequestError
-from ..formats.base import Format, all_formats, get_format
+from ..formats import all_formats, get_format
+from ..formats.base import Format
 from .general import Rule
 from .recipe import Recipe
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..checkpoint.metadata import CONFIG_SUFFIX, layer_configs
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
-from ..formats.base import Format, format_of_layer, get_format
+from ..formats import format_of_layer, get_format
+from ..formats.base import Format
 from .bnb_state import BnbState, bnb_states
 from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
 from .legacy import modelopt_to_comfy, undescribed_layers

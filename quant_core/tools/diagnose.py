@@ -11,7 +11,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError, counted
-from ..formats.base import get_format
+from ..formats import get_format
 from ..names.diffusers import diffusers_warning
 from ..pipeline.verify import Finding, check_file
 from ..stored.canonical import INPUT_SCALE, STEPS, steps_to

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.metadata import HEADER_KEY, Config
 from ..checkpoint.source import Source
 from ..errors import RequestError, counted, some_of
-from ..formats.base import get_format
+from ..formats import get_format
 from ..numerics.packing import swizzle_scales
 from ..pipeline.verify import Finding, check_layer
 from ..stored.foreign import refusal

@@ -21,8 +21,7 @@ from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.task import Task
 from comfyui_quantpress.quant_core.cancel import cancel_scope
 from comfyui_quantpress.quant_core.errors import Cancelled
-from comfyui_quantpress.quant_core.formats import tiles
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, get_format, tiles
 from comfyui_quantpress.quant_core.pipeline import layer
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe

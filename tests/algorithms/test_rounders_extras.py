@@ -8,7 +8,7 @@ from comfyui_quantpress.quant_core.algorithms.objective import Objective, make_o
 from comfyui_quantpress.quant_core.algorithms.residual import ResidualOptions, lora_keys, low_rank, save_residuals
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
 from comfyui_quantpress.quant_core.errors import OutputError, RequestError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.formats.choose import with_largest_rotation
 from comfyui_quantpress.quant_core.numerics.footprint import WEIGHT_COPIES, choose_device, needed_bytes
 from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products

@@ -10,7 +10,7 @@ from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.rounders import feedback, gptq
 from comfyui_quantpress.quant_core.algorithms.rounders.group_scales import group_order, has_groups
 from comfyui_quantpress.quant_core.algorithms.task import Task
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.formats.records import ColumnGrid
 
 

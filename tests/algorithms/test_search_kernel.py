@@ -7,7 +7,7 @@ import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import search
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.task import Task
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, get_format
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

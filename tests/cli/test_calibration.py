@@ -9,7 +9,7 @@ from comfyui_quantpress.quant_core.calibration.calls import CallSample, call_key
 from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from safetensors.torch import load_file, save_file

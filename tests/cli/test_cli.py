@@ -14,7 +14,7 @@ from comfyui_quantpress.cli.main import COMMANDS, build_parser, main
 from comfyui_quantpress.cli.shared.console import duration_text, json_text, size_text, table_lines, time_text
 from comfyui_quantpress.cli.shared.groups import collapse
 from comfyui_quantpress.cli.shared.progress import PlainLines, show_progress
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

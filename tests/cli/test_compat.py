@@ -20,7 +20,7 @@ from comfyui_quantpress.cli.compat.translate import translate  # noqa: E402
 from comfyui_quantpress.cli.main import main  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.policy.presets import PRESETS  # noqa: E402
 from comfyui_quantpress.quant_core.stored.canonical import STEPS  # noqa: E402
 from tool_files import bystanders, canonical_file, config_of, quantized, save, weight  # noqa: E402

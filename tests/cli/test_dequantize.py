@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from comfyui_quantpress.quant_core.tools.dequantize import DTYPES
 from safetensors import safe_open

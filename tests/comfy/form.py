@@ -14,7 +14,7 @@ import torch
 from comfy_server import ROOT
 from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import Source, open_source
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.tools.migrate import migrate
 from comfyui_quantpress.quant_core.tools.repair import repair
 from comfyui_quantpress.quant_core.tools.rewrite import Rewrite

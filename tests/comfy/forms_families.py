@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from form import File, Form, plain, with_inputs
 from forms_scales import assuming, row_order
 from torch import Tensor

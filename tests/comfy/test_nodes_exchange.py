@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy_server import Graph, WorkflowError, relative_error
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import Recipe

@@ -2,7 +2,7 @@
 
 import pytest
 from comfy_server import Graph, Server, relative_error
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 
 MODELS = ("trained_sd3", "random_flux", "random_wan")
 # A latent's relative error after four steps with cfg 3, as a multiple of the weights' own. Measured: 3.5, 1.4 and 2.1.

@@ -59,7 +59,7 @@ def test_every_node_says_what_it_does_and_every_input_its_trade_off(info):
 def test_the_recipe_offers_every_format_chooser_and_rounder(info):
     from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
     from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
-    from comfyui_quantpress.quant_core.formats.base import all_formats
+    from comfyui_quantpress.quant_core.formats import all_formats
 
     inputs = info["QuantPressQuantize"]["input"]["required"]
     assert inputs["format"][1]["options"] == [fmt.name for fmt in all_formats()]

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from comfy_server import Graph, WorkflowError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

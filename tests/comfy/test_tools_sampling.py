@@ -17,7 +17,7 @@ import pytest
 import torch
 from comfy_server import COMFYUI, PYTHON, ROOT, missing
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.report import RunReport
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_quantpress.quant_core.errors import RequestError
-from comfyui_quantpress.quant_core.formats.base import all_formats, format_of_layer, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, format_of_layer, get_format
 from comfyui_quantpress.quant_core.formats.streamed import can_slice, quantize_rows
 from comfyui_quantpress.quant_core.numerics.elements import E2M1, E4M3, E5M2, FP4, INT4, INT8, NF4
 from comfyui_quantpress.quant_core.numerics.packing import (

@@ -6,7 +6,7 @@ from comfy_kitchen.backends.eager import quantization as eager
 from comfy_kitchen.backends.eager.convrot_w4a4 import quantize_convrot_w4a4_weight
 from comfy_kitchen.backends.eager.w4a8_int8 import quantize_w4a8_int8_weight
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 
 SHAPES = [(256, 512), (96, 256), (33, 1024)]
 

@@ -8,7 +8,7 @@ from comfyui_quantpress.quant_core.calibration.statistics.layer import LayerStat
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import (
     RULES,
     file_input_scales,

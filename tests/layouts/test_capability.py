@@ -9,7 +9,7 @@ from comfyui_quantpress.layouts import ability, capability, path, register_layou
 from comfyui_quantpress.layouts import linear as maths
 from comfyui_quantpress.layouts.capability import judge, linear_path
 from comfyui_quantpress.layouts.kernels.weight import Geometry
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.numerics import triton_kernels
 from torch.nn.functional import linear
 

@@ -7,7 +7,7 @@ from comfyui_quantpress.layouts.kernels.decode import decode, decode_spec
 from comfyui_quantpress.layouts.kernels.scaled_dot import scaled_dot, scaled_dot_spec, scaled_mm
 from comfyui_quantpress.layouts.kernels.weight import Weight, decoded, geometry_of
 from comfyui_quantpress.layouts.kernels.weight_only import decode_dot, decode_dot_spec, gemv, gemv_spec
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 
 pytest.importorskip("triton", reason="triton is not installed: pip install --no-deps triton")
 

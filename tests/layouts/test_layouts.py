@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from comfyui_quantpress.layouts import layout_classes, register_layouts, tensor_of_layer
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from torch.nn.functional import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ import comfyui_quantpress.layouts
 import pytest
 import torch
 from comfyui_quantpress.layouts import layout_classes, register_layouts, tensor_of_layer
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 from torch.nn.functional import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfyui_quantpress.layouts import register_layouts, tensor_of_layer
 from comfyui_quantpress.quant_core.errors import RequestError
-from comfyui_quantpress.quant_core.formats.base import all_formats
+from comfyui_quantpress.quant_core.formats import all_formats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]

@@ -13,7 +13,7 @@ from comfyui_quantpress.quant_core.calibration.storage import load_calibration, 
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import RULES
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
 from comfyui_quantpress.quant_core.pipeline.run import convert

@@ -14,7 +14,7 @@ from comfyui_quantpress.quant_core.calibration.capture.linear_layers import line
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.errors import Cancelled, RequestError
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.footprint import following_bytes
 from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel, enough_calls, room, spread
 from comfyui_quantpress.quant_core.pipeline.in_order.lockstep import Lockstep, Visits, visits

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format
+from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY, make_plan
 from comfyui_quantpress.quant_core.pipeline.run import convert, count_nonfinite, pick_device
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file
@@ -399,7 +399,7 @@ give_freed_weights_back()
 import sys
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
-from comfyui_quantpress.quant_core.formats.base import get_format
+from comfyui_quantpress.quant_core.formats import get_format
 convert(sys.argv[1], sys.argv[2], Recipe(get_format(sys.argv[3])))
 # Not ru_maxrss: a child inherits its parent's there.
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -13,7 +13,7 @@ sys.path.insert(
 )  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.run import convert  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves
 from comfyui_quantpress.cli.commands.inspect import summarize  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.policy.recipe import Recipe  # noqa: E402

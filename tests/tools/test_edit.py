@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, PlanError, RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.cleanup import add_legacy_input, cleanup_legacy  # noqa: E402
 from comfyui_quantpress.quant_core.tools.configs import HeaderMode  # noqa: E402

@@ -15,7 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import format_of_layer, get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import format_of_layer, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.lora import RECORD_KEY, bake  # noqa: E402

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file  # noqa: E402
 from comfyui_quantpress.quant_core.stored.layers import stored_layers  # noqa: E402

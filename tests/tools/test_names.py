@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.names.diffusers import diffusers_warning  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.run import convert  # noqa: E402

@@ -16,7 +16,7 @@ from comfyui_quantpress.cli.main import main  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config  # noqa: E402
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
-from comfyui_quantpress.quant_core.formats.base import all_formats, get_format  # noqa: E402
+from comfyui_quantpress.quant_core.formats import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from comfyui_quantpress.quant_core.checkpoint.metadata import build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.formats.base import Format, get_format
+from comfyui_quantpress.quant_core.formats import get_format
+from comfyui_quantpress.quant_core.formats.base import Format
 from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from safetensors.torch import save_file
 from torch import Tensor
