@@ -8,7 +8,7 @@ __all__ = ["Ability", "ability", "layout_classes", "path", "register_layouts", "
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, not at import: the seam (comfyui.py) must load and say what is missing where comfy-kitchen is not there.
+    # On first use, not at import: where comfy-kitchen is not there, the seam (comfyui.py) must load and say so.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import capability, registry

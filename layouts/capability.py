@@ -29,7 +29,8 @@ SCALED_DOT_ROWS = 256  # up to here it pays to scale every row and group of a we
 class Ability:
     """triton: our kernels run. fp8_dot: they may multiply fp8. scaled_mm: torch's row-wise fp8 matmul is there.
 
-    fast_16bit: a data-centre GPU, whose 16-bit matmul has half the rate of its 8-bit one; consumer GPUs have a quarter.
+    fast_16bit: a data-centre GPU. Its 16-bit matmul has half the rate of its 8-bit one; on consumer GPUs it is a
+    quarter.
     reason: why there are no kernels, as a phrase; empty where there are.
     """
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .comfyui_audit import wrap_load_model_weights
+from .comfyui_formats import MARKER, register_formats
 
 log = logging.getLogger(__name__)
 
 NEEDS = "0.29.0"
-_MARKER = "_quantpress_seam"
 _UPDATE = f"Update ComfyUI to {NEEDS} or newer. The nodes that work from file to file do not need it."
 
 
@@ -75,14 +75,14 @@ def _install() -> SeamStatus:
     import comfy.ops
 
     try:
-        from . import register_layouts
+        from .registry import register_layouts
     except ImportError as err:
         return SeamStatus(
             False, f"comfy-kitchen is too old for the layouts ({err}). Install ComfyUI's requirements.txt."
         )
     register_layouts()
     formats = register_formats()
-    if not getattr(comfy.ops.mixed_precision_ops, _MARKER, False):
+    if not getattr(comfy.ops.mixed_precision_ops, MARKER, False):
         comfy.ops.mixed_precision_ops = _wrap(comfy.ops.mixed_precision_ops)
     wrap_load_model_weights()
     return SeamStatus(True, "", formats)
@@ -124,55 +124,10 @@ def _linear_problem(mixed_precision_ops: Any) -> str:
     return ""
 
 
-def native_formats() -> frozenset[str]:
-    """Names on disk that this ComfyUI loads by itself."""
-    from comfy.quant_ops import QUANT_ALGOS
-
-    return frozenset(name for name, entry in QUANT_ALGOS.items() if not entry.get(_MARKER))
-
-
-def our_formats() -> dict[str, Any]:
-    """Names on disk that the seam loads -> a Format of that name: those of this pack, and those that only a newer
-    ComfyUI knows, where the installed comfy-kitchen has their layout."""
-    from comfy_kitchen.tensor.base import LAYOUTS
-
-    from ..quant_core.formats import all_formats
-
-    native = native_formats()
-    return {
-        fmt.on_disk: fmt
-        for fmt in all_formats()
-        if fmt.runtime.layout in LAYOUTS and (fmt.runtime.native_since is None or fmt.on_disk not in native)
-    }
-
-
-def register_formats() -> tuple[str, ...]:
-    """An entry of our own in QUANT_ALGOS for every format the seam loads, since Linear.forward looks there."""
-    from comfy.quant_ops import QUANT_ALGOS
-
-    ours = our_formats()
-    for name, fmt in ours.items():
-        specs = fmt.tensor_specs((fmt.group_size or 256, 1024))
-        entry = QUANT_ALGOS.setdefault(
-            name,
-            {
-                "storage_t": specs[0].dtype,
-                "parameters": {spec.suffix for spec in specs} - {"weight"},
-                "comfy_tensor_layout": fmt.runtime.layout,
-                "quantize_input": False,
-                _MARKER: True,
-            },
-        )
-        if not entry.get(_MARKER):
-            log.warning(
-                "QuantPress: another pack has registered the format %s; files of it may be run by that pack.", name
-            )
-    return tuple(ours)
-
-
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def mixed_precision_ops(*args: Any, **kwargs: Any) -> type:
+        # Here, because the module needs comfy-kitchen, and this one must load and say so where it is not there.
         from .comfyui_linear import linear_class, refusing_class
 
         base = original(*args, **kwargs)
@@ -183,5 +138,5 @@ def _wrap(original: Any) -> Any:
         # A subclass, so that issubclass(ops, manual_cast) and the like still hold.
         return type(base.__name__, (base,), members)
 
-    setattr(mixed_precision_ops, _MARKER, True)
+    setattr(mixed_precision_ops, MARKER, True)
     return mixed_precision_ops

@@ -8,13 +8,14 @@ from typing import Any
 
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config
 from ..quant_core.errors import InputFileError, some_of
+from .comfyui_formats import our_formats
 
 _MARKER = "_quantpress_audit"
 
 
 def quantized_modules(root: Any) -> set[str]:
     """Names of the modules under `root` (a torch module) whose weight is a QuantizedTensor."""
-    from comfy_kitchen.tensor import QuantizedTensor
+    from comfy_kitchen.tensor import QuantizedTensor  # here: the seam imports this module where it may be missing
 
     return {
         name for name, module in root.named_modules() if isinstance(getattr(module, "weight", None), QuantizedTensor)
@@ -63,8 +64,6 @@ def wrap_load_model_weights() -> None:
 
 def our_layers(state_dict: dict[str, Any]) -> list[str]:
     """Layers whose comfy_quant entry names a format that the seam loads."""
-    from .comfyui import our_formats
-
     ours, found = our_formats(), []
     for key in list(state_dict):
         layer = key.removesuffix(CONFIG_SUFFIX)

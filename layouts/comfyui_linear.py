@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
 from ..quant_core.formats import format_of_layer
 from ..quant_core.stored.layers import QUANT_SUFFIXES
+from .comfyui_formats import our_formats
+from .registry import tensor_of_layer
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")
 
@@ -21,18 +24,15 @@ def _peek(state_dict: dict[str, torch.Tensor], prefix: str) -> dict[str, Any] | 
 
 
 def linear_class(base: type) -> type:
-    """A subclass of ComfyUI's quantized Linear that also loads and saves the formats of `comfyui.our_formats()`."""
-    from comfy_kitchen.tensor import QuantizedTensor
+    """A subclass of ComfyUI's quantized Linear that also loads and saves the formats of `our_formats()`."""
 
     class Linear(base):
         _quantpress_config: dict[str, Any] | None = None
 
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-            from .comfyui import our_formats
-
             config = _peek(state_dict, prefix)
             if config is not None and config["format"] in our_formats():
-                _load_ours(self, config, state_dict, prefix, *rest)
+                _load_ours(self, config, state_dict, prefix, rest)
             else:
                 super()._load_from_state_dict(state_dict, prefix, *rest)
             self._quantpress_config = config
@@ -60,19 +60,14 @@ def _load_ours(
     config: dict[str, Any],
     state_dict: dict[str, torch.Tensor],
     prefix: str,
-    local_metadata: Any,
-    strict: Any,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
+    rest: tuple[Any, ...],
 ) -> None:
     """Take the layer's tensors out of state_dict and give the module a QuantizedTensor.
 
+    rest: what torch hands to _load_from_state_dict after the prefix.
     The tensors stay as they were read: a file mapped into memory is read-only, and ComfyUI's fast path from disk to
     the GPU recognises a weight by its storage.
     """
-    from . import tensor_of_layer
-
     layer, device, dtype = prefix.rstrip("."), module.factory_kwargs["device"], module.factory_kwargs["dtype"]
     if prefix + "pre_quant_scale" in state_dict:
         raise InputFileError(
@@ -91,9 +86,8 @@ def _load_ours(
         module._full_precision_mm = True
     if "input_scale" in tensors:
         module.register_parameter("input_scale", torch.nn.Parameter(tensors["input_scale"], requires_grad=False))
-    torch.nn.Module._load_from_state_dict(
-        module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    )
+    torch.nn.Module._load_from_state_dict(module, state_dict, prefix, *rest)
+    _local_metadata, _strict, missing_keys, *_ = rest
     missing_keys[:] = [key for key in missing_keys if key not in (prefix + "weight", prefix + "input_scale")]
 
 
@@ -124,8 +118,6 @@ def refusing_class(base: type) -> type:
 
     class Refusing(base):
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-            from .comfyui import our_formats
-
             config = _peek(state_dict, prefix)
             if config is not None and config["format"] in our_formats():
                 raise InputFileError(

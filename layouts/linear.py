@@ -59,7 +59,10 @@ def dequantize(name: str, qdata: Tensor, params: PlainParams, dtype: torch.dtype
 
 
 def linear(name: str, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tensor | None) -> Tensor:
-    """x [..., K] of a float dtype -> [..., N] in x's dtype. The bias is cast to it. x and the weight share a device."""
+    """x [..., K] of a float dtype -> [..., N] in x's dtype.
+
+    The bias is cast to that dtype. x and the weight share a device.
+    """
     weight = weight_of(name, qdata, params)
     n, k = weight.geometry.shape
     bias = None if bias is None else bias.to(x.dtype).contiguous()

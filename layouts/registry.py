@@ -1,4 +1,4 @@
-"""Which layout runs which format: our classes, made once from the format registry, and comfy-kitchen's for the rest."""
+"""Which layout runs which format: our classes, made once from the list of formats, and comfy-kitchen's for the rest."""
 
 from __future__ import annotations
 

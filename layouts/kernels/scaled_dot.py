@@ -88,7 +88,10 @@ def scaled_dot(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None
 
 
 def scaled_mm(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same through torch's row-wise scaled matmul. One scale per row on both sides; N, K multiples of 16; bf16 out."""
+    """The same through torch's row-wise scaled matmul, bf16 out.
+
+    One scale per row on both sides. N and K are multiples of 16.
+    """
     return torch._scaled_mm(
         codes,
         weight.codes.t(),

@@ -61,7 +61,7 @@ def model(ops, n, k):
 
 def every_format():
     pack = load_pack()
-    return pack, pack("quant_core.formats.base").all_formats()
+    return pack, pack("quant_core.formats").all_formats()
 
 
 def registering_twice_wraps_once():
@@ -74,7 +74,8 @@ def registering_twice_wraps_once():
     assert comfy.ops.mixed_precision_ops is wrapped and comfy.model_base.BaseModel.load_model_weights is loader
     assert entries == comfy.quant_ops.QUANT_ALGOS
     assert "the loaders of this ComfyUI now take" in LOGGED.getvalue()
-    assert seam.native_formats() == set(entries) - set(seam.our_formats())
+    formats = pack("layouts.comfyui_formats")
+    assert formats.native_formats() == set(entries) - set(formats.our_formats())
 
 
 def what_is_returned_is_still_comfyuis_class():
@@ -198,7 +199,7 @@ def partly_loaded_output(file, full_load):
 def load_clip_gives_a_text_encoder_our_layers():
     """Stock Load CLIP: a Qwen3-0.6B encoder whose first block is quantized, one format of ours for each matrix."""
     pack = load_pack()
-    get_format = pack("quant_core.formats.base").get_format
+    get_format = pack("quant_core.formats").get_format
     shapes = {
         "self_attn.q_proj": (2048, 1024),
         "self_attn.k_proj": (1024, 1024),
