@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from comfyui_quantpress.demo.sampler import simple_sigmas
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
+from comfyui_quantpress.quant_core.algorithms.task import layer_generator
 from comfyui_quantpress.quant_core.input_scales.synthesise import Directions
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, layer_generator
 from model import CFG, CLASSES, STEPS, Bench
 from torch import Tensor, nn
 from torch.nn import functional as F

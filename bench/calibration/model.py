@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from comfyui_quantpress.demo.sampler import load_conditioning, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.tiny_mmdit import TinyMMDiT
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.calibration.calibration import Calibration
 from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import (
@@ -27,7 +28,7 @@ from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -17,7 +17,7 @@ import minilm as encoder
 import torch
 from comfyui_quantpress.demo.sampler import load_conditioning, simple_sigmas, starting_noise
 from comfyui_quantpress.demo.tiny_mmdit import TinyMMDiT
-from comfyui_quantpress.quant_core.policy.recipe import Evidence
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

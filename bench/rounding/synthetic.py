@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic
 from peer import measure_peer
 from summary import table

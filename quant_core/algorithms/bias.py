@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..policy.recipe import Evidence
+from .evidence import Evidence
 
 _ROWS = 4096
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats.base import Format
-from ..policy.recipe import Evidence
+from .evidence import Evidence
 
 _SLICE = 1 << 24  # weights whose product with the Hessian is held at once
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,3 +57,9 @@ class Rounded:
     codes: Tensor
     qp: QParams
     notes: tuple[str, ...] = field(default=())
+
+
+def layer_generator(seed: int, layer: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the seed and the layer's name only."""
+    digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..policy.recipe import Evidence
+from ..algorithms.evidence import Evidence
 from .statistics.hessian import HessianKind
 from .statistics.layer import LayerStatistics
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms.evidence import Evidence
 from ..checkpoint.source import Source, open_source
 from ..formats.base import Format
 from ..input_scales.rule import Absent, InputScaleRule, rule_for, scale_for
 from ..names.layer_names import LayerNames
-from ..policy.recipe import Evidence
 from .calibration import ModelIdentity, identity_of_source
 from .evidence import to_evidence
 from .statistics.hessian import HessianKind

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algorithms.task import layer_generator
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
 from ..names.layer_names import LayerNames
 from ..names.lora_keys import LoraIndex, index_lora
-from ..policy.recipe import layer_generator
 
 
 @dataclass(frozen=True, slots=True)

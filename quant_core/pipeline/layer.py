@@ -12,17 +12,18 @@ from torch import Tensor
 from ..algorithms.asymmetric import Followed, InputPairs, follow
 from ..algorithms.bias import can_correct, correct_bias
 from ..algorithms.choosers import CHOOSERS
+from ..algorithms.evidence import Evidence
 from ..algorithms.objective import Objective, make_objective, ratio
 from ..algorithms.options import read_options
 from ..algorithms.residual import Residual, ResidualOptions, make_residual
 from ..algorithms.rounders import ROUNDERS
-from ..algorithms.task import Rounded, Task
+from ..algorithms.task import Rounded, Task, layer_generator
 from ..cancel import cancel_scope, poll
 from ..formats.streamed import can_slice, quantize_rows
 from ..formats.tiles import encode_rows, errors_by_rows
 from ..numerics.footprint import choose_device, following_bytes, free_bytes, needed_bytes
 from ..numerics.precision import tensor_core_products
-from ..policy.recipe import Evidence, Recipe, layer_generator
+from ..policy.recipe import Recipe
 
 NO_EVIDENCE = Evidence()
 JUDGED_AT_ONCE = 1 << 21  # weights

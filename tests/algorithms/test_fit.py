@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.fit import neighbours
 from comfyui_quantpress.quant_core.algorithms.fit.loop import FitSettings, fit
 from comfyui_quantpress.quant_core.algorithms.fit.neighbours import Choice, Neighbours, pack_bits, unpack_bits
@@ -24,7 +25,7 @@ from comfyui_quantpress.quant_core.errors import Cancelled
 from comfyui_quantpress.quant_core.formats import all_formats, get_format, tiles
 from comfyui_quantpress.quant_core.pipeline import layer
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

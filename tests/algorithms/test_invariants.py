@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import make_objective
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
-from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.algorithms.task import Task, layer_generator
 from comfyui_quantpress.quant_core.errors import Cancelled
 from comfyui_quantpress.quant_core.formats import all_formats, format_of_layer
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe, layer_generator
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 
 FORMATS = [
     replace(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import Objective, make_objective
 from comfyui_quantpress.quant_core.algorithms.residual import ResidualOptions, lora_keys, low_rank, save_residuals
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
@@ -13,7 +14,7 @@ from comfyui_quantpress.quant_core.formats.choose import with_largest_rotation
 from comfyui_quantpress.quant_core.numerics.footprint import WEIGHT_COPIES, choose_device, needed_bytes
 from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from safetensors.torch import load_file
 
 NVFP4 = get_format("nvfp4")

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.asymmetric import RIDGES, InputPairs, follow
+from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import CaptureSettings, Collector
@@ -20,7 +21,7 @@ from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel, enou
 from comfyui_quantpress.quant_core.pipeline.in_order.lockstep import Lockstep, Visits, visits
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.policy.recipe import Evidence, Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.tools.dequantize import dequantize
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...policy.recipe import layer_generator
+from ...algorithms.task import layer_generator
 from .reservoir import draw_keys
 
 
