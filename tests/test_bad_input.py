@@ -76,7 +76,7 @@ def assert_refused(capsys, folder: Path, args: list, *parts: str) -> str:
     return err
 
 
-# --- files that are no safetensors files ---------------------------------------------------------------------------
+# --- files that are not safetensors files ---------------------------------------------------------------------------
 
 
 def raw_file(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

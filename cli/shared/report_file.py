@@ -12,7 +12,7 @@ from .console import json_text
 
 
 def check_report_path(report: Path, target: Path, sources: Iterable[Path], overwrite: bool) -> None:
-    """OutputError when the report could not be written, or would replace something that is no report."""
+    """OutputError when the report could not be written, or would replace something that is not a report."""
     for other, what in ((target, "the output"), *((source, "the input") for source in sources)):
         if report.resolve() == other.resolve() or (report.exists() and other.exists() and report.samefile(other)):
             raise OutputError(f"--report {report}: this is {what} itself. Give the report a name of its own.")

@@ -152,7 +152,7 @@ def gemv_kernel(
     for first in range(0, k, BK):
         values = load_values(codes, codebook, rows, row_mask, first, k, KIND, BK)
         columns = first + tl.arange(0, BK)
-        # The padding reads code 0, which is no zero in a codebook: x is 0 there.
+        # The padding reads code 0, which is not zero in a codebook: x is 0 there.
         products = values * tl.load(x_row + columns, mask=columns < k, other=0.0).to(tl.float32)[None, :]
         if WHOLE_ROW:
             total += tl.sum(products, axis=1)

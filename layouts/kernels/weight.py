@@ -33,7 +33,7 @@ class Geometry:
 
     @property
     def group_constant(self) -> int:
-        """group_cols as the kernels compile it in; 1 where unused, so that K is no reason to compile again."""
+        """group_cols as the kernels compile it in; 1 where unused, so that K is not a reason to compile again."""
         return 1 if self.whole_row else self.group_cols
 
 

@@ -246,7 +246,7 @@ def _checked(pattern: str) -> str | None:
         re.compile(pattern)
     except re.error as err:
         raise RequestError(
-            f"layers: {pattern!r} is no regular expression: {err}. Leave it empty to record all layers."
+            f"layers: {pattern!r} is not a regular expression: {err}. Leave it empty to record all layers."
         ) from err
     return pattern or None
 

@@ -19,7 +19,7 @@ IMPORT, EXPORT = "import", "export"
 
 
 def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, progress: NodeProgress) -> Outcome:
-    """Raises QuantPressError: an export of layers that bitsandbytes has not, a file that is no model.
+    """Raises QuantPressError: an export of layers that bitsandbytes has not, a file that is not a model.
 
     A file with nothing to import goes on as it is: behind the node ComfyUI's form is wanted, and a graph that opens one file
     today and another tomorrow should not break. An export cannot pass a file on: another program would not read it.

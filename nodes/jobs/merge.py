@@ -22,7 +22,7 @@ _INDEX_END = INDEX_SUFFIX.removeprefix(".safetensors")
 
 
 def extract_model(source: SourceHandle, prefix: str, progress: NodeProgress) -> tuple[SourceHandle, str]:
-    """Raises RequestError: the file is no full checkpoint."""
+    """Raises RequestError: the file is not a full checkpoint."""
     path = spool_of(source)
     found = prefix_of(path, prefix)
     spool, report = combined(
@@ -40,7 +40,7 @@ def extract_model(source: SourceHandle, prefix: str, progress: NodeProgress) -> 
 def replace_model(
     model: QuantizedHandle | SourceHandle, checkpoint: Path, prefix: str, force: bool, progress: NodeProgress
 ) -> tuple[QuantizedHandle, str]:
-    """Raises PlanError: the two hold different weights; RequestError: the file is no full checkpoint."""
+    """Raises PlanError: the two hold different weights; RequestError: the file is not a full checkpoint."""
     path, found = spool_of(model), prefix_of(checkpoint, prefix)
     label = label_of(checkpoint)
     spool, report = combined(

@@ -47,7 +47,7 @@ def replayable(model: Any) -> None:
     quantized = [name for name, module in linear_layers(root).items() if not is_plain_float(module.weight)]
     if quantized:
         raise RequestError(
-            f"{what}{len(quantized)} of its layers are no 16-bit or 32-bit floats ({some_of(quantized, shown=3)}). "
+            f"{what}{len(quantized)} of its layers are not 16-bit or 32-bit floats ({some_of(quantized, shown=3)}). "
             "Load the unquantized model, with weight_dtype default."
         )
 

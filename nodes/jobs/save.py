@@ -45,7 +45,9 @@ def expand(pattern: str, handle: QuantizedHandle) -> str:
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise RequestError(f"{match[0]} is no token. Known tokens: {', '.join('{%s}' % name for name in values)}.")
+            raise RequestError(
+                f"{match[0]} is not a token. Known tokens: {', '.join('{%s}' % name for name in values)}."
+            )
         return values[match[1]]
 
     return _TOKEN.sub(value, pattern)

@@ -15,7 +15,7 @@ _WORST = 8
 
 
 def summary(path: Path) -> str:
-    """From the header alone. Raises InputFileError when the file is no calibration."""
+    """From the header alone. Raises InputFileError when the file is not a calibration."""
     with open_calibration(path) as reader:
         header, kinds = reader.header, Counter(reader.kind(layer).value for layer in reader.layers)
         early = sum(not run.completed for run in header.runs)

@@ -62,7 +62,7 @@ def resolve_model(name: str, *folders: str, suffixes: tuple[str, ...] = _SUFFIXE
     """The path of "folder/name", where folder is one of `folders`. RequestError for everything else."""
     folder, _, rest = name.replace("\\", "/").partition("/")
     if folder not in folders or not _is_plain(rest):
-        raise RequestError(f"{name!r} is no file in {', '.join(folders)}. Choose one from the list.")
+        raise RequestError(f"{name!r} is not a file in {', '.join(folders)}. Choose one from the list.")
     for root in folder_paths.get_folder_paths(folder):
         path = Path(root, rest)
         if path.is_file() and path.name.endswith(suffixes):
@@ -104,7 +104,7 @@ def write_target(folder: str, name: str) -> Path:
     """
     roots = write_roots()
     if folder not in roots:
-        raise RequestError(f"{folder!r} is no folder to save to. Choose one of {', '.join(roots)}.")
+        raise RequestError(f"{folder!r} is not a folder to save to. Choose one of {', '.join(roots)}.")
     parts = _clean_parts(name)
     root = roots[folder]
     target = root.joinpath(*parts)
@@ -143,7 +143,7 @@ def _clean_parts(name: str) -> list[str]:
     ]
     if bad or text == ".safetensors":
         raise RequestError(
-            f"{name!r} is no file name: {bad[0] if bad else name!r} is empty, too long, starts with a dot, or "
+            f"{name!r} is not a file name: {bad[0] if bad else name!r} is empty, too long, starts with a dot, or "
             'holds one of < > : " | ? *. Use letters, digits, - and _, and / for a subfolder.'
         )
     return parts

@@ -36,7 +36,10 @@ class InputPairs:
     groups: Sequence[int] = ()
 
     def held(self) -> frozenset[int]:
-        """The calls that judge: every fourth group, whole, for a call that is like one it judges finds too much right."""
+        """The calls that judge: every fourth group, whole.
+
+        A call judges too kindly what was fitted to a call like it, so the calls of one group stay together.
+        """
         groups = self.groups or range(len(self.original))
         chosen = frozenset(list(dict.fromkeys(groups))[_HELD - 1 :: _HELD])
         return frozenset(call for call, group in enumerate(groups) if group in chosen)

@@ -54,7 +54,7 @@ class ResidualOptions:
                 return False
         except re.error as problem:
             raise RequestError(
-                f"residual_target {self.residual_target!r} is no regular expression: {problem}"
+                f"residual_target {self.residual_target!r} is not a regular expression: {problem}"
             ) from problem
         number = re.search(r"\d+", layer)
         return self.residual_depth == 0 or (number is not None and int(number.group()) < self.residual_depth)

@@ -89,7 +89,7 @@ class CallSample:
     """The calls with the smallest keys of all that were offered: at most `limit`, of at most `max_bytes` together.
 
     kept: in order of rising key, so the first n of them are an even sample too. offered: calls seen. refused: of those that
-    were due to be kept, how many cannot be: a replay would differ, something in them is no tree, or one is larger than the budget.
+    were due to be kept, how many cannot be: a replay would differ, something in them is not a tree, or one is larger than the budget.
     """
 
     def __init__(self, limit: int = 0, max_bytes: int = MAX_BYTES) -> None:
@@ -264,7 +264,7 @@ def _tree_to_arguments(tree: Json, fetch: Callable[[str], Any], depth: int = 0) 
 
 
 def _paths(tree: Json) -> list[str]:
-    """Of the tensors of a call, once each. Raises ValueError: it is no call."""
+    """Of the tensors of a call, once each. Raises ValueError: it is not a call."""
     found: dict[str, None] = {}
     if not isinstance(_tree_to_arguments(tree, lambda path: found.setdefault(path)), dict):
         raise ValueError("a recorded call has no arguments by name")

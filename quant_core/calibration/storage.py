@@ -124,7 +124,7 @@ class CalibrationReader:
         text = source.metadata.get(METADATA_KEY)
         if text is None:
             raise InputFileError(
-                f"{source.path}: this is no calibration: its header has no {METADATA_KEY}. "
+                f"{source.path}: this is not a calibration: its header has no {METADATA_KEY}. "
                 "Give a file that Save Calibration or `quantpress calibration merge` wrote."
             )
         manifest = load_json_object(text.encode("utf-8"), f"{source.path}: {METADATA_KEY}")

@@ -143,7 +143,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
         raise RequestError(f"shape {short(shape)} is larger than torch can hold (64 dimensions, 2**63 - 1 elements)")
     total_bits = math.prod(shape) * bits
     if total_bits % 8:
-        raise RequestError(f"shape {short(shape)} of {bits}-bit {dtype} is no whole number of bytes")
+        raise RequestError(f"shape {short(shape)} of {bits}-bit {dtype} is not a whole number of bytes")
     return total_bits // 8
 
 
@@ -152,7 +152,7 @@ def load_json_object(
 ) -> dict[str, object]:
     """Strict JSON: UTF-8, one object, no key twice at any depth, no NaN or Infinity, no lone surrogates.
 
-    what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is no JSON. Raises InputFileError.
+    what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is not JSON. Raises InputFileError.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -222,7 +222,7 @@ def _wrong_file(path: Path, head: bytes, found: str) -> InputFileError:
         for magic, kind, todo in _OTHER_KINDS:
             if head.lstrip().startswith(magic):
                 return InputFileError(f"{path}: this is {kind}, not a safetensors file. {todo}")
-    return InputFileError(f"{path}: {found}. The file is cut off or is no safetensors file: download it again.")
+    return InputFileError(f"{path}: {found}. The file is cut off or is not a safetensors file: download it again.")
 
 
 def _parse_metadata(raw: object, path: Path) -> dict[str, str]:
@@ -338,7 +338,7 @@ def _dump_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     try:
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as err:
-        raise RequestError(f"a tensor name or metadata entry is no valid Unicode text ({err}). Rename it.") from err
+        raise RequestError(f"a tensor name or metadata entry is not valid Unicode text ({err}). Rename it.") from err
     text += b" " * (-len(text) % 8)  # so that the data section begins at a multiple of 8
     if len(text) > MAX_HEADER_BYTES:
         raise RequestError(

@@ -206,7 +206,7 @@ def _load_header_metadata(text: str) -> tuple[Config, Config]:
     try:
         content = load_json_object(text.encode("utf-8"), HEADER_KEY)
     except UnicodeEncodeError as err:
-        raise InputFileError(f"{HEADER_KEY} is no valid Unicode text ({err}). Write the file again.") from err
+        raise InputFileError(f"{HEADER_KEY} is not valid Unicode text ({err}). Write the file again.") from err
     layers = content.get("layers")
     if not isinstance(layers, dict):
         raise InputFileError(
@@ -239,7 +239,7 @@ def _dump(content: Mapping[str, object], what: str) -> bytes:
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as err:
-        raise RequestError(f"{what} holds text that is no valid Unicode ({err}). Rename it.") from err
+        raise RequestError(f"{what} holds text that is not valid Unicode ({err}). Rename it.") from err
 
 
 def _require_valid(config: Mapping[str, object], where: str) -> None:
@@ -266,7 +266,7 @@ def _config_problem(config: Mapping[str, object]) -> str | None:
             return f"nests an object in {key!r}; its members belong at the root, where ComfyUI reads them"
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if not isinstance(item, (str, int, float, bool, type(None))):
-                return f"has {key!r} = {short(value)}, which is no plain JSON value or list of them"
+                return f"has {key!r} = {short(value)}, which is not a plain JSON value or list of them"
             if isinstance(item, float) and not math.isfinite(item):
                 return f"has {key!r} = {short(value)}; JSON has no NaN or Infinity"
     return None

@@ -129,7 +129,7 @@ class Source:
     def identity_hash(self) -> str:
         """sha256 (hex) over, for each file: its size (8 bytes), its header, the first and last 1 MiB of its data.
 
-        Milliseconds for any size, and recorded as `source_hash` in recipes. It tells models apart; it is no proof of
+        Milliseconds for any size, and recorded as `source_hash` in recipes. It tells models apart; it is not a proof of
         integrity, for a change amid the data goes unseen. Use content_hash for that.
         """
         digest = hashlib.sha256()
@@ -241,7 +241,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     except (OSError, ValueError) as err:  # ValueError: a NUL character in the path
         raise _unreadable(path, err) from err
     if not stat.S_ISREG(found.st_mode):  # a pipe would block the opening for ever
-        raise InputFileError(f"{path}: this is no regular file. Give a .safetensors file, an index or a folder.")
+        raise InputFileError(f"{path}: this is not a regular file. Give a .safetensors file, an index or a folder.")
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 

@@ -95,7 +95,7 @@ class Format(ABC):
         n, k = shape
         fmt = self.for_shape(shape)
         if fmt.granularity is Granularity.BLOCK and n % fmt.group_size:
-            return f"out_features={n} is no multiple of group_size {fmt.group_size} ({self.name})"
+            return f"out_features={n} is not a multiple of group_size {fmt.group_size} ({self.name})"
         needs = [
             ("group_size", fmt.group_size if self.pad_to == 1 else None),
             ("rotation group", fmt.rotation),
@@ -103,7 +103,7 @@ class Format(ABC):
         ]
         for what, multiple in needs:
             if multiple and k % multiple:
-                return f"in_features={k} is no multiple of {what} {multiple} ({self.name})".replace("  ", " ")
+                return f"in_features={k} is not a multiple of {what} {multiple} ({self.name})".replace("  ", " ")
         return None
 
     # ---- geometry: pure functions of the shape -----------------------------------------------------------------

@@ -102,7 +102,7 @@ def scales_from_weight_scales(source: Source, layers: Mapping[str, StoredLayer])
 def read_input_scales(path: str | Path) -> dict[str, float]:
     """{layer: input_scale} from a JSON object of numbers, or from any safetensors file that has such tensors.
 
-    Raises InputFileError: not readable, no scale in it, or a value that is no finite number above 0.
+    Raises InputFileError: not readable, no scale in it, or a value that is not a finite number above 0.
     """
     path = Path(path)
     found = (

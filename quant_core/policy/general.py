@@ -92,7 +92,7 @@ class Policy:
                     matches = any(re.search(pattern, layer) for layer in layers)
                 except re.error as err:
                     problems.append(
-                        f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\. and "
+                        f"{option} {pattern!r} is not a regular expression: {err}. Escape dots as \\. and "
                         "brackets as \\( \\)."
                     )
                     continue

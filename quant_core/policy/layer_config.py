@@ -118,7 +118,7 @@ def _rule(pattern: str, settings: Any, base: Recipe) -> Rule:
     try:
         re.compile(pattern)
     except re.error as err:
-        raise RequestError(f"this is no regular expression: {err}. Escape dots as \\\\. in JSON.") from err
+        raise RequestError(f"this is not a regular expression: {err}. Escape dots as \\\\. in JSON.") from err
     if settings.get("skip") is True:
         return Rule(pattern, None)
     name = settings.get("format")

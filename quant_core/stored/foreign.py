@@ -1,4 +1,4 @@
-"""Files that are no model this pack can work with: what they are, and what to do. Told apart by names, nothing is read."""
+"""Files that are not models this pack can work with: what they are, and what to do. Told apart by names, nothing is read."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def add_legacy_input(src: Source) -> Rewrite:
 def _legacy_draft(src: Source) -> Draft:
     if not any(name.endswith(".scale_weight") for name in src.tensors):
         raise RequestError(
-            f"{src.path}: no tensor is called scale_weight, so this is no legacy fp8_scaled file. For others see "
+            f"{src.path}: no tensor is called scale_weight, so this is not a legacy fp8_scaled file. For others see "
             "`quantpress repair`."
         )
     return Draft(src)

@@ -48,7 +48,7 @@ def nothing_to_migrate(src: Source) -> str:
 
 
 def holds_bitsandbytes(src: Source) -> bool:
-    """Whether a layer is stored in bitsandbytes' way. InputFileError for what is no model at all."""
+    """Whether a layer is stored in bitsandbytes' way. InputFileError for what is not a model at all."""
     kinds = {entry.kind for entry in stored_layers(src).values()}
     if not kinds:
         require_model(src)

@@ -96,7 +96,7 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
         found.note(
             "header-json",
             "",
-            f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are no objects and are left "
+            f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are not objects and are left "
             "out.",
         )
     missing = [layer for layer in configs if f"{layer}.weight" not in src.tensors]

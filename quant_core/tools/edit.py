@@ -145,7 +145,7 @@ def _value(node: ast.expr) -> Any:
         return [_value(item) for item in node.elts]
     if isinstance(node, ast.Dict) and None not in node.keys:
         return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
-    raise ValueError(f"{ast.unparse(node)} is no plain value")
+    raise ValueError(f"{ast.unparse(node)} is not a plain value")
 
 
 def parse_names(text: str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def patch_input_scales(
 
     method: where they are from, for the header. target_path may be the source itself, with overwrite: the new file is
     complete and verified before it takes the old one's place. Layers whose format ignores the tensor are skipped.
-    Raises InputFileError, RequestError (nothing to patch, a value that is no number above 0), OutputError,
+    Raises InputFileError, RequestError (nothing to patch, a value that is not a number above 0), OutputError,
     VerificationError, Cancelled.
     """
     source_path, target = Path(source_path), Path(target_path)

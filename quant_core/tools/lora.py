@@ -116,7 +116,7 @@ def _deltas(
     where = lora.path.name
     if not factors:
         problems.append(
-            f"{where}: this is no LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
+            f"{where}: this is not a LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
             f"called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
         )
     elif other:
@@ -195,7 +195,7 @@ def _misfit(src: Source, lora: Source, layer: str, delta: Delta, rows: slice) ->
     if weight.dtype not in _FLOATS:
         return None  # quantized: said once for all
     if any(lora.tensors[name].dtype not in _FLOATS for name in (delta.down, delta.up)):
-        return "its factors are no floating-point tensors."
+        return "its factors are not floating-point tensors."
     needed = (rows.stop - rows.start, *weight.shape[1:])
     pointwise = all(size == 1 for size in up[2:])  # a 1x1 up factor: the product is a matrix product
     got = (up[0], *down[1:]) if len(up) >= 2 and len(down) >= 2 else (*up, *down)
@@ -214,10 +214,12 @@ def _record(src: Source, loras: Sequence[tuple[Source, float]]) -> str:
         before = json.loads(src.metadata.get(RECORD_KEY, "[]"))
     except ValueError as err:
         raise InputFileError(
-            f"{src.path}: the header entry {RECORD_KEY} is no JSON ({err}). Remove it, or take another copy."
+            f"{src.path}: the header entry {RECORD_KEY} is not JSON ({err}). Remove it, or take another copy."
         ) from err
     if not isinstance(before, list):
-        raise InputFileError(f"{src.path}: the header entry {RECORD_KEY} is no list. Remove it, or take another copy.")
+        raise InputFileError(
+            f"{src.path}: the header entry {RECORD_KEY} is not a list. Remove it, or take another copy."
+        )
     return json.dumps(
         before
         + [{"file": lora.path.name, "hash": lora.identity_hash(), "strength": strength} for lora, strength in loras]

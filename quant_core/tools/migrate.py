@@ -64,7 +64,7 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
 
 
 def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str | None) -> None:
-    """PlanError: a layer that must be in high precision is quantized; the pattern is no regex or finds no weight."""
+    """PlanError: a layer that must be in high precision is quantized; the pattern is not a regex or finds no weight."""
     if pattern is None:
         return
     matches = compile_pattern("--hp-filter", pattern)
@@ -83,11 +83,11 @@ def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str
 
 
 def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
-    """RequestError, naming the option, for what is no regular expression."""
+    """RequestError, naming the option, for what is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as err:
-        raise RequestError(f"{option} {pattern!r} is no regular expression: {err}. Escape dots as \\.") from err
+        raise RequestError(f"{option} {pattern!r} is not a regular expression: {err}. Escape dots as \\.") from err
 
 
 def marker_size(src: Source) -> int | None:

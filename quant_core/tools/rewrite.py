@@ -105,7 +105,7 @@ class Draft:
         """The same bytes under another dtype or shape. ValueError when their sizes differ."""
         old = self._outputs[name]
         if not isinstance(old, Copy):
-            raise ValueError(f"{name} is no copy")
+            raise ValueError(f"{name} is not a copy")
         new = Copy(old.src, old.name, dtype or old.dtype, old.shape if shape is None else shape)
         if tensor_bytes(new.dtype, new.shape) != tensor_bytes(old.dtype, old.shape):
             raise ValueError(f"{name}: {old.dtype} {old.shape} and {new.dtype} {new.shape} differ in size")
@@ -165,7 +165,8 @@ class Draft:
 @dataclass(frozen=True, slots=True)
 class Rewrite:
     """outputs: every tensor of the new file, in order. metadata: its header entries. notes: sentences for the user.
-    told: codes of errors that the new file has and the user was told of, though a check of the sources does not see them.
+    told: codes of errors that the new file will have, and that the user was told of. A check of the sources cannot
+    find them.
 
     The sources must stay open until it was applied.
     """

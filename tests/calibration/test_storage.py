@@ -237,7 +237,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
     plain = tmp_path / "model.safetensors"
     save_file({"w": torch.zeros(2)}, plain)
     with pytest.raises(
-        InputFileError, match="this is no calibration.*Save Calibration or `quantpress calibration merge` wrote"
+        InputFileError, match="this is not a calibration.*Save Calibration or `quantpress calibration merge` wrote"
     ):
         load_calibration(plain)
     good = save_calibration(calibration(), tmp_path / "c.safetensors")

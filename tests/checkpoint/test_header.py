@@ -66,7 +66,7 @@ BAD_FILES = {
         "larger than torch can hold",
     ),
     "shape too deep": (with_header(entry(shape=[2] + [1] * 64), bytes(8)), "larger than torch can hold"),
-    "sub-byte rest": (with_header(entry(dtype="F4", shape=[3]), bytes(8)), "no whole number of bytes"),
+    "sub-byte rest": (with_header(entry(dtype="F4", shape=[3]), bytes(8)), "not a whole number of bytes"),
     "offsets no pair": (with_header(entry(data_offsets=[8]), bytes(8)), "must be two integers"),
     "offsets float": (with_header(entry(data_offsets=[0, 8.0]), bytes(8)), "must be two integers"),
     "offsets negative": (with_header(entry(data_offsets=[-8, 0]), bytes(8)), "must be two integers >= 0"),

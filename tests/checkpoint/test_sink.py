@@ -209,8 +209,8 @@ BAD_PLANS = {
     "reserved": ([OutputTensor("__metadata__", "U8", (1,))], {}, "no tensor can be named __metadata__"),
     "dtype": ([OutputTensor("a", "F33", (1,))], {}, "a: unknown dtype 'F33'"),
     "shape": ([OutputTensor("a", "U8", (-1,))], {}, r"a: shape \(-1,\) must be"),
-    "bits": ([OutputTensor("a", "F6_E3M2", (3,))], {}, "a: .* no whole number of bytes"),
-    "surrogate": ([OutputTensor("\ud800", "U8", (1,))], {}, "no valid Unicode"),
+    "bits": ([OutputTensor("a", "F6_E3M2", (3,))], {}, "a: .* not a whole number of bytes"),
+    "surrogate": ([OutputTensor("\ud800", "U8", (1,))], {}, "not valid Unicode"),
     "metadata": (PLAN, {"steps": 5}, "metadata 'steps': 5; safetensors holds strings only"),
     "too long": (PLAN, {"x": "y" * MAX_HEADER_BYTES}, "the header would take 1000"),
 }

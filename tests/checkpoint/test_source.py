@@ -42,7 +42,7 @@ def test_a_path_that_cannot_be_opened_is_an_input_error(tmp_path):
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(InputFileError, match="no regular file"):
+    with pytest.raises(InputFileError, match="not a regular file"):
         open_source(tmp_path / "pipe.safetensors")
 
 
@@ -121,7 +121,7 @@ def test_hashes_tell_files_apart_and_the_content_hash_is_that_of_sha256sum(model
         found[name] = hashes(tmp_path / f"{name}.safetensors")
     assert found["same"] == found["again"]
     assert len({content for content, _ in found.values()}) == 4
-    assert found["middle"][1] == found["same"][1]  # as documented: identity is no proof of integrity
+    assert found["middle"][1] == found["same"][1]  # as documented: identity is not a proof of integrity
     assert len({identity for _, identity in found.values()}) == 3
     assert hashes(model)[0] == hashlib.sha256(model.read_bytes()).hexdigest()
 

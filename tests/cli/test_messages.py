@@ -1,4 +1,4 @@
-"""What the command line says: flags by name, equal lines as one, files that are no model, and nothing written for nothing."""
+"""What the command line says: flags by name, equal lines as one, files that are not models, and nothing written for nothing."""
 
 import argparse
 import json
@@ -91,7 +91,7 @@ def run(folder, tmp_path, capsys):
         (["quantize", "vae", *QUANTIZE[2:]], ["no linear weight", "'decoder.0.weight'", "text encoder"]),
         (["quantize", "model-00001-of-00002", *QUANTIZE[2:]], ["shard 1 of 2", ".index.json"]),
         (["quantize", "empty", *QUANTIZE[2:]], ["empty (0 bytes)", "Download"]),
-        (["quantize", "text", *QUANTIZE[2:]], ["no safetensors file"]),
+        (["quantize", "text", *QUANTIZE[2:]], ["not a safetensors file"]),
         (["quantize", "cut", *QUANTIZE[2:]], ["truncated", "Download it again"]),
         (["quantize", "model", "missing/out", *QUANTIZE[3:]], ["the folder", "is missing. Create it"]),
         (
@@ -102,7 +102,7 @@ def run(folder, tmp_path, capsys):
         (["template", "vae", "out"], ["no linear weight"]),
         (["verify", "int8", "--against", "style"], ["this file is a LoRA"]),
         (["merge", "lora", "style", "out", "--lora", "style"], ["this file is a LoRA"]),
-        (["merge", "lora", "model", "out", "--lora", "model"], ["this is no LoRA", "none of its 6 tensors"]),
+        (["merge", "lora", "model", "out", "--lora", "model"], ["this is not a LoRA", "none of its 6 tensors"]),
         (["merge", "join", "model", "out"], ["one file already"]),
         (["calibrate", "int8", "out", "--simulate"], ["no layer of it can have an input scale", "int8_rowwise"]),
         ([*QUANTIZE, "--layer-config", "bad"], ["bad.json is not JSON", "Correct it there"]),
@@ -137,7 +137,7 @@ def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
             ["edit", "int8", "out", "--add", "'format': 'nvfp4'"],
             ["(3 layers) is missing", "--force writes it all the same"],
         ),
-        ([*QUANTIZE, "--keep", "("], ["--keep '(' is no regular expression"]),
+        ([*QUANTIZE, "--keep", "("], ["--keep '(' is not a regular expression"]),
         ([*QUANTIZE, "--only", "nosuch"], ["--only 'nosuch' matches none of the 3 linear layers"]),
         ([*QUANTIZE, "--keep", "."], ["or name the layers with --only"]),
         ([*QUANTIZE, "--rule", "nosuch=keep"], ["--rule 'nosuch' matches none"]),

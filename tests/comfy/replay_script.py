@@ -255,7 +255,7 @@ def check_what_would_make_a_replay_wrong_is_refused():
     small = comfy.sd.load_diffusion_model(
         str(Path(folder) / "trained_sd3.safetensors"), {"dtype": torch.float8_e4m3fn}
     )
-    with refused("of its layers are no 16-bit or 32-bit floats"):
+    with refused("of its layers are not 16-bit or 32-bit floats"):
         replayable(small)
 
 

@@ -205,7 +205,7 @@ def test_an_empty_capture_a_compiled_model_and_a_wrong_pattern_say_what_to_do(se
         server.run(graph)
     assert failed.value.node == "QuantPressCapture"
     for pattern, said in (
-        ("(", "is no regular expression"),
+        ("(", "is not a regular expression"),
         ("no_such_layer", "has no linear layer whose name matches"),
     ):
         graph = Calibrating(layers=pattern)

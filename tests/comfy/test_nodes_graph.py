@@ -82,7 +82,7 @@ def test_cancel_stops_within_seconds_and_leaves_nothing(server):
     "recipe, said",
     [
         ({"format": "int8_rowwise", "group_size": "64"}, "int8_rowwise: group_size 64 is not offered"),
-        ({"format": "nvfp4", "keep": "("}, "is no regular expression"),
+        ({"format": "nvfp4", "keep": "("}, "is not a regular expression"),
         ({"format": "nvfp4", "only": "no_such_layer"}, "matches none of the"),
     ],
 )
@@ -108,8 +108,8 @@ def test_a_nan_in_the_source_names_the_layer_and_leaves_no_file(server):
 def test_names_that_lead_out_of_the_folders_are_refused(server, tmp_path):
     (server.base / "models/diffusion_models/leak").symlink_to(tmp_path)
     for name, said in (
-        ("../../evil", "is no file name"),
-        ("/tmp/evil", "is no file name"),
+        ("../../evil", "is not a file name"),
+        ("/tmp/evil", "is not a file name"),
         ("leak/evil", "leads out of"),
     ):
         graph = Graph()
@@ -217,7 +217,7 @@ def test_baking_a_lora_before_quantizing_equals_quantizing_the_merged_file(serve
     server.run(graph)
     expected = server.latent("lora/bf16-1.0")
     assert relative_error(server.latent("lora/baked"), expected) < 0.05
-    assert relative_error(server.latent("lora/bf16-0.0"), expected) > 0.1  # the LoRA is no small thing
+    assert relative_error(server.latent("lora/bf16-0.0"), expected) > 0.1  # the LoRA is not a small thing
 
 
 def test_without_baking_the_lora_is_left_out(server, bf16_delta):

@@ -268,7 +268,7 @@ def test_a_sound_file_goes_through_the_tools_unchanged_and_nothing_is_written(se
         ({"add": '{"format": "int8_blockwise", "group_size": 48}'}, "The file would not load"),
         ({"add": "'open("}, "neither JSON nor a list"),
         ({"add": "'a': 1", "layers": "no_such"}, "finds none of the 16 quantized layers"),
-        ({"add": "'a': 1", "layers": "("}, "is no regular expression"),
+        ({"add": "'a': 1", "layers": "("}, "is not a regular expression"),
         ({}, "There is nothing to do"),
     ],
 )

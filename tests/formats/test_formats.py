@@ -238,7 +238,7 @@ def test_rotation_falls_back_to_the_largest_group_that_divides():
     fmt = get_format("int8_convrot")
     assert fmt.for_shape((64, 192)).rotation == 64
     assert fmt.for_shape((64, 768)).rotation == 256
-    assert fmt.problem((64, 200)) == "in_features=200 is no multiple of rotation group 256 (int8_convrot)"
+    assert fmt.problem((64, 200)) == "in_features=200 is not a multiple of rotation group 256 (int8_convrot)"
 
 
 def test_unknown_format_lists_the_known_ones():

@@ -190,7 +190,7 @@ def test_a_root_that_is_itself_a_link_is_fine(folders, tmp_path):
 
 
 def test_an_unknown_folder_and_an_impossible_one_are_refused(folders, tmp_path):
-    with pytest.raises(RequestError, match="no folder to save to"):
+    with pytest.raises(RequestError, match="not a folder to save to"):
         folders.write_target("custom_nodes", "x")
     put(tmp_path / "output/file")
     with pytest.raises(OutputError, match="cannot be made"):

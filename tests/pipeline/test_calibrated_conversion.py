@@ -234,7 +234,7 @@ def test_another_models_calibration_is_refused_and_a_fine_tunes_is_named(made, t
         calibration=CalibrationUse(calibration),
     )
     assert any("other weights" in text for text in report.warnings)
-    with pytest.raises(InputFileError, match="this is no calibration"):
+    with pytest.raises(InputFileError, match="this is not a calibration"):
         convert(source, tmp_path / "no.safetensors", Recipe(get_format("nvfp4")), calibration=CalibrationUse(source))
     assert not (tmp_path / "no.safetensors").exists()
 

@@ -212,7 +212,7 @@ def test_policy_options(source, tmp_path):
 @pytest.mark.parametrize(
     "policy, words",
     [
-        (Policy(keep=("(",)), "is no regular expression"),
+        (Policy(keep=("(",)), "is not a regular expression"),
         (Policy(only=("nosuch",)), "matches none of the"),
         (Policy(keep=("blocks",)), "none of the 8 linear layers would be quantized"),
     ],
@@ -244,7 +244,7 @@ def test_block_formats_keep_what_does_not_divide(tmp_path):
     save_file({"blocks.0.a.weight": torch.randn(128, 128), "blocks.0.b.weight": torch.randn(100, 128)}, path)
     report = convert(path, target, Recipe(get_format("int8_blockwise")))
     assert [r.layer for r in report.quantized] == ["blocks.0.a"]
-    assert "out_features=100 is no multiple of group_size 128" in report.layers[0].reason + report.layers[1].reason
+    assert "out_features=100 is not a multiple of group_size 128" in report.layers[0].reason + report.layers[1].reason
 
 
 # ---- what can go wrong ----------------------------------------------------------------------------------------------

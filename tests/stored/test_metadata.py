@@ -69,10 +69,10 @@ def test_the_bytes_are_those_of_comfyuis_own_save():
         ({**NVFP4, "params": {"group_size": 64}}, "nests an object in 'params'"),
         ({**NVFP4, "scale": float("nan")}, "'scale' = nan; JSON has no NaN"),
         ({**NVFP4, "scales": [1.0, float("-inf")]}, "'scales' = .*; JSON has no NaN or Infinity"),
-        ({**NVFP4, "dtype": torch.bfloat16}, "'dtype' = torch.bfloat16, which is no plain JSON value"),
-        ({**NVFP4, "lists": [[1]]}, "'lists' = .* no plain JSON value or list"),
+        ({**NVFP4, "dtype": torch.bfloat16}, "'dtype' = torch.bfloat16, which is not a plain JSON value"),
+        ({**NVFP4, "lists": [[1]]}, "'lists' = .* not a plain JSON value or list"),
         ({**NVFP4, 5: 1}, "the key 5; JSON keys are strings"),
-        ({"format": "\ud800"}, "no valid Unicode"),
+        ({"format": "\ud800"}, "not valid Unicode"),
     ],
 )
 def test_what_is_no_flat_json_object_with_a_format_is_not_written(config, message):
@@ -143,7 +143,7 @@ def test_padding_and_params_are_errors_unless_lenient_which_repairs_and_tells():
         ('{"layers": {"l": {}}}', "l: the config .* has no format"),
         ('{"layers": {"l": {"format": "a"}, "l": {"format": "b"}}}', "'l' more than once"),
         ('{"layers": {"l": {"format": "a", "x": Infinity}}}', "holds 'Infinity'"),
-        ("\ud800", "no valid Unicode"),
+        ("\ud800", "not valid Unicode"),
     ],
 )
 @pytest.mark.parametrize("lenient", [False, True])
@@ -167,7 +167,7 @@ def read(tmp_path):
     def write_and_read(tensors: dict[str, bytes], header: str | None, lenient: bool = False) -> LayerConfigs:
         path = tmp_path / "m.safetensors"
         named = {f"{layer}{CONFIG_SUFFIX}": as_tensor(data) for layer, data in tensors.items()}
-        others = {"a.weight": torch.zeros(2), "comfy_quant": torch.zeros(2)}  # the second is no layer's config
+        others = {"a.weight": torch.zeros(2), "comfy_quant": torch.zeros(2)}  # the second is not a layer's config
         safetensors.torch.save_file({**named, **others}, path, None if header is None else {HEADER_KEY: header})
         with open_source(path) as src:
             return layer_configs(src, lenient)

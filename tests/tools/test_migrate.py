@@ -171,7 +171,7 @@ def test_hp_filter_names_the_quantized_layers(tmp_path):
             migrate(src, MigrateOptions(hp_filter=r"blocks\.0"))
         with pytest.raises(PlanError, match="finds no weight"):
             migrate(src, MigrateOptions(hp_filter="nowhere"))
-        with pytest.raises(RequestError, match="no regular expression"):
+        with pytest.raises(RequestError, match="not a regular expression"):
             migrate(src, MigrateOptions(hp_filter="("))
 
 

@@ -33,7 +33,7 @@ class Chosen:
 def chunk_labels(shape: Sequence[int], labels: Sequence[str]) -> tuple[str, ...]:
     """The labels of an input's equal chunks along dimension 0.
 
-    () where they cannot be told apart: dimension 0 is no multiple of them, or it is the only one besides the channels
+    () where they cannot be told apart: dimension 0 is not a multiple of them, or it is the only one besides the channels
     and holds tokens. An input [B, K] with B = len(labels) does count as a batch.
     """
     if len(labels) <= 1:

@@ -144,8 +144,10 @@ def spread(groups: Sequence[int]) -> list[int]:
 
 
 def enough_calls(visited: Visits, recorded: int) -> int:
-    """More calls than give a layer some ten thousand rows cost time and memory, and gain little. Of small models 64, because
-    calls of the same pictures, between them, no longer judge each other fairly.
+    """How many calls are replayed: enough for some ten thousand rows of a layer, at least 8 and at most 64.
+
+    More rows cost time and memory and gain little. More than 64 calls of a small model show the same pictures many
+    times, and then the calls that judge are too much like the calls that were fitted.
     """
     return min(recorded, max(_ENOUGH_CALLS, min(_MOST_CALLS, -(-_ENOUGH_ROWS // max(1, visited.rows)))))
 
