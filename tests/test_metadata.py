@@ -1,4 +1,4 @@
-"""What ComfyUI, its registry and pip read in pyproject.toml: by the rules of the registry, and of files that are there."""
+"""What ComfyUI, its registry and pip read in pyproject.toml: the rules of the registry, and files that are there."""
 
 import sys
 from pathlib import Path

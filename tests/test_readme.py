@@ -157,6 +157,21 @@ def test_links_lead_somewhere(path):
     assert [link for link in links_of(PAGES[path]) if not (path.parent / link).exists()] == []
 
 
+NODES = [page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for page in ROOT.glob("web/docs/*.md")]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_every_node_is_named(name):
+    """By the titles of the nodes' pages, which are their display names."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(NODES) > 20 and [node for node in NODES if node not in text] == []
+
+
+def test_the_changelog_names_every_command():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if f"- `{command}`" not in text] == []
+
+
 def test_the_readme_leads_to_every_page():
     linked = {(ROOT / link).resolve() for link in links_of(README)}
     assert [path.name for path in PAGES if path.parent != ROOT and path not in linked] == []
