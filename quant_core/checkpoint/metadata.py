@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,40 +19,11 @@ from torch import Tensor
 from ..errors import InputFileError, RequestError
 from .header import load_json_object
 
-if TYPE_CHECKING:
-    from .source import Source
-
 CONFIG_SUFFIX = ".comfy_quant"
 HEADER_KEY = "_quantization_metadata"
 FORMAT_VERSION = "1.0"
 
 Config = dict[str, object]
-
-
-class MismatchKind(Enum):
-    """How the two descriptions of a layer disagree. The value reads well in a sentence."""
-
-    HEADER_ONLY = "only in the header"
-    TENSOR_ONLY = "only in a comfy_quant tensor"
-    DIFFERING = "different in the header and in the comfy_quant tensor"
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """A layer that the file describes in one place only, or in two different ways."""
-
-    layer: str
-    kind: MismatchKind
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class LayerConfigs:
-    """layers: what ComfyUI will use. findings: what a lenient reading repaired, one sentence each; empty if strict."""
-
-    layers: dict[str, Config]
-    mismatches: tuple[Mismatch, ...]
-    findings: tuple[str, ...]
 
 
 def encode_config(config: Mapping[str, object], *, complete: bool = True) -> Tensor:
@@ -150,7 +119,7 @@ def merge_header_metadata(texts: Sequence[str]) -> str:
     for text in texts:
         content, layers = _load_header_metadata(text)
         for layer, config in layers.items():
-            if not _same_json(merged_layers.setdefault(layer, config), config):
+            if not same_json(merged_layers.setdefault(layer, config), config):
                 raise InputFileError(
                     f"{layer}: two shards describe it differently in {HEADER_KEY}: "
                     f"{json.dumps(merged_layers[layer])} and {json.dumps(config)}. "
@@ -158,47 +127,6 @@ def merge_header_metadata(texts: Sequence[str]) -> str:
                 )
         merged = {**content, **merged}
     return _dump({**merged, "layers": merged_layers}, HEADER_KEY).decode("utf-8")
-
-
-def layer_configs(src: Source, lenient: bool = False) -> LayerConfigs:
-    """Both descriptions of every quantized layer of an open source, compared.
-
-    Where they differ `layers` has the header's: ComfyUI overwrites the tensor with it. Reads only the comfy_quant
-    tensors. Raises InputFileError, naming the layer.
-    """
-    findings: list[str] = []
-    in_tensors: dict[str, Config] = {}
-    for name in src.tensors:
-        layer = name.removesuffix(CONFIG_SUFFIX)
-        if layer == name:
-            continue
-        if lenient:
-            in_tensors[layer], found = decode_config(src.read(name), layer, lenient=True)
-            findings += found
-        else:
-            in_tensors[layer] = decode_config(src.read(name), layer)
-    in_header: dict[str, Config] = {}
-    text = src.metadata.get(HEADER_KEY)
-    if text is not None and lenient:
-        in_header, found = parse_header_metadata(text, lenient=True)
-        findings += found
-    elif text is not None:
-        in_header = parse_header_metadata(text)
-    return LayerConfigs({**in_tensors, **in_header}, tuple(_compare(in_tensors, in_header)), tuple(findings))
-
-
-def _compare(in_tensors: Mapping[str, Config], in_header: Mapping[str, Config]) -> list[Mismatch]:
-    mismatches = []
-    for layer, config in in_tensors.items():
-        if layer not in in_header:
-            mismatches.append(Mismatch(layer, MismatchKind.TENSOR_ONLY, f"tensor: {json.dumps(config)}"))
-        elif not _same_json(config, in_header[layer]):
-            detail = f"header: {json.dumps(in_header[layer])}; tensor: {json.dumps(config)}"
-            mismatches.append(Mismatch(layer, MismatchKind.DIFFERING, detail))
-    for layer, config in in_header.items():
-        if layer not in in_tensors:
-            mismatches.append(Mismatch(layer, MismatchKind.HEADER_ONLY, f"header: {json.dumps(config)}"))
-    return mismatches
 
 
 def _load_header_metadata(text: str) -> tuple[Config, Config]:
@@ -216,8 +144,9 @@ def _load_header_metadata(text: str) -> tuple[Config, Config]:
     return content, layers
 
 
-def _same_json(one: object, other: object) -> bool:
-    # Whatever the key order; and Python's == would take `true` for 1.
+def same_json(one: object, other: object) -> bool:
+    """Whether two JSON values are equal, whatever the order of their keys."""
+    # Python's == would take `true` for 1.
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 

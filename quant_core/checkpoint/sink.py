@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from ..errors import InputFileError, OutputError, RequestError, VerificationError, some_of
+from .closing import Closing
 from .header import CODE_TO_TORCH, Header, OutputTensor, TensorInfo, build_header, read_header
 from .part import (
     cannot_write,
@@ -63,7 +63,7 @@ def open_sink(
         raise cannot_write(target, err) from err
 
 
-class Sink:
+class Sink(Closing):
     """A file that is being written. write and write_chunk are thread-safe. Made by open_sink; a context manager.
 
     target: where it will be. part: where it is until commit. tensors: the layout, as a reader will see it.
@@ -141,14 +141,6 @@ class Sink:
             finally:
                 if not self._committed:
                     remove(self.part)
-
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PureWindowsPath
 from reprlib import repr as short
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from ..errors import InputFileError, RequestError, counted, some_of
+from .closing import Closing
 from .header import CODE_TO_TORCH, MAX_HEADER_BYTES, TensorInfo, load_json_object, read_header
 from .metadata import HEADER_KEY, merge_header_metadata
 
@@ -57,7 +57,7 @@ def open_source(path: str | Path) -> Source:
         return source
 
 
-class Source:
+class Source(Closing):
     """An open checkpoint. Reads are thread-safe. Made by open_source.
 
     path: the file or index that was opened. files: the .safetensors files, sorted by name.
@@ -115,22 +115,11 @@ class Source:
         start = shard.header.data_start + info.begin
         return shard.chunks(start, start + info.nbytes, chunk_bytes)
 
-    def content_hash(self) -> str:
-        """sha256 (hex) of all bytes of the file, as sha256sum gives it; of several, of their bytes in `files` order.
-
-        Reads every byte; identity_hash does not.
-        """
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            for chunk in shard.chunks(0, shard.header.file_bytes, CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
-
     def identity_hash(self) -> str:
         """sha256 (hex) over, for each file: its size (8 bytes), its header, the first and last 1 MiB of its data.
 
-        Milliseconds for any size, and recorded as `source_hash` in recipes. It tells models apart; it is not a proof of
-        integrity, for a change amid the data goes unseen. Use content_hash for that.
+        Milliseconds for any size, and recorded as `source_hash` in recipes. It tells models apart; it proves no
+        integrity: a change amid the data goes unseen.
         """
         digest = hashlib.sha256()
         for shard in self._shards:
@@ -159,14 +148,6 @@ class Source:
         for shard in self._shards:
             shard.close()
 
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise RequestError(
@@ -175,7 +156,7 @@ class Source:
         return self.tensors[name]
 
 
-class _Shard:
+class _Shard(Closing):
     """One open safetensors file."""
 
     def __init__(self, path: Path) -> None:
@@ -190,14 +171,6 @@ class _Shard:
             except OSError as err:
                 raise _unreadable(path, err) from err
             closing.pop_all()
-
-    def __enter__(self) -> _Shard:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._file.close()

@@ -13,12 +13,13 @@ import torch
 
 from ..cancel import poll
 from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
-from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config, layer_configs
+from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, VerificationError, counted
 from ..formats import format_of_layer
 from ..numerics.metrics import relative_error, snr_db
 from ..progress import Clock, Progress
+from ..stored.configs import layer_configs
 from ..stored.layers import QUANT_SUFFIXES, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .plan import RECIPE_KEY

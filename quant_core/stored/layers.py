@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.metadata import CONFIG_SUFFIX, layer_configs
+from ..checkpoint.metadata import CONFIG_SUFFIX
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
 from ..formats import format_of_layer, get_format
 from ..formats.base import Format
 from .bnb_state import BnbState, bnb_states
 from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
+from .configs import layer_configs
 from .legacy import modelopt_to_comfy, undescribed_layers
 
 # Everything that belongs to a quantized weight; `<layer>.bias` does not, it stays as it is.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from ..checkpoint.header import load_json_object
-from ..checkpoint.metadata import CONFIG_SUFFIX, FORMAT_VERSION, HEADER_KEY, Config, encode_config
+from ..checkpoint.metadata import CONFIG_SUFFIX, FORMAT_VERSION, HEADER_KEY, Config, encode_config, same_json
 from ..errors import InputFileError
 from .rewrite import Copy, Draft
 
@@ -68,7 +68,7 @@ def _says(draft: Draft, name: str, config: Config) -> bool:
         return False
     raw = content.src.read(content.name).numpy().tobytes()
     try:
-        return _sorted(load_json_object(raw, name)) == _sorted(config)  # JSON ends before a NUL: refused there
+        return same_json(load_json_object(raw, name), config)  # JSON ends before a NUL: refused there
     except InputFileError:
         return False
 
@@ -78,7 +78,7 @@ def _set_header(draft: Draft, layers: Mapping[str, object]) -> None:
     text = draft.metadata.get(HEADER_KEY)
     old = header_object(text) if text is not None else {}
     new = {"format_version": FORMAT_VERSION, **old, "layers": dict(layers)}
-    if text is None or _sorted(old) != _sorted(new):
+    if text is None or not same_json(old, new):
         draft.metadata[HEADER_KEY] = json.dumps(new, ensure_ascii=False)
 
 
@@ -88,8 +88,3 @@ def header_object(text: str) -> dict[str, object]:
     if not isinstance(content.get("layers"), dict):
         raise InputFileError(f"{HEADER_KEY} has no `layers` object. Run `quantpress repair` on the file.")
     return content
-
-
-def _sorted(value: object) -> str:
-    # Not Python's ==, which takes true for 1.
-    return json.dumps(value, sort_keys=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config
+from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config, same_json
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError, counted
 from ..formats import get_format
@@ -182,7 +182,7 @@ def _settle(
             errors.append(err)
     from_header, from_tensor = fitting
     chosen = from_header or from_tensor
-    if chosen and header is not None and tensor is not None and _sorted(_flat(header)) != _sorted(tensor):
+    if chosen and header is not None and tensor is not None and not same_json(_flat(header), tensor):
         why = "as ComfyUI uses it"
         if chosen is not from_header:
             why = "as it fits the data"
@@ -198,10 +198,6 @@ def _settle(
     if chosen:
         return chosen
     return _infer(src, layer, names, (header, tensor), errors, assume, found)
-
-
-def _sorted(config: Config) -> str:
-    return json.dumps(config, sort_keys=True)
 
 
 def _flat(config: Config) -> Config:

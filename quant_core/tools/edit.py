@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.header import load_json_object
-from ..checkpoint.metadata import Config, encode_config, layer_configs
+from ..checkpoint.metadata import Config, encode_config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, RequestError, counted
 from ..pipeline.verify import Finding, check_layer
+from ..stored.configs import layer_configs
 from .configs import HeaderMode, write_configs
 from .migrate import compile_pattern
 from .rewrite import Draft, Rewrite
@@ -63,11 +64,6 @@ def edit(src: Source, change: Edit) -> Rewrite:
     draft = Draft(src)
     write_configs(draft, edited, change.header, configs, complete=not change.force)
     return draft.finish()
-
-
-def add_header(src: Source) -> Rewrite:
-    """The header's copy written from the comfy_quant tensors; and a tensor for every layer that only it describes."""
-    return edit(src, Edit(header=HeaderMode.BUILD))
 
 
 def _edited(config: Config, change: Edit) -> Config:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..checkpoint.metadata import layer_configs
 from ..checkpoint.part import cannot_write, remove
 from ..checkpoint.source import Source, open_source
 from ..errors import RequestError, some_of
 from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
 from ..progress import Progress
+from ..stored.configs import layer_configs
 from ..stored.layers import StoredLayer, stored_layers
 from .rewrite import Draft, Rewrite
 

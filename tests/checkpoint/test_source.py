@@ -1,6 +1,5 @@
 """Reading whole checkpoints: single files, shards, folders; from many threads; and noticing that a file changed."""
 
-import hashlib
 import io
 import json
 import os
@@ -105,10 +104,10 @@ def test_chunks_join_to_the_stored_bytes(model, chunk_bytes):
                 read("layer.99")
 
 
-def test_hashes_tell_files_apart_and_the_content_hash_is_that_of_sha256sum(model, tmp_path):
-    def hashes(path: Path) -> tuple[str, str]:
+def test_the_identity_hash_tells_files_apart_by_their_edges(tmp_path):
+    def identity(path: Path) -> str:
         with open_source(path) as src:
-            return src.content_hash(), src.identity_hash()
+            return src.identity_hash()
 
     big = torch.zeros(3 * 2**20, dtype=torch.uint8)
     variants = {"same": {}, "again": {}, "first": {0: 1}, "middle": {2**20 + 2**19: 1}, "last": {-1: 1}}
@@ -118,12 +117,10 @@ def test_hashes_tell_files_apart_and_the_content_hash_is_that_of_sha256sum(model
         for at, value in changes.items():
             tensor[at] = value
         safetensors.torch.save_file({"t": tensor}, tmp_path / f"{name}.safetensors")
-        found[name] = hashes(tmp_path / f"{name}.safetensors")
+        found[name] = identity(tmp_path / f"{name}.safetensors")
     assert found["same"] == found["again"]
-    assert len({content for content, _ in found.values()}) == 4
-    assert found["middle"][1] == found["same"][1]  # as documented: identity is not a proof of integrity
-    assert len({identity for _, identity in found.values()}) == 3
-    assert hashes(model)[0] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert found["middle"] == found["same"]  # as documented: identity is no proof of integrity
+    assert len(set(found.values())) == 3
 
 
 def test_a_change_while_open_is_noticed(model):
@@ -145,7 +142,7 @@ def test_a_change_while_open_is_noticed(model):
     with open_source(model) as src:
         os.truncate(model, 5000)
         with pytest.raises(InputFileError, match="bytes too early"):
-            src.content_hash()
+            list(map(src.read, src.tensors))
         model.unlink()
         with pytest.raises(InputFileError, match="No such file"):
             src.check_unchanged()

@@ -8,17 +8,15 @@ import torch
 from comfyui_quantpress.quant_core.checkpoint.metadata import (
     CONFIG_SUFFIX,
     HEADER_KEY,
-    LayerConfigs,
-    MismatchKind,
     build_header_metadata,
     decode_config,
     encode_config,
-    layer_configs,
     merge_header_metadata,
     parse_header_metadata,
 )
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, RequestError
+from comfyui_quantpress.quant_core.stored.configs import LayerConfigs, MismatchKind, layer_configs
 from hypothesis import given
 from hypothesis import strategies as st
 

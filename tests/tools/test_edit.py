@@ -22,7 +22,7 @@ from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.cleanup import add_legacy_input, cleanup_legacy  # noqa: E402
 from comfyui_quantpress.quant_core.tools.configs import HeaderMode  # noqa: E402
-from comfyui_quantpress.quant_core.tools.edit import Edit, add_header, edit, parse_pairs  # noqa: E402
+from comfyui_quantpress.quant_core.tools.edit import Edit, edit, parse_pairs  # noqa: E402
 from comfyui_quantpress.quant_core.tools.migrate import migrate  # noqa: E402
 from tool_files import assert_untouched, bystanders, canonical_file, config_of, quantized, save  # noqa: E402
 
@@ -110,7 +110,7 @@ def test_header_is_built_from_the_tensors_and_tensors_from_the_header(tmp_path):
     assert "_quantization_metadata" not in open_source(edited(source, Edit(add={"x": 1}))).metadata
     target = tmp_path / "b.safetensors"
     with open_source(source) as src:
-        add_header(src).apply(target)
+        edit(src, Edit(header=HeaderMode.BUILD)).apply(target)
     assert header_of(target)["layers"]["blocks.0"] == config_of(source, "blocks.0")
     assert_untouched(source, target)
     tensors, configs = quantized(get_format("float8_e4m3fn"))
@@ -120,7 +120,7 @@ def test_header_is_built_from_the_tensors_and_tensors_from_the_header(tmp_path):
         metadata={"_quantization_metadata": json.dumps({"layers": configs, "note": "stays"})},
     )
     with open_source(header_only) as src:
-        add_header(src).apply(tmp_path / "d.safetensors")
+        edit(src, Edit(header=HeaderMode.BUILD)).apply(tmp_path / "d.safetensors")
     assert config_of(tmp_path / "d.safetensors", "blocks.1") == configs["blocks.1"]
     assert header_of(tmp_path / "d.safetensors")["note"] == "stays"
 
