@@ -152,7 +152,8 @@ def load_json_object(
 ) -> dict[str, object]:
     """Strict JSON: UTF-8, one object, no key twice at any depth, no NaN or Infinity, no lone surrogates.
 
-    what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is not JSON. Raises InputFileError.
+    what: names the text in errors ("model.safetensors: the header"). remedy: what to do about text that is not JSON.
+    Raises InputFileError.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -144,5 +144,5 @@ def sync_folder(folder: Path) -> None:
 
 def cannot_write(target: Path, err: OSError) -> OutputError:
     """The OutputError for a failed operation of the system: what it said, and what to do."""
-    advice = _ADVICE.get(err.errno, "Check the disk, or choose another folder.")
+    advice = _ADVICE.get(err.errno or 0, "Check the disk, or choose another folder.")
     return OutputError(f"{target}: the file cannot be written: {err.strerror or err}. {advice}")

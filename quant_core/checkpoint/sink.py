@@ -266,4 +266,4 @@ def _tensor_bytes(info: TensorInfo, tensor: Tensor) -> memoryview:
             f"{info.shape}, which is {dtype} {shape}. Cast it, or correct the plan."
         )
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())
+    return dense.reshape(-1).view(torch.uint8).numpy().data

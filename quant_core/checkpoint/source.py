@@ -61,7 +61,7 @@ class Source(Closing):
     """An open checkpoint. Reads are thread-safe. Made by open_source.
 
     path: the file or index that was opened. files: the .safetensors files, sorted by name.
-    tensors: by name, in the order of the files and of the keys in their headers; their offsets count within their file.
+    tensors: by name, in the order of the files and of the keys in the headers; offsets count within their file.
     metadata: of all headers; the first file wins, except that the layers of `_quantization_metadata` are merged.
     """
 
@@ -101,7 +101,7 @@ class Source(Closing):
         info = self._info(name)
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         shard = self._shard_of[name]
-        shard.read_into(memoryview(raw.numpy()), shard.header.data_start + info.begin)
+        shard.read_into(raw.numpy().data, shard.header.data_start + info.begin)
         return raw
 
     def copy_chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytearray]:

@@ -119,7 +119,7 @@ def test_the_identity_hash_tells_files_apart_by_their_edges(tmp_path):
         safetensors.torch.save_file({"t": tensor}, tmp_path / f"{name}.safetensors")
         found[name] = identity(tmp_path / f"{name}.safetensors")
     assert found["same"] == found["again"]
-    assert found["middle"] == found["same"]  # as documented: identity is no proof of integrity
+    assert found["middle"] == found["same"]  # as documented: identity is not a proof of integrity
     assert len(set(found.values())) == 3
 
 
@@ -179,7 +179,7 @@ def test_metadata_of_shards_is_merged(tmp_path):
     index = write_shards(tmp_path, TWO_SHARDS)
 
     def open_with(*metadata: dict[str, str]) -> Source:
-        for (name, tensors), own in zip(TWO_SHARDS.items(), metadata):
+        for (name, tensors), own in zip(TWO_SHARDS.items(), metadata, strict=True):
             safetensors.torch.save_file(tensors, tmp_path / name, own)
         return open_source(index)
 
