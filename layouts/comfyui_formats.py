@@ -41,12 +41,11 @@ def register_formats() -> tuple[str, ...]:
 
     ours = our_formats()
     for name, fmt in ours.items():
-        specs = fmt.tensor_specs((fmt.group_size or 256, 1024))
         entry = QUANT_ALGOS.setdefault(
             name,
             {
-                "storage_t": specs[0].dtype,
-                "parameters": {spec.suffix for spec in specs} - {"weight"},
+                "storage_t": fmt.tensor_specs(fmt.smallest_shape)[0].dtype,
+                "parameters": set(fmt.suffixes) - {"weight"},
                 "comfy_tensor_layout": fmt.runtime.layout,
                 "quantize_input": False,
                 MARKER: True,

@@ -10,7 +10,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
 from ..quant_core.formats import format_of_layer
-from ..quant_core.stored.layers import QUANT_SUFFIXES
+from ..quant_core.stored.suffixes import QUANT_SUFFIXES
 from .comfyui_formats import our_formats
 from .registry import tensor_of_layer
 
@@ -102,7 +102,7 @@ def _checked_format(
     fmt = format_of_layer(layer, config, {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()})
     for spec in fmt.tensor_specs(shape):
         tensor = tensors.get(spec.suffix)
-        if tensor is None and spec.suffix in ("input_scale", "weight_codebook"):
+        if tensor is None and spec.optional:
             continue  # files of other tools leave them out, and every reader knows the default
         if tensor is None or tuple(tensor.shape) != spec.shape:
             what = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"

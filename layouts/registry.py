@@ -1,4 +1,4 @@
-"""Which layout runs which format: our classes, made once from the list of formats, and comfy-kitchen's for the rest."""
+"""Which layout runs which format: our classes, made once from the list of formats, else comfy-kitchen's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ def layout_classes() -> dict[str, type[QuantPressLayout]]:
 
 
 def _layout_class(fmt: Format) -> type[QuantPressLayout]:
-    square = (fmt.group_size or 1, fmt.group_size or 1)
-    has_codebook = any(spec.suffix == "weight_codebook" for spec in fmt.tensor_specs(square))
     return type(
         fmt.runtime.layout,
         (QuantPressLayout,),
@@ -34,7 +32,7 @@ def _layout_class(fmt: Format) -> type[QuantPressLayout]:
             "__doc__": f"{fmt.title}, as the format {fmt.name} stores it.",
             "__module__": __name__,
             "FORMAT": fmt,
-            "Params": CodebookParams if has_codebook else PlainParams,
+            "Params": CodebookParams if "weight_codebook" in fmt.suffixes else PlainParams,
             "MIN_SM_VERSION": fmt.runtime.min_capability,
         },
     )

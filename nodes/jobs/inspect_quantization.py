@@ -12,7 +12,8 @@ from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import InputFileError, counted
 from ...quant_core.pipeline.plan import RECIPE_KEY
 from ...quant_core.pipeline.verify import check_file
-from ...quant_core.stored.layers import QUANT_SUFFIXES, stored_layers
+from ...quant_core.stored.layers import stored_layers
+from ...quant_core.stored.suffixes import QUANT_SUFFIXES
 from ..shared.detection import detect
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

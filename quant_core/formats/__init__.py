@@ -54,6 +54,11 @@ def all_formats() -> tuple[Format, ...]:
     return ALL
 
 
+def weight_suffixes() -> tuple[str, ...]:
+    """The suffixes of every format's tensors, each once."""
+    return tuple(dict.fromkeys(suffix for fmt in ALL for suffix in fmt.suffixes))
+
+
 def get_format(name: str, group_size: int | None = None, rotation: int | None = None) -> Format:
     """RequestError that lists the names when there is none such."""
     known = {fmt.name: fmt for fmt in all_formats()}
@@ -76,7 +81,7 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
         if variant is not None:
             return variant
     missing = min(
-        ([spec.suffix for spec in fmt.tensor_specs((4096, 4096)) if spec.suffix not in shapes] for fmt in candidates),
+        ([suffix for suffix in fmt.suffixes if suffix not in shapes] for fmt in candidates),
         key=len,
     )
     found = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())

@@ -62,7 +62,7 @@ class W4A8(Format):
             TensorSpec("weight", torch.int8, (n, k // 2)),
             TensorSpec("weight_s_rel", torch.float8_e4m3fn, (n, k // self.group_size)),
             TensorSpec("weight_s_channel", torch.float32, (n,)),
-            TensorSpec("weight_codebook", torch.float32, (16,)),
+            TensorSpec("weight_codebook", torch.float32, (16,), row_axis=None, optional=True, signed=True),
         )
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:

@@ -28,12 +28,9 @@ class AwqW4A16(Format):
         groups = k // self.group_size
         return (
             TensorSpec("weight", torch.int8, (n, k // 2)),
-            TensorSpec("weight_scale", torch.bfloat16, (groups, n)),
-            TensorSpec("weight_zeros", torch.bfloat16, (groups, n)),
+            TensorSpec("weight_scale", torch.bfloat16, (groups, n), row_axis=1),
+            TensorSpec("weight_zeros", torch.bfloat16, (groups, n), row_axis=1, signed=True),
         )
-
-    def row_axis(self, suffix: str) -> int | None:
-        return 0 if suffix == "weight" else 1
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "group_size": self.group_size}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -124,14 +125,22 @@ class Format(ABC):
             return self.group_size
         return 1 if self.pad_to == 1 else 128  # the swizzle's tile
 
-    def row_axis(self, suffix: str) -> int | None:
-        """Along which axis a stored tensor follows the weight's rows; None when it is the same for all rows."""
-        spec = next(s for s in self.tensor_specs((256, 1024)) if s.suffix == suffix)
-        return None if spec.shape == () or suffix == "weight_codebook" else 0
+    @property
+    def smallest_shape(self) -> tuple[int, int]:
+        """[N, K] of the smallest weight that the format takes."""
+        group = self.group_size if self.group_size is not None and self.pad_to == 1 else 1
+        rows = group if self.granularity is Granularity.BLOCK else 1
+        per_byte = 8 // self.element.bits if self.pad_to == 1 else 1
+        return rows, math.lcm(group, self.rotation or 1, self.k_multiple, per_byte)
 
     @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        """The tensors of one layer as written, `comfy_quant` excepted. shape: the weight's [N, K]."""
+        """The tensors of one layer as written, the weight first, `comfy_quant` excepted. shape: the weight's [N, K]."""
+
+    @cached_property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of `tensor_specs`; they do not depend on the shape."""
+        return tuple(spec.suffix for spec in self.tensor_specs(self.smallest_shape))
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         """The `comfy_quant` JSON object of a layer whose source weight had this shape and dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,18 +28,23 @@ class Element(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a quantized layer as written: `<layer>.<suffix>`."""
+    """One tensor of a quantized layer as written: `<layer>.<suffix>`.
+
+    row_axis: the axis that follows the weight's rows. None, and for a single number: the same for all rows.
+    optional: files of other tools leave it out, and every reader knows the default.
+    signed: its values may be negative.
+    """
 
     suffix: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    row_axis: int | None = 0
+    optional: bool = False
+    signed: bool = False
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

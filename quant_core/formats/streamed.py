@@ -30,7 +30,9 @@ def quantize_rows(fmt: Format, w: Tensor, measure: bool = True) -> tuple[dict[st
     step = max(fmt.row_multiple, _SLICE_WEIGHTS // shape[1] // fmt.row_multiple * fmt.row_multiple)
     low, high = torch.aminmax(w)
     largest = torch.maximum(low.abs(), high.abs()).to(torch.float32)
-    out = {spec.suffix: torch.empty(spec.shape, dtype=spec.dtype) for spec in fmt.tensor_specs(shape)}
+    specs = fmt.tensor_specs(shape)
+    out = {spec.suffix: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+    row_axes = {spec.suffix: spec.row_axis if spec.shape else None for spec in specs}
     filled: dict[str, int] = {}
     wrong = total = 0.0
     for start in range(0, shape[0], step):
@@ -44,7 +46,7 @@ def quantize_rows(fmt: Format, w: Tensor, measure: bool = True) -> tuple[dict[st
             wrong += float(decoded.sub_(work).norm()) ** 2
             total += float(work.norm()) ** 2
         for suffix, part in fmt.pack(codes, qp, tuple(rows.shape)).items():
-            axis = fmt.row_axis(suffix)
+            axis = row_axes[suffix]
             if axis is None:  # the same for every slice
                 out[suffix].copy_(part)
                 continue

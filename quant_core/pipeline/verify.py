@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from ..formats import format_of_layer
 from ..numerics.metrics import relative_error, snr_db
 from ..progress import Clock, Progress
 from ..stored.configs import layer_configs
-from ..stored.layers import QUANT_SUFFIXES, stored_layers
+from ..stored.layers import stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
+from ..stored.suffixes import QUANT_SUFFIXES
 from .plan import RECIPE_KEY
 
 
@@ -209,7 +210,8 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
                 f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
                 f"{list(shape)} weight needs {TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}.",
             )
-    _check_scales(src, layer, names, fmt.signed_scales, findings)
+    signed = {spec.suffix for spec in specs if spec.signed} | {"pre_quant_scale"}
+    _check_scales(src, layer, names, signed, findings)
     bias = src.tensors.get(f"{layer}.bias")
     if bias is not None and bias.shape != (shape[0],):
         problem("bias-shape", f"{layer}.bias has shape {list(bias.shape)}; the weight has {shape[0]} output channels.")
@@ -217,18 +219,16 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
 
 
 def _check_scales(
-    src: Source, layer: str, names: dict[str, str], signed_scales: bool, findings: list[Finding]
+    src: Source, layer: str, names: dict[str, str], signed: Collection[str], findings: list[Finding]
 ) -> None:
-    may_be_negative = {"weight_codebook", "weight_zeros", "pre_quant_scale"} | (
-        {"weight_scale"} if signed_scales else set()
-    )
+    """signed: suffixes of the tensors whose values may be negative."""
     for suffix, name in names.items():
         info = src.tensors[name]
         if suffix == "weight" or info.dtype == "U8":
             continue
         values = src.read(name).to(torch.float32)
         bad = int((~torch.isfinite(values)).sum())
-        negative = 0 if suffix in may_be_negative else int((values < 0).sum())
+        negative = 0 if suffix in signed else int((values < 0).sum())
         if bad or negative:
             findings.append(
                 Finding(

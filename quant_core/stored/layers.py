@@ -18,23 +18,8 @@ from .bnb_state import BnbState, bnb_states
 from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
 from .configs import layer_configs
 from .legacy import modelopt_to_comfy, undescribed_layers
+from .suffixes import BESIDE_THE_WEIGHT, QUANT_SUFFIXES
 
-# Everything that belongs to a quantized weight; `<layer>.bias` does not, it stays as it is.
-QUANT_SUFFIXES = (
-    "weight",
-    "weight_scale",
-    "weight_scale_2",
-    "weight_zeros",
-    "weight_s_rel",
-    "weight_s_channel",
-    "weight_codebook",
-    "weight_scalar",
-    "input_scale",
-    "pre_quant_scale",
-    "comfy_quant",
-)
-_OPTIONAL = ("input_scale", "weight_codebook")
-_BESIDE_THE_WEIGHT = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scalar")
 # `hybrid_mxfp8` is MXFP8 with one more number, for GPUs without block scaling; the weight does not depend on it.
 _ALIASES = {"hybrid_mxfp8": "mxfp8"}
 
@@ -79,7 +64,7 @@ class StoredLayer:
         read = {
             suffix: src.read(name)
             for suffix, name in self.names.items()
-            if suffix not in _BESIDE_THE_WEIGHT and (only in (None, suffix) or self.kind == "modelopt")
+            if suffix not in BESIDE_THE_WEIGHT and (only in (None, suffix) or self.kind == "modelopt")
         }
         infos = {suffix: src.tensors[self.names[suffix]] for suffix in read}
         if self.kind == "modelopt":
@@ -167,7 +152,7 @@ def describe_layer(
     fmt, shape = _format_and_shape(src, layer, {**config, "format": _ALIASES.get(name, name)}, names)
     for spec in fmt.tensor_specs(shape):
         if spec.suffix not in names:
-            if spec.suffix not in _OPTIONAL:
+            if not spec.optional:
                 raise InputFileError(
                     f"{src.path}: {layer} is {fmt.on_disk} and lacks {layer}.{spec.suffix}. Run `quantpress "
                     "verify` on the file, or take it from its source again."

@@ -15,21 +15,13 @@ from ..checkpoint.source import Source
 from ..errors import InputFileError
 from ..numerics.packing import swizzle_scales, swizzled_shape
 from .inferred import infer_config
+from .suffixes import DESCRIPTION, QUANT_SUFFIXES
 
 # Legacy fp8_scaled and INT8 files name the same tensors differently.
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 LEGACY_MARKER = "scaled_fp8"
 CODED = ("F8_E4M3", "F8_E5M2", "I8", "U8")
-_BARE_SUFFIXES = (
-    "weight_scale",
-    "weight_scale_2",
-    "weight_zeros",
-    "weight_s_rel",
-    "weight_s_channel",
-    "weight_codebook",
-    "input_scale",
-    "pre_quant_scale",
-)
+_BARE_SUFFIXES = tuple(suffix for suffix in QUANT_SUFFIXES if suffix not in ("weight", "weight_scalar", DESCRIPTION))
 _INVERSE = "weight_scale_inv"  # transformers' name for 2-D block scales; they multiply on decode all the same
 
 

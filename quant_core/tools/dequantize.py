@@ -22,8 +22,9 @@ from ..errors import InputFileError, RequestError, some_of
 from ..pipeline.plan import RECIPE_KEY
 from ..pipeline.verify import check_file
 from ..progress import Clock, Progress
-from ..stored.layers import QUANT_SUFFIXES, StoredLayer, stored_layers
+from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
+from ..stored.suffixes import QUANT_SUFFIXES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Weights cast to FP8 without a scale: their values are what is stored, and all three dtypes hold them exactly.

@@ -16,8 +16,9 @@ from ..names.diffusers import diffusers_warning
 from ..pipeline.verify import Finding, check_file
 from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
 from ..stored.inferred import infer_config
-from ..stored.layers import QUANT_SUFFIXES, StoredLayer, describe_layer, layer_names
+from ..stored.layers import StoredLayer, describe_layer, layer_names
 from ..stored.legacy import CODED, is_modelopt
+from ..stored.suffixes import QUANT_SUFFIXES
 from .configs import header_object
 from .prefixes import moved_layers, prefix_changes
 

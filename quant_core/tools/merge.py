@@ -14,7 +14,7 @@ from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, RequestError, counted, some_of
 from ..progress import Clock, Progress
 from ..stored.foreign import part_of, refusal
-from ..stored.layers import QUANT_SUFFIXES
+from ..stored.suffixes import QUANT_SUFFIXES
 from .configs import header_object
 from .rewrite import Draft, Rewrite
 

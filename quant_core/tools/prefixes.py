@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..checkpoint.source import Source
 from ..policy.general import CHECKPOINT_PREFIXES
-from ..stored.layers import QUANT_SUFFIXES
 from ..stored.legacy import CODED
+from ..stored.suffixes import QUANT_SUFFIXES
 
 _BESIDE = tuple(suffix for suffix in QUANT_SUFFIXES if suffix != "weight")
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_written_tensors_are_the_planned_ones(fmt):
         planned = {s.suffix: (s.dtype, s.shape, s.nbytes) for s in fmt.tensor_specs(shape)}
         assert {k: (t.dtype, tuple(t.shape), t.nbytes) for k, t in tensors.items()} == planned
         assert all(t.is_contiguous() for t in tensors.values())
+
+
+@every_format
+def test_the_smallest_shape_is_taken_and_no_smaller_one(fmt):
+    rows, cols = shape = fmt.smallest_shape
+    assert fmt.problem(shape) is None
+    assert tuple(fmt.quantize(normal(shape))) == fmt.suffixes
+    exact = replace(fmt, rotations=())  # a smaller rotation group would fit a smaller weight
+    for smaller in {(rows - 1, cols), (rows, cols - 1)}:
+        assert exact.problem(smaller) is not None
 
 
 @every_format

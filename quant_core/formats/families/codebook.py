@@ -37,8 +37,8 @@ class CodebookFormat(Format):
         n, k = shape
         return (
             TensorSpec("weight", torch.uint8, (n, k // 2)),
-            TensorSpec("weight_scale", torch.float32, self.scale_grid(shape)),
-            TensorSpec("weight_codebook", torch.float32, (16,)),
+            TensorSpec("weight_scale", torch.float32, self.scale_grid(shape), signed=self.signed_scales),
+            TensorSpec("weight_codebook", torch.float32, (16,), row_axis=None, optional=True, signed=True),
         )
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class PlainFormat(Format):
             TensorSpec("weight", self.element.dtype, tuple(shape)),
             TensorSpec("weight_scale", torch.float32, self._stored_scale_shape(shape)),
         )
-        return specs + ((TensorSpec("input_scale", torch.float32, ()),) if self.unit_input_scale else ())
+        return specs + (
+            (TensorSpec("input_scale", torch.float32, (), optional=True),) if self.unit_input_scale else ()
+        )
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         config = super().config(shape, dtype)
