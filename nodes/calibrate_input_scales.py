@@ -19,9 +19,8 @@ from .jobs.calibrate_input_scales import (
 from .shared.folders import LORAS, list_models, stamp
 from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, QuantizedHandle, QuantizedType
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.rewriting import Tool, rewritten
-from .shared.schema import schema
+from .shared.run_tool import Tool, run_tool
+from .shared.schema import rare, schema
 
 
 class CalibrateInputScales(io.ComfyNode):
@@ -151,7 +150,7 @@ class CalibrateInputScales(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = read_settings(**values, calibration=calibration)
         progress = NodeProgress(cls.hidden.unique_id, "Input scales")
-        outcome = rewritten(
+        outcome = run_tool(
             quantized, Tool(NAME, settings.describe(), preview), progress, lambda src: plan(src, settings, progress)
         )
         return io.NodeOutput(

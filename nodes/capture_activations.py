@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..quant_core.calibration.capture.budget import GIB, Budget
 from ..quant_core.calibration.capture.collector import CaptureSettings
-from .jobs.capture import device_bytes, watch
+from .jobs.capture_activations import device_bytes, watch
 from .shared.handles import CATEGORY, CaptureType
 from .shared.schema import schema
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .jobs.capture import Capture
 from .shared.calibration_text import table
+from .shared.capture import Capture
 from .shared.handles import CATEGORY, CalibrationType, CaptureType
 from .shared.progress import NodeProgress
 from .shared.schema import schema

@@ -7,9 +7,8 @@ from ..quant_core.tools.configs import HeaderMode
 from ..quant_core.tools.edit import Edit, edit, parse_names, parse_pairs
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.rewriting import Plan, Tool, rewritten
-from .shared.schema import schema
+from .shared.run_tool import Proposal, Tool, run_tool
+from .shared.schema import rare, schema
 
 NAME = "Edit Metadata"
 _HEADER = {"update": HeaderMode.KEEP, "build": HeaderMode.BUILD, "remove": HeaderMode.DROP}
@@ -100,11 +99,11 @@ class EditMetadata(io.ComfyNode):
     ) -> io.NodeOutput:
         change = _change(add, remove, layers, header, force)
         settings = {"add": dict(change.add), "remove": list(change.remove), "layers": change.layers, "header": header}
-        outcome = rewritten(
+        outcome = run_tool(
             quantized,
             Tool(NAME, settings, preview, force),
             NodeProgress(cls.hidden.unique_id, NAME),
-            lambda src: Plan(edit(src, change)),
+            lambda src: Proposal(edit(src, change)),
         )
         return io.NodeOutput(outcome.quantized, outcome.text, ui=ui.PreviewText(outcome.text))
 

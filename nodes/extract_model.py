@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .jobs.exchange import PREFIX_TOOLTIP
-from .jobs.merge import extract_model
+from .jobs.extract_model import extract_model
+from .shared.checkpoint_prefix import PREFIX_TOOLTIP
 from .shared.handles import CATEGORY, SourceHandle, SourceType
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.schema import schema
+from .shared.schema import rare, schema
 
 
 class ExtractModel(io.ComfyNode):

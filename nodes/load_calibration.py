@@ -4,9 +4,8 @@ from comfy_api.latest import io, ui
 
 from .shared.calibration_text import summary
 from .shared.folders import CALIBRATIONS, list_models, resolve_model, stamp
-from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType
+from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, label_of
 from .shared.schema import schema
-from .shared.source_text import label_of
 
 
 class LoadCalibration(io.ComfyNode):

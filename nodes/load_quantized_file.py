@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .jobs.load_quantized import load_model
 from .shared.folders import list_models, resolve_model, stamp
 from .shared.handles import CATEGORY
+from .shared.load_model import load_model
 from .shared.schema import schema
 
 _FOLDERS = ("diffusion_models", "checkpoints")

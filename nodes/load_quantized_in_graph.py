@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .jobs.load_quantized import load_model
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .shared.load_model import load_model
 from .shared.schema import schema
 
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from .jobs.load_source import describe_source
 from .shared.detection import detect
 from .shared.folders import SOURCE_FOLDERS, list_models, resolve_model, stamp
-from .shared.handles import CATEGORY, SourceHandle, SourceType
+from .shared.handles import CATEGORY, SourceHandle, SourceType, label_of
 from .shared.schema import schema
-from .shared.source_text import describe_source, label_of
 
 
 class LoadSource(io.ComfyNode):

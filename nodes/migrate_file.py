@@ -6,9 +6,8 @@ from ..quant_core.tools.canonicalize import InputScale
 from .jobs.migrate_file import FULL_PRECISION, INPUT_SCALES, LEGACY, NAME, NATIVE, MigrateSettings, plan
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.rewriting import Tool, rewritten
-from .shared.schema import schema
+from .shared.run_tool import Tool, run_tool
+from .shared.schema import rare, schema
 
 
 class MigrateFile(io.ComfyNode):
@@ -99,7 +98,7 @@ class MigrateFile(io.ComfyNode):
         preview: bool,
     ) -> io.NodeOutput:
         settings = MigrateSettings(target, full_precision, input_scale, hp_filter.strip(), header)
-        outcome = rewritten(
+        outcome = run_tool(
             quantized,
             Tool(NAME, settings.describe(), preview),
             NodeProgress(cls.hidden.unique_id, "Migrating"),

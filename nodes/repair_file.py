@@ -9,8 +9,7 @@ from ..quant_core.tools.diagnose import MODELOPT
 from .jobs.repair_file import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.schema import schema
+from .shared.schema import rare, schema
 
 
 class Repair(io.ComfyNode):

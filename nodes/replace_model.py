@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .jobs.exchange import PREFIX_TOOLTIP, model_input
-from .jobs.merge import CHECKPOINTS, replace_model
+from .jobs.replace_model import CHECKPOINTS, replace_model
+from .shared.checkpoint_prefix import PREFIX_TOOLTIP
 from .shared.folders import list_models, resolve_model, stamp
-from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, model_input
 from .shared.progress import NodeProgress
-from .shared.recipe import rare
-from .shared.schema import schema
+from .shared.schema import rare, schema
 
 
 class ReplaceModel(io.ComfyNode):

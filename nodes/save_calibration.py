@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .jobs.save import publish
 from .shared.calibration_text import summary
+from .shared.file_name import listed_name
 from .shared.folders import CALIBRATIONS, write_target
 from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, spool_of
+from .shared.publish import publish
 from .shared.schema import schema
 
 
@@ -38,6 +39,6 @@ class SaveCalibration(io.ComfyNode):
     def execute(cls, calibration: CalibrationHandle, name: str, overwrite: bool) -> io.NodeOutput:
         target = write_target(CALIBRATIONS, name)
         publish(spool_of(calibration), target, overwrite, check=summary)
-        listed = f"{CALIBRATIONS}/{name.replace(chr(92), '/').strip().removesuffix('.safetensors')}.safetensors"
+        listed = f"{CALIBRATIONS}/{listed_name(name)}"
         text = f"saved {listed}\n{summary(target)}"
         return io.NodeOutput(listed, ui=ui.PreviewText(text))

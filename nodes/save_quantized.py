@@ -3,9 +3,11 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from .jobs.save import DEFAULT_PATTERN, check_of, expand, lora_target, publish, warnings_of
+from .jobs.save_quantized import check_of, lora_target, warnings_of
+from .shared.file_name import DEFAULT_PATTERN, expand, listed_name
 from .shared.folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .shared.publish import publish
 from .shared.schema import schema
 
 _WARNED = 5
@@ -72,7 +74,7 @@ class SaveQuantized(io.ComfyNode):
         target = write_target(folder, expanded)
         lora = lora_target(quantized, expanded, overwrite)
         publish(path, target, overwrite, check_of(quantized))
-        listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
+        listed = listed_name(expanded)
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
         text = "\n".join([text, *warnings_of(quantized)[:_WARNED]])
         if lora is not None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .jobs.merge import one_file
-from .jobs.save import expand, publish
+from .jobs.save_source import one_file
+from .shared.file_name import expand, listed_name
 from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
 from .shared.handles import CATEGORY, SourceHandle, SourceType
 from .shared.progress import NodeProgress
+from .shared.publish import publish
 from .shared.schema import schema
 
 
@@ -67,7 +68,7 @@ class SaveSource(io.ComfyNode):
         expanded = expand(name, source)
         target = write_target(folder, expanded)
         publish(one_file(source, NodeProgress(cls.hidden.unique_id, "Joining shards")), target, overwrite)
-        listed = expanded.removesuffix(".safetensors").strip().replace("\\", "/") + ".safetensors"
+        listed = listed_name(expanded)
         return io.NodeOutput(
             listed, ui=ui.PreviewText(f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB")
         )

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .jobs.exchange import model_input
-from .jobs.merge import write_shards
-from .jobs.save import expand
+from .jobs.split_shards import write_shards
+from .shared.file_name import expand
 from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
-from .shared.handles import CATEGORY, QuantizedHandle, SourceHandle
+from .shared.handles import CATEGORY, QuantizedHandle, SourceHandle, model_input
 from .shared.progress import NodeProgress
 from .shared.schema import schema
 

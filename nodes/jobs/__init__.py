@@ -1,1 +1,4 @@
-"""What the nodes do, one file per node that needs one; the node's own file holds its schema."""
+"""What the nodes do: one file per node that needs one, under the name of the node's own file, which holds the schema.
+
+in_order.py and replay.py serve quantize_model.py.
+"""

@@ -9,11 +9,10 @@ from pathlib import Path
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.tools.lora import bake
 from ...quant_core.tools.rewrite import Rewrite
+from ..shared.combine import combine
 from ..shared.folders import LORAS, list_models
-from ..shared.handles import SourceHandle, spool_of
+from ..shared.handles import SourceHandle, label_of, spool_of
 from ..shared.progress import NodeProgress
-from ..shared.source_text import label_of
-from .exchange import combined
 
 NAME = "Bake LoRA"
 
@@ -52,7 +51,7 @@ def bake_lora(
         model, *files = sources
         return bake(model, [(file, weight) for file, (_, weight) in zip(files, loras)], skip_unmatched=skip)
 
-    spool, report = combined(
+    spool, report = combine(
         source.label,
         NAME,
         {"strengths": [weight for _, weight in loras], "skip": skip},

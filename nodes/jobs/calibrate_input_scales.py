@@ -18,7 +18,7 @@ from ...quant_core.tools.input_scales import PatchReport, plan_patch
 from ..shared.folders import CALIBRATIONS, LORAS, SOURCE_FOLDERS, list_models, resolve_model, stamp
 from ..shared.handles import CalibrationHandle, spool_of
 from ..shared.progress import NodeProgress
-from ..shared.rewriting import Plan
+from ..shared.run_tool import Proposal
 
 NAME = "Calibrate Input Scales"
 NONE = "none"
@@ -103,7 +103,7 @@ def read_settings(
     )
 
 
-def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Plan:
+def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Proposal:
     """Plan.data: {method, scales, added, changed, kept, skipped, notes, saturated}. Raises QuantPressError."""
     given, method = _scales(src, settings, progress)
     layers = stored_layers(src)
@@ -119,7 +119,7 @@ def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Plan:
         "saturated": saturated,
         **{field.name: _plain(getattr(report, field.name)) for field in fields(report)},
     }
-    return Plan(rewrite, _table(method, scales, file_input_scales(src, layers), report, saturated), data)
+    return Proposal(rewrite, _table(method, scales, file_input_scales(src, layers), report, saturated), data)
 
 
 def _plain(value: Any) -> Any:

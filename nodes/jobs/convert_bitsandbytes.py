@@ -12,7 +12,7 @@ from ...quant_core.tools.rewrite import Draft
 from ..shared.detection import detect
 from ..shared.handles import QuantizedHandle
 from ..shared.progress import NodeProgress
-from ..shared.rewriting import Outcome, Plan, Tool, rewritten
+from ..shared.run_tool import Outcome, Proposal, Tool, run_tool
 
 NAME = "Convert bitsandbytes"
 IMPORT, EXPORT = "import", "export"
@@ -25,14 +25,14 @@ def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, 
     today and another tomorrow should not break. An export cannot pass a file on: another program would not read it.
     """
 
-    def build(src: Source) -> Plan:
+    def build(src: Source) -> Proposal:
         if direction == EXPORT:
-            return Plan(export_bitsandbytes(src, nested=nested))
+            return Proposal(export_bitsandbytes(src, nested=nested))
         if not holds_bitsandbytes(src):
-            return Plan(Draft(src).finish(), [nothing_to_import(src)])
-        return Plan(migrate(src), unloadable(src))
+            return Proposal(Draft(src).finish(), [nothing_to_import(src)])
+        return Proposal(migrate(src), unloadable(src))
 
-    return rewritten(quantized, Tool(NAME, {"direction": direction, "nested": nested}), progress, build)
+    return run_tool(quantized, Tool(NAME, {"direction": direction, "nested": nested}), progress, build)
 
 
 def unloadable(src: Source) -> list[str]:

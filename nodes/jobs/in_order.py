@@ -19,7 +19,7 @@ from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import RequestError
 from ...quant_core.names.layer_names import LayerNames
 from ...quant_core.pipeline.in_order.jobs import LiveModel, room
-from .capture import model_fingerprint
+from ..shared.model_state import model_fingerprint
 from .replay import call_bytes, loaded, replay, replayable
 
 _SHARE = 2  # of the device's memory, that the waiting calls may take

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,11 @@ from ...quant_core.pipeline.verify import check_file
 from ...quant_core.stored.layers import stored_layers
 from ...quant_core.stored.suffixes import QUANT_SUFFIXES
 from ..shared.detection import detect
+from ..shared.like_layers import like_layers
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_ROWS = 30  # of a section
 _WIDTH = 60  # characters of a row that a node 400 wide shows beside its scroll bar
 _MIN_NAME, _MIN_PART = 20, 4
-
-
-def like_layers(name: str) -> str:
-    """The name with N in place of block numbers: layers that differ in these only have the same."""
-    return _NUMBER.sub("N", name)
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ...quant_core.tools.canonicalize import InputScale
 from ...quant_core.tools.contents import nothing_to_migrate
 from ...quant_core.tools.migrate import MigrateOptions, check_hp_filter, migrate
 from ...quant_core.tools.to_legacy import to_legacy
-from ..shared.rewriting import Plan
+from ..shared.run_tool import Proposal
 
 NAME = "Migrate Legacy File"
 NATIVE, LEGACY = "comfy_quant", "legacy fp8_scaled"
@@ -34,7 +34,7 @@ class MigrateSettings:
         return asdict(self)
 
 
-def plan(src: Source, settings: MigrateSettings) -> Plan:
+def plan(src: Source, settings: MigrateSettings) -> Proposal:
     """Raises QuantPressError; RequestError for a setting that the target does not have."""
     pattern = settings.hp_filter or None
     if settings.target == NATIVE:
@@ -45,7 +45,7 @@ def plan(src: Source, settings: MigrateSettings) -> Plan:
             ),
         )
         # The file goes on as it is, as a graph should run on any file; the user learns what it is.
-        return Plan(rewrite, [] if rewrite.changes() else [nothing_to_migrate(src)])
+        return Proposal(rewrite, [] if rewrite.changes() else [nothing_to_migrate(src)])
     if FULL_PRECISION[settings.full_precision] is not None:
         raise RequestError(
             "The legacy form takes full precision from the layers as they are. Set full_precision to 'as it is', "
@@ -54,4 +54,4 @@ def plan(src: Source, settings: MigrateSettings) -> Plan:
     if INPUT_SCALES[settings.input_scale] is InputScale.WEIGHT:
         raise RequestError("The legacy form gets an input scale of 1.0 or none. Choose keep or 1.0.")
     check_hp_filter(src, stored_layers(src), pattern)
-    return Plan(to_legacy(src, scale_input=INPUT_SCALES[settings.input_scale] is InputScale.UNIT))
+    return Proposal(to_legacy(src, scale_input=INPUT_SCALES[settings.input_scale] is InputScale.UNIT))

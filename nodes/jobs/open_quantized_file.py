@@ -13,9 +13,8 @@ from ...quant_core.stored.layers import stored_layers
 from ...quant_core.tools.rewrite import Draft
 from ..shared.detection import detect
 from ..shared.folders import stamp
-from ..shared.handles import QuantizedHandle
+from ..shared.handles import QuantizedHandle, label_of
 from ..shared.progress import NodeProgress
-from ..shared.source_text import label_of
 from ..shared.spool import spooled
 
 NAME = "Open Quantized File"

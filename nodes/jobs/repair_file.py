@@ -16,7 +16,7 @@ from ...quant_core.tools.repair import repair
 from ..shared.folders import stamp
 from ..shared.handles import QuantizedHandle
 from ..shared.progress import NodeProgress
-from ..shared.rewriting import Outcome, Plan, Tool, rewritten
+from ..shared.run_tool import Outcome, Proposal, Tool, run_tool
 
 NAME = "Repair"
 AUTOMATIC = "automatic"
@@ -49,7 +49,7 @@ def repaired(
             "The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
             "disconnect it."
         )
-    return rewritten(
+    return run_tool(
         handle,
         Tool(NAME, settings.describe(), only_diagnose),
         progress,
@@ -57,12 +57,12 @@ def repaired(
     )
 
 
-def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
+def _plan(src: Source, settings: RepairSettings, word: str) -> Proposal:
     """word: what is said of findings with an exact answer."""
     if settings.mode == ONLY_INPUTS:
-        return Plan(add_legacy_input(src), data=[])
+        return Proposal(add_legacy_input(src), data=[])
     if settings.mode == TIDY:
-        return Plan(
+        return Proposal(
             cleanup_legacy(
                 src, marker=settings.marker, scale_input=settings.add_scale_input, normalise=not settings.keep_shapes
             ),
@@ -78,7 +78,9 @@ def _plan(src: Source, settings: RepairSettings, word: str) -> Plan:
             f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"
         ]
     result = repair(src, assume=assume, unswizzled=unswizzled)
-    return Plan(result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"])
+    return Proposal(
+        result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"]
+    )
 
 
 def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -> list[str]:

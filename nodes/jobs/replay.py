@@ -19,7 +19,7 @@ from torch import nn
 from ...quant_core.calibration.calls import RecordedCall
 from ...quant_core.calibration.capture.linear_layers import linear_layers, refuse_compiled
 from ...quant_core.errors import RequestError, some_of
-from .capture import COMPILE_KEY, KEY, compiled, is_plain_float, model_compiler_off
+from ..shared.model_state import COMPILE_KEY, KEY, compiled, is_plain_float, model_compiler_off
 
 _SKIPPING = "easycache"  # ComfyUI's key of the wrapper that leaves out calls that resemble the last one
 

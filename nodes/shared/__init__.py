@@ -1,1 +1,1 @@
-"""What several nodes use: handles, folders, progress, texts."""
+"""What several nodes use. It imports nothing from jobs/."""

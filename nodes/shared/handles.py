@@ -9,6 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...quant_core.checkpoint.source import INDEX_SUFFIX
 from ...quant_core.errors import InputFileError
 
 CATEGORY = "QuantPress"
@@ -86,3 +87,13 @@ def held_files() -> set[Path]:
     """Every file that some handle of this process still names."""
     loras = {handle.lora for handle in _held if isinstance(handle, QuantizedHandle) and handle.lora is not None}
     return {handle.path for handle in _held} | loras
+
+
+def label_of(path: Path) -> str:
+    """The file's name without suffixes, for the names of results."""
+    return path.name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors").removesuffix(".sft")
+
+
+def model_input(name: str, tooltip: str) -> Any:
+    """An input that takes a quantized model and a source alike."""
+    return io.MultiType.Input(name, types=[QuantizedType, SourceType], tooltip=tooltip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from comfy import model_management, utils
 
@@ -39,6 +40,20 @@ class NodeProgress:
     @staticmethod
     def cancelled() -> bool:
         return model_management.processing_interrupted()
+
+
+def then_checking(progress: NodeProgress) -> Callable[[Progress], None]:
+    """The node's progress, which then says that the file is checked.
+
+    Every byte is read back once all are written, which takes about as long and moves no bar.
+    """
+
+    def tell(state: Progress) -> None:
+        progress(state)
+        if state.done_bytes >= state.total_bytes:
+            progress.say("Checking what was written")
+
+    return tell
 
 
 def progress_text(what: str, state: Progress) -> str:

@@ -20,7 +20,7 @@ from ...quant_core.policy.presets import PRESETS, keep_patterns
 from ...quant_core.policy.recipe import AUTO, Recipe
 from .folders import stamp
 from .handles import CalibrationType, spool_of
-from .schema import known
+from .schema import rare
 
 DEFAULT_FORMAT = "int8_convrot"
 AUTOMATIC = "automatic"
@@ -194,11 +194,6 @@ def widgets() -> list[Any]:
             ),
         ),
     ]
-
-
-def rare(kind: Any) -> dict[str, Any]:
-    """For widgets that few people need: folded away, where this ComfyUI can do that."""
-    return known(kind, advanced=True)
 
 
 def devices() -> list[str]:

@@ -18,3 +18,8 @@ def known(call: Any, **options: Any) -> dict[str, Any]:
 
 def schema(**fields: Any) -> io.Schema:
     return io.Schema(**known(io.Schema, **fields))
+
+
+def rare(kind: Any) -> dict[str, Any]:
+    """For widgets that few people need: folded away, where this ComfyUI can do that."""
+    return known(kind, advanced=True)

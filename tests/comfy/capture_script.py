@@ -35,7 +35,9 @@ def watched(model, calls=64, **settings):
         pack("quant_core.calibration.capture.budget").Budget,
         pack("quant_core.calibration.capture.collector").CaptureSettings,
     )
-    return pack("nodes.jobs.capture").watch(model, "", budget(2**28, 2**28), capturing(**settings), calls, True)
+    return pack("nodes.jobs.capture_activations").watch(
+        model, "", budget(2**28, 2**28), capturing(**settings), calls, True
+    )
 
 
 def sample(model, steps=2):

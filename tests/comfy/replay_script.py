@@ -45,7 +45,7 @@ def watched(model, calls=100, accumulate=True):
         pack("quant_core.calibration.capture.budget").Budget,
         pack("quant_core.calibration.capture.collector").CaptureSettings,
     )
-    return pack("nodes.jobs.capture").watch(
+    return pack("nodes.jobs.capture_activations").watch(
         model, "", budget(2**28, 2**28, hessians=False), capturing(), calls, accumulate
     )
 
@@ -301,7 +301,7 @@ def check_only_calls_of_a_captured_sampling_are_kept_and_as_many_as_asked_for():
     options = pack("nodes.jobs.replay")._own_options(observed)
     with pack("nodes.jobs.replay").loaded(observed, 0):
         options["wrappers"][WrappersMP.APPLY_MODEL] = {
-            "x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.jobs.capture").KEY)
+            "x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.shared.model_state").KEY)
         }
         model.model.apply_model(
             call.arguments["x"],

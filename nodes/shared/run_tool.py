@@ -1,6 +1,6 @@
 """Running a rewriting tool of the engine on a handle's file: into a spool file of its own, or as a preview.
 
-A node gives `rewritten` a function from the open file to a Plan. The input's file is never changed; where nothing is
+A node gives `run_tool` a function from the open file to a Proposal. The input's file is never changed; where nothing is
 to be changed, the input's handle comes out again and nothing is written.
 """
 
@@ -17,12 +17,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ...quant_core.cancel import cancel_scope
 from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import counted
-from ...quant_core.progress import Progress
 from ...quant_core.tools.rewrite import Change, Rewrite
-from ..jobs.inspect_quantization import like_layers
 from .folders import stamp
 from .handles import QuantizedHandle, spool_of
-from .progress import NodeProgress
+from .like_layers import like_layers
+from .progress import NodeProgress, then_checking
 from .spool import spooled
 
 _SHOWN = 16
@@ -43,7 +42,7 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Proposal:
     """What a tool makes of a file. lines: shown above the changes. data: JSON values for the node itself."""
 
     rewrite: Rewrite
@@ -60,7 +59,9 @@ class Outcome:
     data: Any = None
 
 
-def rewritten(handle: QuantizedHandle, tool: Tool, progress: NodeProgress, build: Callable[[Source], Plan]) -> Outcome:
+def run_tool(
+    handle: QuantizedHandle, tool: Tool, progress: NodeProgress, build: Callable[[Source], Proposal]
+) -> Outcome:
     """The handle's file rewritten by `build`; at once when this very file was made before and is still there.
 
     Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.
@@ -81,30 +82,19 @@ def rewritten(handle: QuantizedHandle, tool: Tool, progress: NodeProgress, build
 
 
 def _apply(
-    path: Path, spool: Path | None, tool: Tool, progress: NodeProgress, build: Callable[[Source], Plan]
+    path: Path, spool: Path | None, tool: Tool, progress: NodeProgress, build: Callable[[Source], Proposal]
 ) -> dict[str, Any]:
     """The report: text, data, and whether anything is changed. spool: None for a preview."""
     with cancel_scope(progress.cancelled), open_source(path) as src:
-        plan = build(src)
-        changes = plan.rewrite.changes()
+        proposal = build(src)
+        changes = proposal.rewrite.changes()
         write = spool is not None and bool(changes)
         if write:
-            plan.rewrite.apply(
-                spool, overwrite=True, force=tool.force, progress=told(progress), cancel=progress.cancelled
+            proposal.rewrite.apply(
+                spool, overwrite=True, force=tool.force, progress=then_checking(progress), cancel=progress.cancelled
             )
-        text = "\n".join([*plan.lines, *change_lines(plan.rewrite, changes, write)])
-    return {"text": text, "data": plan.data, "changed": bool(changes)}
-
-
-def told(progress: NodeProgress) -> Callable[[Progress], None]:
-    """Every byte is read back once all are written, which takes about as long and moves no bar."""
-
-    def tell(state: Progress) -> None:
-        progress(state)
-        if state.done_bytes >= state.total_bytes:
-            progress.say("Checking what was written")
-
-    return tell
+        text = "\n".join([*proposal.lines, *change_lines(proposal.rewrite, changes, write)])
+    return {"text": text, "data": proposal.data, "changed": bool(changes)}
 
 
 def change_lines(rewrite: Rewrite, changes: Sequence[Change], written: bool) -> list[str]:

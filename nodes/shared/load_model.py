@@ -15,8 +15,8 @@ from ...quant_core.checkpoint.metadata import HEADER_KEY
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import InputFileError
 from ...quant_core.stored.layers import stored_layers
-from ..shared.progress import NodeProgress
-from ..shared.schema import known
+from .progress import NodeProgress
+from .schema import known
 
 log = logging.getLogger(__name__)
 

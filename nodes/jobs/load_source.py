@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import counted
 from ...quant_core.stored.layers import stored_layers
-from .detection import Detection
-
-
-def label_of(path: Path) -> str:
-    """The file's name without suffixes, for the names of results."""
-    return path.name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors").removesuffix(".sft")
+from ..shared.detection import Detection
 
 
 def describe_source(path: Path, detection: Detection) -> str:

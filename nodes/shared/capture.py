@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from comfy import cli_args, model_management
+from comfy import model_management
 from comfy.patcher_extension import WrappersMP
 
-from ...quant_core.calibration.calibration import LayerSummary, fingerprint
+from ...quant_core.calibration.calibration import LayerSummary
 from ...quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
 from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
 from ...quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
@@ -25,14 +25,12 @@ from ...quant_core.calibration.capture.linear_layers import linear_layers, refus
 from ...quant_core.calibration.storage import save_calibration
 from ...quant_core.cancel import cancel_scope
 from ...quant_core.errors import Cancelled, RequestError
-from ..shared.handles import CalibrationHandle
-from ..shared.progress import NodeProgress
-from ..shared.spool import spool_folder, sweep
+from .handles import CalibrationHandle
+from .model_state import COMPILE_KEY, compiled, model_compiler_off, model_fingerprint
+from .progress import NodeProgress
+from .spool import spool_folder, sweep
 
-KEY = "quantpress_capture"
-COMPILE_KEY = "torch.compile"  # ComfyUI's key of the wrapper that puts the compiled model in at each call
 _LABELS = {0: "cond", 1: "uncond"}
-_PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
 _PARAMETERS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
 _PATCHES = ("patches", "patches_replace")
 _NO_DATA = frozenset(
@@ -179,19 +177,6 @@ def _patch_counts(options: dict[str, Any]) -> dict[tuple[str, Any], int]:
 
 
 @contextmanager
-def model_compiler_off() -> Iterator[None]:
-    """Newer ComfyUI replays a model's allocations, and some of its kernels without running Python: hooks could not see them."""
-    if not hasattr(cli_args.args, "disable_comfy_compiler"):  # added after 0.29
-        yield
-        return
-    before, cli_args.args.disable_comfy_compiler = cli_args.args.disable_comfy_compiler, True
-    try:
-        yield
-    finally:
-        cli_args.args.disable_comfy_compiler = before
-
-
-@contextmanager
 def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
     """ComfyUI's loader asks the model what it needs beside its weights, and offers nodes no other way to ask for more."""
     plain, own = base.memory_required, base.__dict__.get("memory_required")
@@ -204,43 +189,6 @@ def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
             base.memory_required = own
 
 
-def watch(
-    model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
-) -> tuple[Any, Capture]:
-    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
-    if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
-        raise compiled()
-    capture, watched = Capture(model, pattern, budget, settings, calls, accumulate), model.clone()
-    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
-    watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
-    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, capture.predict_noise)
-    # Before those of other nodes: what they do to a call, they do to a replay as well.
-    others = watched.wrappers.pop(WrappersMP.APPLY_MODEL, {})
-    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
-    for key, wrappers in others.items():
-        watched.wrappers[WrappersMP.APPLY_MODEL].setdefault(key, []).extend(wrappers)
-    return watched, capture
-
-
-def device_bytes() -> int:
-    """What a capture may take when nothing is said: a quarter of the GPU's memory; without a GPU the engine's default."""
-    device = model_management.get_torch_device()
-    return Budget().device_bytes if device.type == "cpu" else model_management.get_total_memory(device) // 4
-
-
-def compiled() -> RequestError:
-    """ComfyUI's own compile node is before or behind the capture: hooks would not see the inputs."""
-    return RequestError(
-        "The model is compiled (torch.compile), so its layers' inputs cannot be watched. Remove the compile "
-        "node while calibrating; the calibration fits the compiled model as well."
-    )
-
-
-def is_plain_float(weight: Any) -> bool:
-    """Of an unquantized layer."""
-    return str(getattr(weight, "dtype", "")) in _PLAIN_FLOATS and type(weight).__name__ != "QuantizedTensor"
-
-
 def _checked(pattern: str) -> str | None:
     try:
         re.compile(pattern)
@@ -249,15 +197,3 @@ def _checked(pattern: str) -> str | None:
             f"layers: {pattern!r} is not a regular expression: {err}. Leave it empty to record all layers."
         ) from err
     return pattern or None
-
-
-def model_fingerprint(model: Any, modules: dict[str, Any]) -> str:
-    """Of the weights as loaded, before any LoRA; "" for a quantized model, whose file has other values."""
-    entries = []
-    for name, module in modules.items():
-        backup = model.backup.get(f"diffusion_model.{name}.weight")
-        weight = module.weight if backup is None else backup.weight
-        if not is_plain_float(weight) or weight.is_meta:
-            return ""
-        entries.append((name, tuple(weight.shape), weight.detach().reshape(-1)[:32]))
-    return fingerprint(entries)

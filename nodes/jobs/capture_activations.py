@@ -1,0 +1,37 @@
+"""Starting a capture: the record and the model that fills it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy import model_management
+from comfy.patcher_extension import WrappersMP
+
+from ...quant_core.calibration.capture.budget import Budget
+from ...quant_core.calibration.capture.collector import CaptureSettings
+from ..shared.capture import Capture
+from ..shared.model_state import COMPILE_KEY, KEY, compiled
+
+
+def watch(
+    model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
+) -> tuple[Any, Capture]:
+    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
+        raise compiled()
+    capture, watched = Capture(model, pattern, budget, settings, calls, accumulate), model.clone()
+    watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, capture.outer_sample)
+    watched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, capture.prepare_sampling)
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, capture.predict_noise)
+    # Before those of other nodes: what they do to a call, they do to a replay as well.
+    others = watched.wrappers.pop(WrappersMP.APPLY_MODEL, {})
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, capture.apply_model)
+    for key, wrappers in others.items():
+        watched.wrappers[WrappersMP.APPLY_MODEL].setdefault(key, []).extend(wrappers)
+    return watched, capture
+
+
+def device_bytes() -> int:
+    """What a capture may take when nothing is said: a quarter of the GPU's memory; without a GPU the engine's default."""
+    device = model_management.get_torch_device()
+    return Budget().device_bytes if device.type == "cpu" else model_management.get_total_memory(device) // 4

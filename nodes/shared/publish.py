@@ -1,0 +1,73 @@
+"""A spool file -> a file under its own name in a folder of ComfyUI, all or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from comfy import model_management
+
+from ...quant_core.checkpoint.part import (
+    cannot_write,
+    part_path,
+    remove,
+    remove_stale_parts,
+    rename_to_new,
+    sync_folder,
+)
+from ...quant_core.errors import OutputError
+from ...quant_core.pipeline.verify import check_file
+from .spool import spool_folder
+
+_COPY_BYTES = 16 << 20
+
+
+def verified(path: Path) -> None:
+    """Raises VerificationError."""
+    check_file(path).raise_for_errors()
+
+
+def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], object] = verified) -> None:
+    """Give the spool file's contents the name `target`; checked before it shows. Raises OutputError, and what `check` does.
+
+    A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never changed.
+    A file that is not in the spool folder is the user's own, and copied: two names of one file would surprise.
+    """
+    if target.is_dir():
+        raise OutputError(f"{target}: this is a folder. Choose another name.")
+    if not overwrite and os.path.lexists(target):
+        raise OutputError(f"{target}: the file exists. Choose another name, or switch overwrite on.")
+    part = part_path(target)
+    try:
+        remove_stale_parts(target)
+        _link_or_copy(spool, part)
+        check(part)
+        if overwrite:
+            os.replace(part, target)
+        else:
+            rename_to_new(part, target)
+        sync_folder(target.parent)
+    except FileExistsError as err:
+        raise OutputError(
+            f"{target}: a file of this name appeared meanwhile, and was kept. Choose another name."
+        ) from err
+    except OSError as err:
+        raise cannot_write(target, err) from err
+    finally:
+        remove(part)
+
+
+def _link_or_copy(spool: Path, part: Path) -> None:
+    if spool.is_relative_to(spool_folder()):
+        try:
+            os.link(spool, part)
+            return
+        except OSError:  # another disk, or a file system without links
+            pass
+    with open(spool, "rb") as source, open(part, "xb") as file:
+        while chunk := source.read(_COPY_BYTES):
+            model_management.throw_exception_if_processing_interrupted()
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
