@@ -74,6 +74,8 @@ def path(fmt: Format, device: torch.device) -> str:
         return "dequantize"
     multiple = fmt.group_size or 16
     large = geometry_of(fmt, (multiple * 16, multiple * 32))
+    if large is None:
+        return "dequantize"
     return "scaled_mm" if linear_path(large, 4096, torch.bfloat16, able) == "scaled_mm" else "triton"
 
 

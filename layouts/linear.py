@@ -33,7 +33,7 @@ def variant(name: str, group_size: int) -> Format:
 
 
 @lru_cache(maxsize=4096)
-def _geometry(name: str, group_size: int, shape: tuple[int, int]) -> Geometry:
+def _geometry(name: str, group_size: int, shape: tuple[int, int]) -> Geometry | None:
     return geometry_of(variant(name, group_size), shape)
 
 
@@ -43,16 +43,18 @@ def stored_shape(params: PlainParams) -> tuple[int, int]:
     return shape[::-1] if params.transposed else shape
 
 
-def weight_of(name: str, qdata: Tensor, params: PlainParams) -> Weight:
-    """A QuantizedTensor's parts as the kernels take them. name: the format's."""
+def weight_of(name: str, qdata: Tensor, params: PlainParams) -> Weight | None:
+    """A QuantizedTensor's parts as the kernels take them; None when none reads the format. name: the format's."""
     geometry = _geometry(name, params.group_size, stored_shape(params))
+    if geometry is None:
+        return None
     return Weight(geometry, qdata.contiguous(), params.scale, getattr(params, "codebook", None))
 
 
 def dequantize(name: str, qdata: Tensor, params: PlainParams, dtype: torch.dtype) -> Tensor:
     """[N, K] of dtype: value * scale in float32, rounded once. The same bits on every device."""
     weight = weight_of(name, qdata, params)
-    if kernels_read(weight.geometry, ability(qdata.device)):
+    if weight is not None and kernels_read(weight.geometry, ability(qdata.device)):
         return decode(weight, dtype)
     fields = {f"weight_{field}": getattr(params, field) for field in params._tensor_fields()}
     return variant(name, params.group_size).dequantize({"weight": qdata, **fields}, stored_shape(params)).to(dtype)
@@ -64,10 +66,10 @@ def linear(name: str, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tenso
     The bias is cast to that dtype. x and the weight share a device.
     """
     weight = weight_of(name, qdata, params)
-    n, k = weight.geometry.shape
+    n, k = stored_shape(params)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     rows = x.shape[:-1].numel()
-    usable = x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k
+    usable = weight is not None and x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k
     chosen = linear_path(weight.geometry, rows, x.dtype, ability(qdata.device)) if usable else "dequantize"
     if chosen in ("dequantize", "decode"):  # also a mismatch, so that torch words the error
         return float_linear(x, dequantize(name, qdata, params, x.dtype), bias)

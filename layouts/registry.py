@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class, register_layout_class
+from comfy_kitchen.tensor.base import LAYOUTS
 from torch import Tensor
 
 from ..quant_core.errors import RequestError
@@ -59,65 +59,10 @@ def tensor_of_layer(
         register_layouts()
         params = ours.params_of(tensors, shape, dtype, fmt.group_size)
         return QuantizedTensor(tensors["weight"].contiguous(), fmt.runtime.layout, params)
-    name = (
-        fmt.runtime.layout
-        if "comfy.quant_ops" in sys.modules
-        else _KITCHEN_NAMES.get(fmt.runtime.layout, fmt.runtime.layout)
-    )
-    if name not in _NATIVE_PARAMS:
-        raise RequestError(f"{fmt.name}: no layout {name!r} is known here. Update the pack.")
-    params = get_layout_class(name).Params(
-        orig_dtype=dtype, orig_shape=tuple(shape), **_NATIVE_PARAMS[name](fmt, tensors)
-    )
+    name = fmt.runtime.layout
+    if fmt.runtime.kitchen_layout is not None and "comfy.quant_ops" not in sys.modules:
+        name = fmt.runtime.kitchen_layout
+    if name not in LAYOUTS:
+        raise RequestError(f"{fmt.name}: the installed comfy-kitchen has no layout {name!r}. Update ComfyUI.")
+    params = get_layout_class(name).Params(orig_dtype=dtype, orig_shape=tuple(shape), **fmt.runtime_params(tensors))
     return QuantizedTensor(tensors["weight"].contiguous(), name, params)
-
-
-def _scale_only(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"scale": tensors["weight_scale"]}
-
-
-def _nvfp4(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"scale": tensors["weight_scale_2"], "block_scale": tensors["weight_scale"].view(torch.float8_e4m3fn)}
-
-
-def _mxfp8(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"scale": tensors["weight_scale"].view(torch.float8_e8m0fnu)}
-
-
-def _int8(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    rotated = {"convrot": True, "convrot_groupsize": fmt.rotation} if fmt.rotation else {}
-    return {"scale": tensors["weight_scale"], **rotated}
-
-
-def _w4a4(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"scale": tensors["weight_scale"], "convrot_groupsize": fmt.rotation}
-
-
-def _w4a8(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    codebook = {"codebook": tensors["weight_codebook"]} if "weight_codebook" in tensors else {}
-    return {
-        "scale": tensors["weight_s_rel"],
-        "s_channel": tensors["weight_s_channel"],
-        "group_size": fmt.group_size,
-        "convrot_groupsize": fmt.rotation,
-        **codebook,
-    }
-
-
-def _awq(fmt: Format, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"scale": tensors["weight_scale"], "zeros": tensors["weight_zeros"], "group_size": fmt.group_size}
-
-
-# comfy registers one fp8 layout per dtype; comfy-kitchen alone has one for both.
-_KITCHEN_NAMES = {"TensorCoreFP8E4M3Layout": "TensorCoreFP8Layout", "TensorCoreFP8E5M2Layout": "TensorCoreFP8Layout"}
-_NATIVE_PARAMS = {
-    "TensorCoreFP8Layout": _scale_only,
-    "TensorCoreFP8E4M3Layout": _scale_only,
-    "TensorCoreFP8E5M2Layout": _scale_only,
-    "TensorCoreNVFP4Layout": _nvfp4,
-    "TensorCoreMXFP8Layout": _mxfp8,
-    "TensorWiseINT8Layout": _int8,
-    "TensorCoreConvRotW4A4Layout": _w4a4,
-    "AsymW4A8Int8Layout": _w4a8,
-    "TensorCoreAWQW4A16Layout": _awq,
-}

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 import torch
 from comfyui_quantpress.quant_core.calibration.capture.collector import Weighting
 from comfyui_quantpress.quant_core.formats import get_format
-from comfyui_quantpress.quant_core.input_scales.rule import RULES, scale_for
 from comfyui_quantpress.quant_core.input_scales.synthesise import SimulationSettings, simulated_magnitude
 from comfyui_quantpress.quant_core.numerics.scales import QParams, block_absmax
 from lora import measure_lora, train_lora
@@ -56,9 +55,8 @@ WEIGHTINGS: dict[str, Weighting | None] = {
 
 def quantize_input(x: Tensor, on_disk: str, scale: float | None) -> Tensor:
     """What a runtime's activation quantization makes of x [..., K], float32; scale None: measured from this call."""
-    rule, flat = RULES[on_disk], x.reshape(-1, x.shape[-1]).contiguous()
-    scale = scale if scale is not None else scale_for(rule, float(flat.abs().max()))
-    fmt = get_format(on_disk)
+    fmt, flat = get_format(on_disk), x.reshape(-1, x.shape[-1]).contiguous()
+    scale = scale if scale is not None else fmt.runtime.input_scale.scale_for(float(flat.abs().max()))
     if on_disk == "nvfp4":
         parent = QParams(torch.ones((), device=x.device), torch.tensor(scale, device=x.device))
         qp = fmt.qparams(block_absmax(flat, fmt.block(tuple(flat.shape))) / fmt.element.max, like=parent)
@@ -142,28 +140,27 @@ def measure_activations(bench: Bench, row: Callable[..., None], formats: Sequenc
             least_share_of_true=min(share),
             mean_share_of_true=sum(share) / len(share),
         )
-    for on_disk in [name for name in formats if name in RULES]:
-        rule = RULES[on_disk]
+    for on_disk in [name for name in formats if get_format(name).runtime.input_scale is not None]:
+        rule = get_format(on_disk).runtime.input_scale
         sources: dict[str, dict[str, float | None]] = {"measured per call": dict.fromkeys(bench.names)}
         for percent in (100.0, 99.99, 99.9, 99.0):
             name = "absmax" if percent == 100.0 else f"p{percent:g}"
-            sources[name] = {layer: scale_for(rule, statistics[layer].percentile(percent)) for layer in bench.names}
+            sources[name] = {layer: rule.scale_for(statistics[layer].percentile(percent)) for layer in bench.names}
         for factor in (0.5, 0.75, 1.5, 2.0, 4.0):
             sources[f"absmax x {factor}"] = {layer: scale * factor for layer, scale in sources["absmax"].items()}
         for stride, seen in strided.items():
             sources[f"absmax of every {stride}th row"] = {
-                layer: scale_for(rule, seen[layer].percentile(100.0)) for layer in bench.names
+                layer: rule.scale_for(seen[layer].percentile(100.0)) for layer in bench.names
             }
         sources["none (1.0)"] = dict.fromkeys(bench.names, 1.0)
         sources["simulated, p99.9"] = {
-            layer: scale_for(
-                rule, simulated_magnitude(layer, bench.model.get_submodule(layer).weight, SimulationSettings())
+            layer: rule.scale_for(
+                simulated_magnitude(layer, bench.model.get_submodule(layer).weight, SimulationSettings())
             )
             for layer in bench.names
         }
         sources["LoRA's directions, p99.9"] = {
-            layer: scale_for(
-                rule,
+            layer: rule.scale_for(
                 simulated_magnitude(
                     layer, bench.model.get_submodule(layer).weight, SimulationSettings(), lora.directions(layer)
                 ),

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ...quant_core.formats.base import Format
 
-_KINDS = {(8, torch.float8_e4m3fn): "fp8", (8, torch.int8): "int8", (4, torch.uint8): "nibble"}
-
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -37,9 +35,10 @@ class Geometry:
         return 1 if self.whole_row else self.group_cols
 
 
-def geometry_of(fmt: Format, shape: tuple[int, int]) -> Geometry:
-    """fmt: with the layer's own group size."""
-    return Geometry(_KINDS[fmt.element.bits, fmt.element.dtype], shape, fmt.scale_grid(shape), *fmt.block(shape))
+def geometry_of(fmt: Format, shape: tuple[int, int]) -> Geometry | None:
+    """None for a format without kernels. fmt: with the layer's own group size."""
+    kind = fmt.runtime.kernel
+    return None if kind is None else Geometry(kind, shape, fmt.scale_grid(shape), *fmt.block(shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algorithms.evidence import Evidence
 from ..checkpoint.source import Source, open_source
 from ..formats.base import Format
-from ..input_scales.rule import Absent, InputScaleRule, rule_for, scale_for
+from ..formats.input_scale import Absent, InputScaleRule
 from ..names.layer_names import LayerNames
 from .calibration import ModelIdentity, identity_of_source
 from .evidence import to_evidence
@@ -107,7 +107,7 @@ class OpenCalibration:
         return self._reader.header.model.layers[name][1] ** 2 * 4
 
     def writes_input_scale(self, layer: str, fmt: Format, config: Mapping[str, Any]) -> bool:
-        return self.use.input_scales and self.has(layer) and rule_for(fmt.on_disk, config) is not None
+        return self.use.input_scales and self.has(layer) and fmt.input_scale_rule(config) is not None
 
     def read(self, layer: str, fmt: Format, config: Mapping[str, Any], hessian: bool = True) -> LayerInputs:
         """Everything known of one layer; nothing of it is kept here. hessian: False leaves the largest part out."""
@@ -116,14 +116,14 @@ class OpenCalibration:
             return LayerInputs(Evidence())
         statistics = self._reader.statistics(name)
         evidence = to_evidence(statistics, "cpu", hessian)
-        rule = rule_for(fmt.on_disk, config)
+        rule = fmt.input_scale_rule(config)
         if rule is None or evidence.absmax is None:
             return LayerInputs(evidence)
         largest = float(evidence.absmax.max())
         if not self.use.input_scales:
             self._note_saturation(layer, rule, largest)
             return LayerInputs(evidence)
-        return LayerInputs(evidence, torch.tensor(scale_for(rule, largest), dtype=torch.float32, device="cpu"))
+        return LayerInputs(evidence, torch.tensor(rule.scale_for(largest), dtype=torch.float32, device="cpu"))
 
     def magnitude(self, layer: str, percent: float) -> float:
         """The percentile of |x| of a captured layer; 100 is the true largest."""

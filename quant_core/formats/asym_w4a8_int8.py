@@ -4,6 +4,7 @@ weight = clamp(round(codebook[code] * s_rel), -127, 127) * s_channel, then rotat
 weights therefore depends on its scale, so this format brings its own rounding instead of an element times a scale.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +161,16 @@ class W4A8(Format):
             "weight_s_rel": store(qp.scale, self.scale_dtype),
             "weight_s_channel": qp.parent.reshape(-1).contiguous(),
             "weight_codebook": qp.codebook.clone(),
+        }
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        codebook = {"codebook": tensors["weight_codebook"]} if "weight_codebook" in tensors else {}
+        return {
+            "scale": tensors["weight_s_rel"],
+            "s_channel": tensors["weight_s_channel"],
+            "group_size": self.group_size,
+            "convrot_groupsize": self.rotation,
+            **codebook,
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:

@@ -1,5 +1,6 @@
 """AWQ W4A16: unsigned 4-bit codes with a scale and a zero point per 64 input channels; activations stay 16-bit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,9 @@ class AwqW4A16(Format):
         return replace(
             super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape)
         )
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**super().runtime_params(tensors), "zeros": tensors["weight_zeros"], "group_size": self.group_size}
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {

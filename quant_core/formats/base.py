@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from ..cancel import poll
 from ..errors import RequestError
 from ..numerics.metrics import relative_error
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
+from .input_scale import InputScaleRule
 from .records import ColumnGrid, Element, Runtime, TensorSpec
 
 # On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
@@ -146,8 +148,16 @@ class Format(ABC):
         """The `comfy_quant` JSON object of a layer whose source weight had this shape and dtype."""
         return {"format": self.on_disk}
 
+    def input_scale_rule(self, config: Mapping[str, Any]) -> InputScaleRule | None:
+        """By what the inputs of a layer with this comfy_quant object are divided; None where its runtime ignores it."""
+        return None if config.get("full_precision_matrix_mult") else self.runtime.input_scale
+
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         return sum(spec.nbytes for spec in self.tensor_specs(shape)) * 8 / (shape[0] * shape[1])
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fields of comfy-kitchen's Params, dtype and shape excepted, from a layer's tensors as on disk."""
+        return {"scale": tensors["weight_scale"]}
 
     # ---- numerics ----------------------------------------------------------------------------------------------
     def prepare(self, w: Tensor) -> Tensor:

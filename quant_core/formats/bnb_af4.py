@@ -38,7 +38,7 @@ FORMAT = CodebookFormat(
     group_size=64,
     group_sizes=(32, 64, 128),
     signed_scales=True,
-    runtime=Runtime("QuantPressAF4Layout", native_since=None),
+    runtime=Runtime("QuantPressAF4Layout", native_since=None, kernel="nibble"),
     error_bound=0.2898533 / 2 + 1e-5,  # half the largest gap, between -1 and -0.710
     source="objective: arXiv 2306.06965; table: bench/rounding/derive_af4.py; structure: bitsandbytes",
 )

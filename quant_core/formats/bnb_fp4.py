@@ -14,7 +14,7 @@ FORMAT = CodebookFormat(
     granularity=Granularity.GROUP,
     group_size=64,
     group_sizes=(32, 64, 128),
-    runtime=Runtime("QuantPressFP4Layout", native_since=None),
+    runtime=Runtime("QuantPressFP4Layout", native_since=None, kernel="nibble"),
     error_bound=4 / 12 / 2 + 1e-5,  # half the largest gap, between 8/12 and 1
     source="bitsandbytes 0.50",
 )

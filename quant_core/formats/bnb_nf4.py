@@ -15,7 +15,7 @@ FORMAT = CodebookFormat(
     group_size=64,
     group_sizes=(32, 64, 128),
     signed_scales=True,
-    runtime=Runtime("QuantPressNF4Layout", native_since=None),
+    runtime=Runtime("QuantPressNF4Layout", native_since=None, kernel="nibble"),
     error_bound=0.3038071990013123 / 2 + 1e-5,  # half the largest gap, between -1 and -0.696
     source="QLoRA, arXiv 2305.14314; bytes: bitsandbytes 0.50",
 )

@@ -1,5 +1,6 @@
 """ConvRot W4A4: signed int4 weights per row in a rotated basis; the runtime quantizes activations to int4 too."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class ConvRotW4A4(Format):
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=_ABSMAX_FLOOR / self.element.max))
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**super().runtime_params(tensors), "convrot_groupsize": self.rotation}
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {

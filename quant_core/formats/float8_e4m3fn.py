@@ -3,6 +3,7 @@
 from ..numerics.elements import E4M3
 from ..numerics.scales import Granularity
 from .families.plain import PlainFormat
+from .input_scale import Absent, InputScaleRule
 from .records import Runtime
 
 FORMAT = PlainFormat(
@@ -13,7 +14,14 @@ FORMAT = PlainFormat(
     granularity=Granularity.TENSOR,
     reciprocal=True,
     scale_rank="scalar",
-    runtime=Runtime("TensorCoreFP8E4M3Layout", native_since="0.8", min_capability=(8, 9), quantizes_input=True),
+    runtime=Runtime(
+        "TensorCoreFP8E4M3Layout",
+        native_since="0.8",
+        min_capability=(8, 9),
+        quantizes_input=True,
+        input_scale=InputScaleRule(448.0, Absent.ONE),
+        kitchen_layout="TensorCoreFP8Layout",
+    ),
     error_bound=16 / 448 + 1e-5,  # half the largest gap, 32 between 256 and 448
     source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",
 )

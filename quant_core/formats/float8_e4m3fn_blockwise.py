@@ -15,7 +15,9 @@ FORMAT = PlainFormat(
     records_group_size=True,
     group_size=128,
     group_sizes=(64, 128, 256),
-    runtime=Runtime("QuantPressFP8BlockwiseLayout", native_since=None, min_capability=(9, 0), quantizes_input=True),
+    runtime=Runtime(
+        "QuantPressFP8BlockwiseLayout", native_since=None, min_capability=(9, 0), quantizes_input=True, kernel="fp8"
+    ),
     error_bound=16 / 448 + 1e-5,
     source="convert_to_quant's float8_e4m3fn_blockwise files",
 )

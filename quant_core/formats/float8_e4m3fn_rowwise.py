@@ -12,7 +12,9 @@ FORMAT = PlainFormat(
     element=E4M3,
     granularity=Granularity.ROW,
     scale_rank="vector",
-    runtime=Runtime("QuantPressFP8RowwiseLayout", native_since=None, min_capability=(8, 9), quantizes_input=True),
+    runtime=Runtime(
+        "QuantPressFP8RowwiseLayout", native_since=None, min_capability=(8, 9), quantizes_input=True, kernel="fp8"
+    ),
     error_bound=16 / 448 + 1e-5,
     source="convert_to_quant's float8_e4m3fn_rowwise files",
 )

@@ -16,7 +16,9 @@ FORMAT = PlainFormat(
     unit_input_scale=True,
     group_size=128,
     group_sizes=(64, 128, 256),
-    runtime=Runtime("QuantPressINT8BlockwiseLayout", native_since=None, min_capability=(7, 5), quantizes_input=True),
+    runtime=Runtime(
+        "QuantPressINT8BlockwiseLayout", native_since=None, min_capability=(7, 5), quantizes_input=True, kernel="int8"
+    ),
     error_bound=0.5 / 127 + 1e-5,
     source="convert_to_quant's int8_blockwise files",
 )

@@ -1,9 +1,11 @@
 """INT8 per row in a rotated basis: outlier input channels are spread over their group before rounding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..numerics.elements import INT8
 from ..numerics.scales import Granularity
@@ -14,6 +16,9 @@ from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 class Int8ConvRot(Int8TensorwiseFamily):
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "convrot": True, "convrot_groupsize": self.rotation, "per_row": True}
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**super().runtime_params(tensors), "convrot": True, "convrot_groupsize": self.rotation}
 
 
 FORMAT = Int8ConvRot(

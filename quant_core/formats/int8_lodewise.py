@@ -15,7 +15,9 @@ FORMAT = PlainFormat(
     records_group_size=True,
     group_size=128,
     group_sizes=(64, 128, 256),
-    runtime=Runtime("QuantPressINT8LodewiseLayout", native_since=None, min_capability=(7, 5), quantizes_input=True),
+    runtime=Runtime(
+        "QuantPressINT8LodewiseLayout", native_since=None, min_capability=(7, 5), quantizes_input=True, kernel="int8"
+    ),
     error_bound=0.5 / 127 + 1e-5,
     source="convert_to_quant's int8_lodewise files",
 )

@@ -1,6 +1,8 @@
 """MXFP8: E4M3 elements with a power-of-two scale per 32 input channels (OCP Microscaling)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ class Mxfp8(PaddedBlockFormat):
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         scale = torch.where(effective > 0, effective.clamp(min=SCALE_FLOOR), torch.zeros_like(effective))
         return QParams(snap(scale, self.scale_dtype))
+
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"scale": tensors["weight_scale"].view(torch.float8_e8m0fnu)}
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {"weight": codes, "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype))}

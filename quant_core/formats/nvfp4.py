@@ -1,6 +1,8 @@
 """NVFP4: E2M1 elements, an E4M3 scale per 16 input channels, one float32 scale per tensor."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from ..numerics.elements import E2M1
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
 from .families.padded import PaddedBlockFormat
+from .input_scale import Absent, InputScaleRule
 from .records import Runtime, TensorSpec
 
 _LARGEST_SCALE = 448.0
@@ -44,6 +47,9 @@ class Nvfp4(PaddedBlockFormat):
     def _under(self, effective: Tensor, parent: Tensor) -> QParams:
         return QParams(snap(effective / parent, self.scale_dtype), parent)
 
+    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"scale": tensors["weight_scale_2"], "block_scale": tensors["weight_scale"].view(torch.float8_e4m3fn)}
+
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {
             "weight": pack_nibbles(codes, high_first=True),
@@ -66,7 +72,13 @@ FORMAT = Nvfp4(
     group_size=16,
     scale_dtype=ScaleDtype.E4M3,
     pad_to=16,
-    runtime=Runtime("TensorCoreNVFP4Layout", native_since="0.8", min_capability=(10, 0), quantizes_input=True),
+    runtime=Runtime(
+        "TensorCoreNVFP4Layout",
+        native_since="0.8",
+        min_capability=(10, 0),
+        quantizes_input=True,
+        input_scale=InputScaleRule(448.0 * 6.0, Absent.DYNAMIC),
+    ),
     # half the largest gap (2 of 6) under a scale that E4M3 moved by up to 1/16; small blocks round a subnormal scale
     error_bound=1 / 6 * (1 + 1 / 16) + 1e-5,
     tensor_bound=2.0**-10 / 448,

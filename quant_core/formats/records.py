@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from .input_scale import InputScaleRule
 
 
 class Element(Protocol):
@@ -54,12 +56,19 @@ class Runtime:
     native_since: the ComfyUI version whose stock loader reads it, None when this pack is needed.
     min_capability: CUDA compute capability of a fast matmul, None when every device dequantizes.
     quantizes_input: the runtime also quantizes the activations.
+    input_scale: by what it divides them first; None when it ignores the tensor.
+    kernel: how the kernels of this pack decode a code; see layouts/kernels/weight.py. None: they do not run the format,
+    and it dequantizes everywhere.
+    kitchen_layout: the layout's name in comfy-kitchen, where ComfyUI's own variant of it has another.
     """
 
     layout: str
     native_since: str | None
     min_capability: tuple[int, int] | None = None
     quantizes_input: bool = False
+    input_scale: InputScaleRule | None = None
+    kernel: Literal["fp8", "int8", "nibble"] | None = None
+    kitchen_layout: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,67 +1,25 @@
-"""`input_scale`: by what a runtime divides a layer's inputs before it quantizes them. Chosen here, as ComfyUI uses it.
-
-FP8: without one ComfyUI divides by 1, so inputs beyond the largest FP8 value saturate. NVFP4: without one it takes the
-absmax of every call. Every other format of ComfyUI's ignores the tensor.
-Source: comfy/ops.py (Linear.forward) and comfy/quant_ops.py (the layouts' quantize) of ComfyUI 0.29.
-"""
+"""`input_scale`: by what a runtime divides a layer's inputs before it quantizes them. Chosen and read here."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from ..calibration.statistics.layer import LayerStatistics
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, some_of
+from ..formats.input_scale import Absent, InputScaleRule
 from ..names.layer_names import LayerNames
 from ..stored.layers import StoredLayer
 
 SUFFIXES = (".input_scale", ".scale_input")  # the second in legacy fp8_scaled files
 
 
-class Absent(Enum):
-    """What ComfyUI does without an input_scale."""
-
-    ONE = "uses 1.0"
-    DYNAMIC = "measures every call"
-
-
-@dataclass(frozen=True, slots=True)
-class InputScaleRule:
-    """largest: the magnitude that an input_scale of 1 can represent."""
-
-    largest: float
-    absent: Absent
-
-
-# By the format's name on disk; what is not here ignores input_scale.
-RULES = {
-    "float8_e4m3fn": InputScaleRule(448.0, Absent.ONE),
-    "float8_e5m2": InputScaleRule(57344.0, Absent.ONE),
-    "nvfp4": InputScaleRule(448.0 * 6.0, Absent.DYNAMIC),
-}
-
-
 def rule_of(layer: StoredLayer) -> InputScaleRule | None:
     """None when the layer's runtime ignores input_scale: another format, or full_precision_matrix_mult."""
-    return rule_for(layer.format.on_disk, layer.config)
-
-
-def rule_for(on_disk: str, config: Mapping[str, Any]) -> InputScaleRule | None:
-    """The same for a layer that is not written yet. on_disk: the format's name there. config: its comfy_quant object."""
-    return None if config.get("full_precision_matrix_mult") else RULES.get(on_disk)
-
-
-def scale_for(rule: InputScaleRule, magnitude: float) -> float:
-    """The input_scale under which `magnitude` is the largest value represented; 1.0 for a layer that saw only zeros."""
-    if not math.isfinite(magnitude) or magnitude < 0:
-        raise RequestError(f"the largest input is {magnitude}; a finite number >= 0 is needed. Capture again.")
-    return magnitude / rule.largest if magnitude > 0 else 1.0
+    return layer.format.input_scale_rule(layer.config)
 
 
 def scales_from_statistics(
@@ -84,7 +42,7 @@ def scales_from_magnitudes(layers: Mapping[str, StoredLayer], magnitudes: Mappin
         layer = names.resolve(name)
         rule = None if layer is None else rule_of(layers[layer])
         if rule is not None:
-            scales[layer] = scale_for(rule, magnitude)
+            scales[layer] = rule.scale_for(magnitude)
     return scales
 
 
@@ -186,7 +144,7 @@ def saturation_of(layer: StoredLayer, largest: float, scale: float | None) -> li
     which = "no input_scale" if scale is None else f"its input_scale {scale:.6g}"
     return [
         f"{layer.layer}: inputs reach {largest:.4g}, and {which} saturates them above {limit:.4g}; write an "
-        f"input_scale of {scale_for(rule, largest):.4g}."
+        f"input_scale of {rule.scale_for(largest):.4g}."
     ]
 
 

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..names.layer_names import LayerNames
 from ..progress import Clock, Progress
 from ..stored.layers import StoredLayer, stored_layers
-from .rule import file_input_scales, rule_of, saturation_of, scale_for
+from .rule import file_input_scales, rule_of, saturation_of
 from .synthesise import SimulationSettings, index_lora_file, read_directions, simulated_magnitude
 
 
@@ -32,7 +32,7 @@ def captured_scales(
         for name, layer in _polled(stored, source, progress):
             rule = rule_of(layer)
             if rule is not None and known.has(name):
-                scales[name] = scale_for(rule, known.magnitude(name, percent))
+                scales[name] = rule.scale_for(known.magnitude(name, percent))
     return scales
 
 
@@ -76,7 +76,7 @@ def simulated_scales(
                 continue
             directions = None if file is None else read_directions(file, index, name, layer.shape[1])
             informed += directions is not None
-            scales[name] = scale_for(rule, simulated_magnitude(name, layer.decode(source), settings, directions))
+            scales[name] = rule.scale_for(simulated_magnitude(name, layer.decode(source), settings, directions))
     return scales, informed
 
 

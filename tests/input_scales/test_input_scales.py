@@ -10,11 +10,9 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import (
-    RULES,
     file_input_scales,
     read_input_scales,
     saturation_warnings,
-    scale_for,
     scales_from_statistics,
     scales_from_weight_scales,
 )
@@ -79,16 +77,18 @@ def captured(largest, k=128, rows=200):
 
 @pytest.mark.parametrize(("name", "largest"), [("float8_e4m3fn", 448), ("float8_e5m2", 57344), ("nvfp4", 2688)])
 def test_the_true_absmax_lands_on_the_largest_value(name, largest):
-    assert scale_for(RULES[name], 13.0) == pytest.approx(13 / largest)
-    assert scale_for(RULES[name], 0.0) == 1.0
+    rule = get_format(name).runtime.input_scale
+    assert rule.scale_for(13.0) == pytest.approx(13 / largest)
+    assert rule.scale_for(0.0) == 1.0
     with pytest.raises(RequestError, match="finite"):
-        scale_for(RULES[name], float("nan"))
+        rule.scale_for(float("nan"))
 
 
 def test_rules_agree_with_the_elements_of_the_formats():
-    assert RULES["float8_e4m3fn"].largest == get_format("float8_e4m3fn").element.max
-    assert RULES["float8_e5m2"].largest == get_format("float8_e5m2").element.max
-    assert RULES["nvfp4"].largest == get_format("nvfp4").element.max * get_format("float8_e4m3fn").element.max
+    fp8, wide, nvfp4 = map(get_format, ("float8_e4m3fn", "float8_e5m2", "nvfp4"))
+    assert fp8.runtime.input_scale.largest == fp8.element.max
+    assert wide.runtime.input_scale.largest == wide.element.max
+    assert nvfp4.runtime.input_scale.largest == nvfp4.element.max * fp8.element.max
 
 
 def test_scales_from_statistics_cover_exactly_the_layers_that_use_one(model):

@@ -14,7 +14,6 @@ from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
-from comfyui_quantpress.quant_core.input_scales.rule import RULES
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import verify_file
@@ -174,11 +173,12 @@ def test_input_scales_are_the_true_absmax_and_only_where_the_runtime_reads_them(
         report = convert(
             source, target, Recipe(get_format(name)), device="cpu", calibration=CalibrationUse(path, input_scales=True)
         )
+        rule = get_format(name).runtime.input_scale
         found = {key: t for key, t in load_file(target).items() if key.endswith(".input_scale")}
-        assert len(found) == (4 if name in RULES else 0)
+        assert len(found) == (4 if rule is not None else 0)
         for key, scale in found.items():
             absmax = float(calibration.statistics[key.removeprefix(PREFIX).removesuffix(".input_scale")].absmax.max())
-            assert scale.shape == () and float(scale) == pytest.approx(absmax / RULES[name].largest)
+            assert scale.shape == () and float(scale) == pytest.approx(absmax / rule.largest)
         assert sum(row.input_scale is not None for row in report.quantized) == len(found)
         assert not verify_file(target, against=source).findings
 
