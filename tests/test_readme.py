@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -143,18 +144,103 @@ def test_a_page_that_counts_the_formats_counts_right():
     assert [path.name for path, text in PAGES.items() if {*counted_formats(text)} - {len(FORMATS)}] == []
 
 
-def links_of(text: str) -> list[str]:
-    """Targets of the relative links and pictures in a page, without their anchors."""
-    return [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+# Every page of the repository, those of the nodes and of the demo's model too.
+ALL_PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for pattern in ("*.md", "docs/*.md", "web/docs/*.md", "assets/*.md", "bench/*.md")
+    for path in sorted(ROOT.glob(pattern))
+}
 
 
-def test_links_of_reads_relative_links_and_drops_anchors():
-    assert links_of("[a](b.md#c) ![d](e.jpg) [f](https://g) [h](#i)") == ["b.md", "e.jpg"]
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def links_of(text: str) -> list[tuple[str, str]]:
+    """(file, anchor) of a page's links and pictures within the repository; either may be empty."""
+    targets = [target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    return [(file, anchor) for file, _, anchor in targets]
+
+
+def anchors_of(text: str) -> set[str]:
+    """What GitHub makes of the headings: small letters, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_reads_files_and_anchors():
+    assert links_of("[a](b.md#c) ![d](e.jpg) [f](https://g) [h](#i)") == [("b.md", "c"), ("e.jpg", ""), ("", "i")]
+
+
+def test_anchors_of_reads_headings_and_not_code():
+    assert anchors_of("# One, two\n```bash\n# no\n```\n## Three") == {"one-two", "three"}
+
+
+def dead_links(path: Path, text: str) -> list[str]:
+    dead = []
+    for file, anchor in links_of(text):
+        target = path.parent / file if file else path
+        if not target.exists() or (anchor and anchor not in anchors_of(target.read_text(encoding="utf-8"))):
+            dead.append(f"{file}#{anchor}")
+    return dead
+
+
+def test_dead_links_are_found():
+    page = ROOT / "README.md"
+    assert dead_links(page, "[a](LICENSE) [b](#x) [c](docs/no.md) [d](docs/json.md#no)") == [
+        "#x",
+        "docs/no.md#",
+        "docs/json.md#no",
+    ]
+
+
+@pytest.mark.parametrize("path", ALL_PAGES, ids=page_name)
 def test_links_lead_somewhere(path):
-    assert [link for link in links_of(PAGES[path]) if not (path.parent / link).exists()] == []
+    assert dead_links(path, ALL_PAGES[path]) == []
+
+
+TOP_FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"demo_out"}
+FILES = [path.relative_to(ROOT).as_posix() for top in TOP_FOLDERS for path in (ROOT / top).rglob("*")]
+FILES += [path.name for path in ROOT.iterdir()]
+SOURCE_SUFFIXES = (".py", ".jsonl", ".md", ".toml")
+
+
+def missing_paths(text: str) -> list[str]:
+    """Words in `code` that read as files or folders of the repository and are none; * stands for anything.
+
+    Those that begin with a top folder, and names of sources and results, which may stand without their first folders.
+    """
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    missing = []
+    for word in " ".join(re.findall(r"`([^`\n]+)`", prose)).split():
+        inside = "/" in word and word.split("/")[0] in TOP_FOLDERS
+        if not re.fullmatch(r"\w[\w.*-]*(/[\w.*-]+)*/?", word) or not (inside or word.endswith(SOURCE_SUFFIXES)):
+            continue
+        patterns = (word.rstrip("/"), f"*/{word}")
+        if not any(fnmatchcase(file, pattern) for pattern in patterns for file in FILES):
+            missing.append(word)
+    return missing
+
+
+def test_missing_paths_are_found_and_others_let_pass():
+    assert (
+        missing_paths(
+            "`docs/json.md` `bench/results/*.jsonl` `layouts/` `capability.py` `kernels/jit.py` `models/loras/x`"
+        )
+        == []
+    )
+    assert missing_paths("`docs/no.md` `no.py` `quant_core/no/` `bench/no*.jsonl` `a/b.py`") == [
+        "docs/no.md",
+        "no.py",
+        "quant_core/no/",
+        "bench/no*.jsonl",
+        "a/b.py",
+    ]
+
+
+@pytest.mark.parametrize("path", ALL_PAGES, ids=page_name)
+def test_paths_named_in_a_page_exist(path):
+    assert missing_paths(ALL_PAGES[path]) == []
 
 
 NODES = [page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for page in ROOT.glob("web/docs/*.md")]
@@ -173,7 +259,7 @@ def test_the_changelog_names_every_command():
 
 
 def test_the_readme_leads_to_every_page():
-    linked = {(ROOT / link).resolve() for link in links_of(README)}
+    linked = {(ROOT / file).resolve() for file, _ in links_of(README)}
     assert [path.name for path in PAGES if path.parent != ROOT and path not in linked] == []
 
 
