@@ -35,7 +35,7 @@ from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
 from comfyui_quantpress.quant_core.tools.dequantize import dequantize
 from model import ASSETS, CLASSES, LAYERS, STEPS, Bench
 from safetensors.torch import load_file
@@ -107,7 +107,7 @@ def stale(
         layer = model.get_submodule(name)
         pairs = InputPairs([x.clone() for x in before[name]], [y.clone() for y in after[name]])
         result = quantize_layer(
-            name, layer.weight, Recipe(fmt, "search", "gptq"), to_evidence(statistics[name]), pairs=pairs
+            name, layer.weight, parse_recipe(fmt, "search", "gptq"), to_evidence(statistics[name]), pairs=pairs
         )
         layer.weight = nn.Parameter(fmt.dequantize(result.tensors, tuple(layer.weight.shape)), requires_grad=False)
     return model
@@ -179,7 +179,7 @@ def main() -> None:
             report = convert(
                 SOURCE,
                 target,
-                Recipe(get_format(fmt), "search", "gptq"),
+                parse_recipe(get_format(fmt), "search", "gptq"),
                 Policy(only=(LAYERS,)),
                 device=args.device,
                 overwrite=True,

@@ -28,7 +28,7 @@ from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -151,7 +151,7 @@ class Bench:
         for name in self.names:
             layer = model.get_submodule(name)
             known = evidence.get(name, Evidence()) if with_data else Evidence()
-            result = quantize_layer(name, layer.weight, Recipe(fmt, scales, rounding), known)
+            result = quantize_layer(name, layer.weight, parse_recipe(fmt, scales, rounding), known)
             decoded = fmt.for_shape(tuple(layer.weight.shape)).dequantize(result.tensors, tuple(layer.weight.shape))
             layer.weight = nn.Parameter(decoded, requires_grad=False)
         return model

@@ -28,7 +28,7 @@ import torch
 from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from layers import Layer, demo_model, errors_of, layers_of, minilm, other_model, synthetic
 from peer import measure_peer
 from summary import table
@@ -89,7 +89,7 @@ def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, 
     """
     how = METHODS[method]
     device, shape = str(layer.weight.device), tuple(layer.weight.shape)
-    recipe = Recipe(get_format(fmt_name), how.scales, how.rounding, options=how.options)
+    recipe = parse_recipe(get_format(fmt_name), how.scales, how.rounding, options=how.options)
     evidence, bias = layer.evidence if how.data else Evidence(), layer.bias if how.bias else None
     seconds, result = [], None
     for _ in range(repeat + device.startswith("cuda")):

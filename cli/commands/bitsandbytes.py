@@ -79,13 +79,13 @@ def _add_requantize(commands: argparse._SubParsersAction) -> None:
 
 def _requantize(args: argparse.Namespace) -> int:
     from ...quant_core.formats import get_format
-    from ...quant_core.policy.recipe import Recipe
+    from ...quant_core.policy.recipe import parse_recipe
     from ...quant_core.tools.requantize import requantize
 
     with named_flag("--format"):
         fmt = get_format(args.format)
     fmt = fmt.with_options(args.group_size)
-    recipe = Recipe(fmt, args.scales, args.rounding)
+    recipe = parse_recipe(fmt, args.scales, args.rounding)
     with stop_on_signal() as cancel, show_progress("requantizing") as progress:
         report = requantize(
             args.input,

@@ -107,15 +107,16 @@ def run(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
     from ...quant_core.formats import get_format
     from ...quant_core.policy.general import Policy
-    from ...quant_core.policy.recipe import Recipe
+    from ...quant_core.policy.recipe import parse_recipe
 
     scales, rounding = calibration_options.methods(args)
     with named_flag("--format"):
         fmt = get_format(args.format)
     fmt = fmt.with_options(args.group_size, args.rotation)
-    recipe = Recipe(fmt, scales, rounding, args.seed, calibration_options.residual(args))
+    options = {**calibration_options.residual(args), **recipe_options.parse_options(args.option)}
+    recipe = parse_recipe(fmt, scales, rounding, args.seed, options)
     with named_flag("--fallback"):
-        fallback = Recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
+        fallback = parse_recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
     return recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
 
 

@@ -51,11 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def apply(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> tuple[Recipe, Policy]:
-    """The recipe and policy with these options. Raises QuantPressError."""
+    """The recipe and policy with the rules and keys of these options. Raises QuantPressError."""
     from ...quant_core.policy.layer_config import load_layer_config
     from ...quant_core.tools.edit import parse_pairs
 
-    recipe = replace(recipe, options={**recipe.options, **parse_options(args.option)})
     rules = tuple(parse_rule(text, recipe) for text in args.rule)
     if args.layer_config is not None:
         loaded = load_layer_config(args.layer_config, recipe)
@@ -102,5 +101,5 @@ def parse_rule(text: str, base: Recipe) -> Rule:
     with named_flag(f"--rule {text!r}"):
         recipe = replace(base, format=format_for(name, None, int(size) if size else None))
     if NEAREST in flags:
-        recipe = replace(recipe, scales="absmax", rounding="nearest")
+        recipe = recipe.with_methods("absmax", "nearest")
     return Rule(pattern, recipe, {"full_precision_matrix_mult": True} if FULL_PRECISION in flags else {})

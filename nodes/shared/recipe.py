@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...quant_core.algorithms.choosers import CHOOSERS
-from ...quant_core.algorithms.rounders import ROUNDERS
+from ...quant_core.algorithms.choosers import Chooser
+from ...quant_core.algorithms.rounders import Rounder
 from ...quant_core.calibration.use import CalibrationUse
 from ...quant_core.errors import RequestError
 from ...quant_core.formats import all_formats, get_format
@@ -17,7 +17,7 @@ from ...quant_core.formats.base import Format
 from ...quant_core.policy.general import Policy
 from ...quant_core.policy.layer_config import parse_layer_config
 from ...quant_core.policy.presets import PRESETS, keep_patterns
-from ...quant_core.policy.recipe import AUTO, Recipe
+from ...quant_core.policy.recipe import AUTO, ROUNDING, SCALES, Recipe, parse_recipe
 from .folders import stamp
 from .handles import CalibrationType, spool_of
 from .schema import rare
@@ -36,6 +36,10 @@ def formats_tooltip() -> str:
         where = "stock ComfyUI" if fmt.runtime.native_since else "ComfyUI with QuantPress"
         lines.append(f"{fmt.name}: {fmt.title}, {fmt.bits_per_weight(_TYPICAL):.2f} bits, loads in {where}")
     return "\n".join(lines)
+
+
+def methods_tooltip(question: str, methods: Mapping[str, type[Chooser] | type[Rounder]]) -> str:
+    return " ".join([question, *(f"{name!r} {method.explain}" for name, method in methods.items())])
 
 
 def sizes() -> list[str]:
@@ -68,23 +72,15 @@ def widgets() -> list[Any]:
         ),
         io.Combo.Input(
             "scales",
-            options=[AUTO, *CHOOSERS],
+            options=list(SCALES),
             default=AUTO,
-            tooltip=(
-                "How scales are chosen. 'auto' searches. 'absmax' is fastest and never clips. 'search' tries several per block and keeps "
-                "the best, a few times slower. Without a calibration that is the best for the weights alone: in layers with strong "
-                "input channels the error of what comes out can rise, and 'absmax' is safer there."
-            ),
+            tooltip=methods_tooltip("How scales are chosen.", SCALES),
         ),
         io.Combo.Input(
             "rounding",
-            options=[AUTO, *ROUNDERS],
+            options=list(ROUNDING),
             default=AUTO,
-            tooltip=(
-                "How weights are rounded. 'auto' is gptq with a calibration and nearest without. 'nearest' is fast. 'gptq' corrects later "
-                "columns for earlier errors: slower, much closer with a calibration, and nearest without one. 'learned' optimises every "
-                "layer's rounding: slowest, and hardly closer. 'stochastic' is unbiased noise: for merging, not for quality."
-            ),
+            tooltip=methods_tooltip("How weights are rounded.", ROUNDING),
         ),
         io.Int.Input(
             "seed",
@@ -216,7 +212,7 @@ class Settings:
     @property
     def residual(self) -> bool:
         """Whether a low-rank part is written beside the model."""
-        return bool(self.recipe.options.get("residual_rank"))
+        return self.recipe.residual.rank > 0
 
     def for_layers(self, layers: Iterable[str]) -> Settings:
         """With the preset as patterns that keep some of these layers. RequestError when it is of another family."""
@@ -252,12 +248,15 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     """Settings from the inputs of `widgets`. Raises RequestError that says which value to change."""
     fmt = sized(values["format"], values["group_size"])
     rank = int(values.get("residual_lora", 0))
-    recipe = Recipe(
+    recipe = parse_recipe(
         fmt, values["scales"], values["rounding"], int(values["seed"]), {"residual_rank": rank} if rank else {}
     )
-    recipe.validate()
     fallback = values.get("fallback", KEEP)
-    other = None if fallback == KEEP else Recipe(get_format(fallback), recipe.scales, recipe.rounding, recipe.seed)
+    other = (
+        None
+        if fallback == KEEP
+        else parse_recipe(get_format(fallback), values["scales"], values["rounding"], recipe.seed)
+    )
     policy = Policy(_patterns(values["keep"]), _patterns(values["only"]), other)
     if (values.get("layer_config") or "").strip():
         config = parse_layer_config(values["layer_config"].encode("utf-8", "replace"), "layer_config", recipe)

@@ -18,10 +18,10 @@ def can_correct(evidence: Evidence) -> bool:
 def correct_bias(bias: Tensor, error: Tensor, evidence: Evidence) -> tuple[Tensor | None, str | None]:
     """b + E[x] (W - Wq)^T, in bias's dtype, and None; or None and why it is left as it is.
 
-    bias: [N]. error: float32 [N, K], W - Wq. The mean comes from the calibration rows; it is used only where it lowers
-    the output error on the rows held out, which took no part in it.
+    bias: [N]. error: float32 [N, K], W - Wq. The mean comes from the calibration rows. It is used only where it lowers
+    the output error on the rows held out, which had no part in the mean.
     """
-    if not can_correct(evidence):
+    if evidence.mean is None or evidence.rows is None:
         return None, None
     shift = error @ evidence.mean.to(error.device, torch.float32)
     corrected = (bias.to(torch.float32) + shift).to(bias.dtype)

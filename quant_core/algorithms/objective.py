@@ -22,7 +22,8 @@ class Aim(Protocol):
     total_loss: of an error that comes in slices of rows, from the first row to the last.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def total_loss(self, parts: Iterable[Tensor]) -> float: ...
 
@@ -31,7 +32,8 @@ class Aim(Protocol):
 class Objective:
     """In the work basis. hessian: float32 [Kp, Kp] or None. diagonal: float32 [Kp] or None, its diagonal.
 
-    rows: how many input rows they were made of, 0 when unknown. name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
+    rows: how many input rows they were made of, 0 when unknown.
+    name: "output" with a Hessian, "weighted" with its diagonal only, "weight" without data.
     """
 
     hessian: Tensor | None = None
@@ -72,10 +74,10 @@ def ratio(loss: float, reference: float) -> float:
 def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Objective:
     """The objective for `fmt`'s work weight. A Hessian without any energy (no input was ever seen) counts as no data.
 
-    A Hessian that lies on another device, as one from a file does, is there once; one on `device` is copied where it must be
-    changed (centred, rotated), because it is the caller's.
+    A Hessian that lies on another device, as one from a file does, is moved once. One on `device` is the caller's: it is
+    copied where it must be changed (centred, rotated).
     """
-    mean = evidence.mean.to(device, torch.float32) if evidence.centre else None
+    mean = evidence.mean.to(device, torch.float32) if evidence.centre and evidence.mean is not None else None
     if evidence.hessian is not None:
         hessian = evidence.hessian.to(device, torch.float32)
         if hessian is evidence.hessian and (mean is not None or fmt.rotation is not None):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..errors import OutputError, RequestError
 from .factor import damped
 from .fit.objectives import leading_directions
 from .objective import Objective, ratio
+from .options import Settings, setting
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # For users, and in the file's header.
@@ -27,37 +28,33 @@ HOW_TO_LOAD = (
     "Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of weight and "
     "LoRA again, which makes the model worse."
 )
-_DAMPING, _SCARCE = (
-    0.01,
-    0.5,
-)  # share of the Hessian's diagonal, and times K / rows: few rows must not decide which errors count
+_DAMPING = 0.01  # share of the Hessian's diagonal
+_SCARCE = 0.5  # damping grows to this many times K / rows: few rows must not decide which errors count
 _SPARE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class ResidualOptions:
-    """residual_rank: 0 writes none. residual_target: regex (searched) of layer names; "" takes all.
+class LowRank(Settings):
+    """Which layers get a low-rank part. rank: 0 writes none. target: regex (searched) of layer names; "" takes all.
 
-    residual_depth: only blocks with a smaller index, the index being the first number in the name; 0 takes all.
+    depth: only blocks with a smaller index; the index is the first number in the layer's name. 0 takes all.
     """
 
-    residual_rank: int = field(default=0, metadata={"low": 0, "high": 1024})
-    residual_target: str = ""
-    residual_depth: int = field(default=0, metadata={"low": 0})
+    rank: int = setting(0, low=0, high=1024, option="residual_rank")
+    target: str = setting("", option="residual_target")
+    depth: int = setting(0, low=0, option="residual_depth")
 
     def wants(self, layer: str) -> bool:
         """Whether this layer gets a low-rank part. RequestError when the regex is none."""
-        if self.residual_rank == 0:
+        if self.rank == 0:
             return False
         try:
-            if not re.search(self.residual_target, layer):
+            if not re.search(self.target, layer):
                 return False
         except re.error as problem:
-            raise RequestError(
-                f"residual_target {self.residual_target!r} is not a regular expression: {problem}"
-            ) from problem
+            raise RequestError(f"residual_target {self.target!r} is not a regular expression: {problem}") from problem
         number = re.search(r"\d+", layer)
-        return self.residual_depth == 0 or (number is not None and int(number.group()) < self.residual_depth)
+        return self.depth == 0 or (number is not None and int(number.group()) < self.depth)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,53 +1,60 @@
-"""What choosers and rounders are given: one layer's work weight with everything known about it."""
+"""What choosers and rounders are given, and what they give back. Nobody fills in or replaces a field on the way."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import cancel
 from ..formats.base import Format
+from ..formats.tiles import encode_rows
 from ..numerics.scales import QParams
-from .factor import Factor
 from .objective import Aim, Objective
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """layer: its name, for messages. work: float32 [Np, Kp], read only. options: `Recipe.options`.
+    """One layer to be rounded. work: float32 [Np, Kp], its weight in the format's work basis, read only.
 
-    weights: float32 [Kp], how much an error in each column counts when scales are chosen; None: all the same.
-    factor: what the rounder prepared of the Hessian. aim: what it minimises in place of `objective`.
-    plain: float32 [Np, Kp], the layer's own weight where `work` is another one, which makes up for the layers before it.
+    objective: what an error costs. generator: for every random draw.
     """
 
-    layer: str
     fmt: Format
     work: Tensor
     objective: Objective
-    options: dict[str, Any]
     generator: torch.Generator
-    weights: Tensor | None = None
-    factor: Factor | None = None
-    aim: Aim | None = None
-    plain: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.work.shape[0], self.work.shape[1]
 
-    @property
-    def judge(self) -> Aim:
-        """The objective under which the result is compared with round-to-nearest."""
-        return self.objective if self.aim is None else self.aim
+    def encode(self, values: Tensor, qp: QParams) -> Tensor:
+        """Codes [Np, Kp] of the grid points nearest to `values`, float32 [Np, Kp]: how a rounder ends.
 
-    def poll(self) -> None:
-        """Called at least once a second by every loop; raises Cancelled when the caller wants it."""
-        cancel.poll()
+        A slice of rows at a time. `fmt.encode` gives the same codes, but is for parts: of a whole weight on a GPU it
+        takes up to four copies.
+        """
+        return encode_rows(self.fmt, values, qp)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleTask:
+    """What scales are chosen for. work: float32 [Np, Kp], read only.
+
+    weights: float32 [Kp], how much an error in each column counts; None: nothing is known of the inputs, and all
+    columns count the same.
+    """
+
+    fmt: Format
+    work: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.work.shape[0], self.work.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,20 @@ class Rounded:
 
     codes: Tensor
     qp: QParams
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a rounder settled before the scales are chosen.
+
+    weights: what the chooser weighs the columns by (ScaleTask.weights). judge: what the result and round-to-nearest are
+    compared by. finish: takes the chosen scales, is called once, and may move the scales on.
+    """
+
+    weights: Tensor | None
+    judge: Aim
+    finish: Callable[[QParams], Rounded]
 
 
 def layer_generator(seed: int, layer: str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-# Float32 copies of the weight at the peak, the weight included, as bench/rounding/synthetic.py measured them and rounded up.
-WEIGHT_COPIES = {"nearest": 6.0, "stochastic": 7.0, "gptq": 6.0, "learned": 6.0}
 _HESSIANS = 1.6  # the layer's own, changed in place, and the half that the factor takes
 
 
-def needed_bytes(shape: tuple[int, int], rounding: str, hessian: bool) -> int:
-    """Peak device memory of one layer with the given rounder."""
+def needed_bytes(shape: tuple[int, int], weight_copies: float, hessian: bool) -> int:
+    """Peak device memory of one layer. weight_copies: what its rounder takes (Rounder.weight_copies)."""
     n, k = shape
-    return int(4 * n * k * WEIGHT_COPIES[rounding] + (4 * k * k * _HESSIANS if hessian else 0))
+    return int(4 * n * k * weight_copies + (4 * k * k * _HESSIANS if hessian else 0))
 
 
 def following_bytes(shape: tuple[int, int]) -> int:

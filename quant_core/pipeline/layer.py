@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,16 +10,16 @@ from torch import Tensor
 
 from ..algorithms.asymmetric import Followed, InputPairs, follow
 from ..algorithms.bias import can_correct, correct_bias
-from ..algorithms.choosers import CHOOSERS
+from ..algorithms.choosers.absmax import Absmax
 from ..algorithms.evidence import Evidence
-from ..algorithms.objective import Objective, make_objective, ratio
-from ..algorithms.options import read_options
-from ..algorithms.residual import Residual, ResidualOptions, make_residual
-from ..algorithms.rounders import ROUNDERS
-from ..algorithms.task import Rounded, Task, layer_generator
-from ..cancel import cancel_scope, poll
+from ..algorithms.objective import Aim, Objective, make_objective, ratio
+from ..algorithms.residual import Residual, make_residual
+from ..algorithms.rounders.nearest import Nearest
+from ..algorithms.task import Rounded, ScaleTask, Task, layer_generator
+from ..cancel import poll
+from ..formats.base import Format
 from ..formats.streamed import can_slice, quantize_rows
-from ..formats.tiles import encode_rows, errors_by_rows
+from ..formats.tiles import errors_by_rows
 from ..numerics.footprint import choose_device, following_bytes, free_bytes, needed_bytes
 from ..numerics.precision import tensor_core_products
 from ..policy.recipe import Recipe
@@ -35,7 +34,8 @@ class Judgement:
 
     scales, rounding: the algorithms that ran, "auto" resolved; rounding is "nearest" after a fallback.
     objective: "output" (Hessian), "weighted" (its diagonal), "weight", or "projected" (learned rounding).
-    error, nearest_error: relative, under that objective, of the result and of round-to-nearest with absmax scales; None where nothing was compared.
+    error, nearest_error: relative, under that objective, of the result and of round-to-nearest with absmax scales; None
+    where nothing was compared.
     fell_back: the algorithms ended above round-to-nearest, which was taken instead.
     inputs_left: what is left of the error that the layers before bring in (Followed.left); None where that is not known.
     """
@@ -74,118 +74,121 @@ def quantize_layer(
     evidence: Evidence = NO_EVIDENCE,
     measure: bool = True,
     bias: Tensor | None = None,
-    cancel: Callable[[], bool] | None = None,
     pairs: InputPairs | None = None,
 ) -> LayerResult:
-    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. bias: [N], to be corrected; it stays where a
-    low-rank part is asked for.
+    """w: [N, K] of a float dtype, finite, on the compute device. The maths is float32. Cancellable (cancel_scope).
 
-    cancel: asked several times a second; Cancelled is raised when it says True. None: an enclosing cancel_scope counts.
-    pairs: what the layers quantized before this one do to its inputs; it is rounded to make up for that (asymmetric.py).
+    bias: [N], to be corrected; it stays where a low-rank part is asked for. pairs: what the layers quantized before
+    this one do to its inputs; it is rounded to make up for that (asymmetric.py).
     """
-    if read_options(ResidualOptions, recipe.options).wants(layer):
+    if recipe.residual.wants(layer):
         bias = None  # the low-rank part takes the mean error too: corrected twice it would come back
-    with cancel_scope(cancel):
-        aim = None if pairs is None else _follow(w, pairs)
-        if bias is None or not can_correct(evidence):
-            return _quantize(layer, w, recipe, evidence, measure, bias, aim)
-        # A corrected bias takes the mean error, so the weight is rounded for what remains of the inputs.
-        result = _quantize(layer, w, recipe, evidence.centred(), measure, bias, aim)
-        return result if result.bias is not None else _quantize(layer, w, recipe, evidence, measure, bias, aim)
+    followed = None if pairs is None else _follow(w, pairs)
+    job = _Job(layer, w, recipe.resolve(evidence), evidence, measure, bias, followed)
+    if bias is None or not can_correct(evidence):
+        return _quantize(job)
+    # A corrected bias takes the mean error, so the weight is rounded for what remains of the inputs.
+    result = _quantize(replace(job, evidence=evidence.centred()))
+    return result if result.bias is not None else _quantize(job)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What quantize_layer was asked for. recipe: with "auto" resolved.
+
+    followed: the weight to round towards instead of w, in order of execution; None elsewhere.
+    """
+
+    layer: str
+    w: Tensor
+    recipe: Recipe
+    evidence: Evidence
+    measure: bool
+    bias: Tensor | None
+    followed: Followed | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w.shape[0], self.w.shape[1]
+
+    @property
+    def wants_residual(self) -> bool:
+        return self.recipe.residual.wants(self.layer)
 
 
 def _follow(w: Tensor, pairs: InputPairs) -> Followed:
-    device, elsewhere = choose_device(w.device, free_bytes(w.device), following_bytes(tuple(w.shape)))
-    found = follow(w.to(device, torch.float32), pairs, poll)
-    return (
-        found if elsewhere is None else replace(found, notes=(f"what makes up for the layers before was {elsewhere}",))
-    )
-
-
-def _quantize(
-    layer: str, w: Tensor, recipe: Recipe, evidence: Evidence, measure: bool, bias: Tensor | None, aim: Followed | None
-) -> LayerResult:
-    """aim: rounded towards its weight instead of w; every error is still w's own, but for the output's."""
-    shape, source_dtype = tuple(w.shape), w.dtype
-    fmt = recipe.format.for_shape(shape)
-    notes = (
-        ()
-        if fmt == recipe.format
-        else (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
-    )
-    scales, rounding = recipe.resolve(evidence)
-    wants_more = bias is not None or read_options(ResidualOptions, recipe.options).wants(layer)
-    if (scales, rounding) == ("absmax", "nearest") and not wants_more and aim is None and can_slice(fmt, w):
-        tensors, error = quantize_rows(fmt, w, measure)
-        return LayerResult(tensors, fmt.config(shape, source_dtype), error, notes)
-    needed = needed_bytes(shape, rounding, evidence.hessian is not None)
+    needed = following_bytes((w.shape[0], w.shape[1]))
     device, elsewhere = choose_device(w.device, free_bytes(w.device), needed)
-    notes += (() if aim is None else aim.notes) + (() if elsewhere is None else (elsewhere,))
-    moved = aim is not None and aim.ridge is not None
-    plain = fmt.prepare(w.to(device, torch.float32))
-    work = fmt.prepare(aim.weight.to(device)) if moved else plain
-    objective = make_objective(fmt, evidence, device)
-    rounder = ROUNDERS[rounding]
-    task = rounder.prepare(
-        Task(
-            layer,
-            fmt,
-            work,
-            objective,
-            recipe.options,
-            layer_generator(recipe.seed, layer, "cpu"),
-            weights=objective.diagonal,
-            plain=plain if moved else None,
-        )
-    )
-    rounded = rounder.round_codes(task, CHOOSERS[scales](task))
-    judgement = Judgement(scales, rounding, task.judge.name, inputs_left=None if aim is None else aim.left)
-    if (scales, rounding) != ("absmax", "nearest") and not rounder.unbiased:
-        rounded, judgement = judge(task, rounded, judgement)
+    found = follow(w.to(device, torch.float32), pairs, poll)
+    if elsewhere is None:
+        return found
+    return replace(found, notes=(f"what makes up for the layers before was {elsewhere}",))
+
+
+def _quantize(job: _Job) -> LayerResult:
+    recipe, shape = job.recipe, job.shape
+    fmt = recipe.format.for_shape(shape)
+    config = fmt.config(shape, job.w.dtype)
+    notes: tuple[str, ...] = ()
+    if fmt != recipe.format:
+        notes = (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
+    nothing_more = job.bias is None and not job.wants_residual and job.followed is None
+    if recipe.plain and nothing_more and can_slice(fmt, job.w):
+        tensors, error = quantize_rows(fmt, job.w, job.measure)
+        return LayerResult(tensors, config, error, notes)
+    device, placed = _place(job)
+    own = fmt.prepare(job.w.to(device, torch.float32))
+    generator = layer_generator(recipe.seed, job.layer)
+    task = Task(fmt, _target(job, fmt, own), make_objective(fmt, job.evidence, device), generator)
+    rounded, judgement = _solve(job, task, own)
     # Rotation is orthogonal and padding exact, so the error in the work basis is the weight's own.
-    error = fmt.decoding_error(plain, rounded.codes, rounded.qp) if measure else None
-    new_bias, residual, more = _extras(task, shape, rounded, recipe, evidence, bias)
-    return LayerResult(
-        fmt.pack(rounded.codes, rounded.qp, shape),
-        fmt.config(shape, source_dtype),
-        error,
-        notes + rounded.notes + more,
-        judgement,
-        new_bias,
-        residual,
-    )
+    error = fmt.decoding_error(own, rounded.codes, rounded.qp) if job.measure else None
+    bias, residual, more = _extras(job, task, rounded)
+    notes += (() if job.followed is None else job.followed.notes) + placed + rounded.notes + more
+    return LayerResult(fmt.pack(rounded.codes, rounded.qp, shape), config, error, notes, judgement, bias, residual)
 
 
-def _extras(
-    task: Task, shape: tuple[int, int], rounded: Rounded, recipe: Recipe, evidence: Evidence, bias: Tensor | None
-) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
-    """The corrected bias, the low-rank part, and notes; from what a reader decodes, in the layer's own basis."""
-    options = read_options(ResidualOptions, recipe.options)
-    wanted = options.wants(task.layer)
-    if bias is None and not wanted:
-        return None, None, ()
-    error = task.fmt.restore(task.work - task.fmt.decode(rounded.codes, rounded.qp), shape)
-    residual = None
-    if wanted:
-        hessian = None if evidence.hessian is None else evidence.hessian.to(error.device, torch.float32)
-        residual = make_residual(
-            task.fmt.restore(task.work, shape), error, options.residual_rank, Objective(hessian, rows=evidence.count)
-        )
-    if bias is None:
-        return None, residual, ()
-    corrected, note = correct_bias(bias, error, evidence)
-    return corrected, residual, () if note is None else (note,)
+def _place(job: _Job) -> tuple[torch.device, tuple[str, ...]]:
+    """Where it is computed, and a note where that is not the weight's own device."""
+    needed = needed_bytes(job.shape, job.recipe.rounding.weight_copies, job.evidence.hessian is not None)
+    device, elsewhere = choose_device(job.w.device, free_bytes(job.w.device), needed)
+    return device, () if elsewhere is None else (elsewhere,)
 
 
-def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
-    """`rounded`, or round-to-nearest with absmax scales where that is better under the objective of the algorithms."""
-    fmt, work, aim = task.fmt, task.work, task.judge
-    plain = work if task.plain is None else task.plain
-    qp = fmt.absmax(plain)
+def _target(job: _Job, fmt: Format, own: Tensor) -> Tensor:
+    """The work weight to round towards: the layer's own, or the one that makes up for the layers before it.
+
+    own: float32 [Np, Kp], the layer's weight in the work basis.
+    """
+    followed = job.followed
+    if followed is None or followed.ridge is None:
+        return own
+    return fmt.prepare(followed.weight.to(own.device))
+
+
+def _solve(job: _Job, task: Task, own: Tensor) -> tuple[Rounded, Judgement]:
+    """Scales and codes, and how they compare with round-to-nearest."""
+    scales, rounding = job.recipe.scales, job.recipe.rounding
+    begun = rounding.begin(task)
+    rounded = begun.finish(scales.choose(ScaleTask(task.fmt, task.work, begun.weights)))
+    left = None if job.followed is None else job.followed.left
+    judgement = Judgement(scales.name, rounding.name, begun.judge.name, inputs_left=left)
+    if job.recipe.plain or rounding.unbiased:
+        return rounded, judgement
+    return _judge(task, own, begun.judge, rounded, judgement)
+
+
+def _judge(task: Task, own: Tensor, judge: Aim, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
+    """`rounded`, or round-to-nearest with absmax scales where that is better, as the rounder judges.
+
+    own: the layer's own work weight, which is what round-to-nearest rounds. Both errors are against task.work: in order
+    of execution that is another weight, which makes up for the layers before this one.
+    """
+    fmt, work, qp = task.fmt, task.work, task.fmt.absmax(own)
     with tensor_core_products(work.device):
-        reference = aim.total_loss(work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
-        error = ratio(aim.total_loss(errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
-        nearest = ratio(aim.total_loss(errors_by_rows(fmt, work, None, qp, plain)), reference)
+        reference = judge.total_loss(work.split(max(1, JUDGED_AT_ONCE // work.shape[1])))
+        error = ratio(judge.total_loss(errors_by_rows(fmt, work, rounded.codes, rounded.qp)), reference)
+        nearest = ratio(judge.total_loss(errors_by_rows(fmt, work, None, qp, own)), reference)
     judgement = replace(judgement, error=error, nearest_error=nearest)
     if error <= nearest:
         return rounded, judgement
@@ -194,6 +197,23 @@ def judge(task: Task, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, 
         f"{nearest:.4g} of round-to-nearest, which was taken instead"
     )
     return (
-        Rounded(encode_rows(fmt, plain, qp), qp, rounded.notes + (note,)),
-        replace(judgement, scales="absmax", rounding="nearest", error=nearest, fell_back=True),
+        Rounded(task.encode(own, qp), qp, (*rounded.notes, note)),
+        replace(judgement, scales=Absmax.name, rounding=Nearest.name, error=nearest, fell_back=True),
     )
+
+
+def _extras(job: _Job, task: Task, rounded: Rounded) -> tuple[Tensor | None, Residual | None, tuple[str, ...]]:
+    """The corrected bias, the low-rank part, and notes; from what a reader decodes, in the layer's own basis."""
+    if job.bias is None and not job.wants_residual:
+        return None, None, ()
+    fmt, evidence = task.fmt, job.evidence
+    error = fmt.restore(task.work - fmt.decode(rounded.codes, rounded.qp), job.shape)
+    residual = None
+    if job.wants_residual:
+        hessian = None if evidence.hessian is None else evidence.hessian.to(error.device, torch.float32)
+        objective = Objective(hessian, rows=evidence.count)
+        residual = make_residual(fmt.restore(task.work, job.shape), error, job.recipe.residual.rank, objective)
+    if job.bias is None:
+        return None, residual, ()
+    corrected, note = correct_bias(job.bias, error, evidence)
+    return corrected, residual, () if note is None else (note,)

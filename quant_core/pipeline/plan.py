@@ -96,9 +96,6 @@ def make_plan(
     source_hash: recorded in the file; computed when None. calibration: refused here when it is of another model. Raises
     PlanError with all problems, RequestError, InputFileError (another quantizer's file).
     """
-    for one in (recipe, policy.fallback, *(rule.recipe for rule in policy.rules)):
-        if one is not None:
-            one.validate()
     stored = stored_layers(src)
     foreign = refusal(src)
     if foreign is not None:
@@ -332,8 +329,7 @@ def _peak_bytes(src: Source, quantized: list[LayerPlan], calibration: OpenCalibr
     def cost(layer: LayerPlan) -> int:
         n, k = layer.shape
         hessian = 0 if calibration is None else calibration.hessian_bytes(layer.layer)
-        plain = (layer.recipe.scales, layer.recipe.rounding) == ("absmax", "nearest")
-        in_slices = plain and layer.recipe.format.rows_are_independent and layer.stored is None
+        in_slices = layer.recipe.plain and layer.recipe.format.rows_are_independent and layer.stored is None
         work = _SLICE_BYTES if in_slices else (_WORK_COPIES * 4 + 1) * n * k
         return work + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out) + _HESSIAN_COPIES * hessian
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.asymmetric import InputPairs
-from ..algorithms.options import read_options
-from ..algorithms.residual import Residual, ResidualOptions, save_residuals
+from ..algorithms.residual import Residual, save_residuals
 from ..calibration.use import CalibrationUse, LayerInputs, OpenCalibration, on_device, open_use
 from ..cancel import cancel_scope, poll
 from ..checkpoint.metadata import encode_config
@@ -116,7 +115,7 @@ def _residual_target(
 ) -> Path | None:
     """The checked path of the low-rank part; None when the recipe asks for none. RequestError, OutputError."""
     recipes = (recipe, policy.fallback, *(rule.recipe for rule in policy.rules))
-    wanted = any(read_options(ResidualOptions, one.options).residual_rank for one in recipes if one is not None)
+    wanted = any(one.residual.rank for one in recipes if one is not None)
     if path is None and not wanted:
         return None
     if path is None or not wanted:
@@ -212,9 +211,7 @@ def _read(src: Source, job: LayerPlan, calibration: OpenCalibration | None) -> _
     if calibration is None:
         return _Read(w)
     recipe = job.recipe
-    hessian = (recipe.scales, recipe.rounding) != ("absmax", "nearest") or read_options(
-        ResidualOptions, recipe.options
-    ).wants(job.layer)
+    hessian = not recipe.plain or recipe.residual.wants(job.layer)
     return _Read(
         w,
         None if job.bias is None else src.read(job.bias),

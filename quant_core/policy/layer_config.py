@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..algorithms.choosers.absmax import Absmax
+from ..algorithms.rounders.nearest import Nearest
 from ..checkpoint.header import load_json_object
 from ..errors import InputFileError, PlanError, RequestError
 from ..formats import all_formats, get_format
@@ -132,15 +134,11 @@ def _rule(pattern: str, settings: Any, base: Recipe) -> Rule:
         _typed(settings, "scaling_mode", str),
         _typed(settings, "block_size", int) or _typed(settings, "group_size", int),
     )
-    recipe = replace(
-        base,
-        format=fmt,
-        scales=_typed(settings, "scales", str) or base.scales,
-        rounding=_typed(settings, "rounding", str) or base.rounding,
-    )
+    scales = _typed(settings, "scales", str) or base.scales.name
+    rounding = _typed(settings, "rounding", str) or base.rounding.name
     if settings.get("simple") is True:
-        recipe = replace(recipe, scales="absmax", rounding="nearest")
-    recipe.validate()
+        scales, rounding = Absmax.name, Nearest.name
+    recipe = replace(base, format=fmt).with_methods(scales, rounding)
     full = settings.get("full_precision_matrix_mult") is True
     return Rule(pattern, recipe, {"full_precision_matrix_mult": True} if full else {})
 

@@ -20,12 +20,12 @@ from comfyui_quantpress.quant_core.algorithms.fit.relaxations import RELAXATIONS
 from comfyui_quantpress.quant_core.algorithms.fit.schedules import SCHEDULES, ScheduleSettings, StopRule, make_schedule
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.task import Task
-from comfyui_quantpress.quant_core.cancel import cancel_scope
+from comfyui_quantpress.quant_core.cancel import cancel_scope, poll
 from comfyui_quantpress.quant_core.errors import Cancelled
 from comfyui_quantpress.quant_core.formats import all_formats, get_format, tiles
 from comfyui_quantpress.quant_core.pipeline import layer
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,14 +38,14 @@ def weight(n=256, k=256, seed=0):
 
 
 def task(fmt, w):
-    return Task("layer", fmt, fmt.prepare(w), Objective(), {}, torch.Generator().manual_seed(0))
+    return Task(fmt, fmt.prepare(w), Objective(), torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", [fmt.name for fmt in all_formats()])
 def test_learning_lowers_the_projected_error_and_hardly_touches_the_weight_error(name):
     w, fmt = weight(), get_format(name)
-    result = quantize_layer("layer", w, Recipe(fmt, "absmax", "learned", options={"iterations": 150}))
-    nearest = quantize_layer("layer", w, Recipe(fmt, "absmax", "nearest"))
+    result = quantize_layer("layer", w, parse_recipe(fmt, "absmax", "learned", options={"iterations": 150}))
+    nearest = quantize_layer("layer", w, parse_recipe(fmt, "absmax", "nearest"))
     assert result.judgement.objective == "projected" and not result.judgement.fell_back
     assert result.judgement.error < 0.95 * result.judgement.nearest_error
     assert result.weight_error <= 1.0501 * nearest.weight_error
@@ -214,7 +214,9 @@ def test_learning_takes_at_most_three_copies_of_the_weight_beyond_weight_and_hes
     options = {"iterations": 2, "optimizer": optimizer, "relaxation": relaxation, "scale_refinement": turns}
     live = Live(w, hessian)
     with live:
-        result = quantize_layer("layer", w, Recipe(get_format(name), "absmax", "learned", options=options), evidence)
+        result = quantize_layer(
+            "layer", w, parse_recipe(get_format(name), "absmax", "learned", options=options), evidence
+        )
     assert result.judgement.objective == objective
     assert 1.0 < live.peak / (4 * w.numel()) <= 3.0
 
@@ -228,7 +230,7 @@ def test_learning_is_cancelled_between_two_slices(monkeypatch):
     fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), lambda: asked.append(1))
     assert per_iteration >= 10 and len(asked) == 3 * per_iteration  # the start takes two passes
     with pytest.raises(Cancelled), cancel_scope(lambda: True):
-        fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), given.poll)
+        fit(grid, RELAXATIONS["adaround"](0.3), objective, FitSettings(1), poll)
 
 
 def test_randomised_directions_span_what_the_exact_ones_span():
@@ -293,7 +295,7 @@ def test_scale_refinement_never_ends_above_one_round():
     w, fmt = weight(128, 128), get_format("nvfp4")
     one, three = (
         quantize_layer(
-            "l", w, Recipe(fmt, "absmax", "learned", options={"iterations": 60, "scale_refinement": rounds})
+            "l", w, parse_recipe(fmt, "absmax", "learned", options={"iterations": 60, "scale_refinement": rounds})
         )
         for rounds in (1, 3)
     )
@@ -304,11 +306,13 @@ def test_the_outputs_objective_without_inputs_is_told():
     result = quantize_layer(
         "l",
         weight(),
-        Recipe(get_format("nvfp4"), "absmax", "learned", options={"learn_objective": "output", "iterations": 5}),
+        parse_recipe(get_format("nvfp4"), "absmax", "learned", options={"learn_objective": "output", "iterations": 5}),
     )
     assert (
         any("nothing is known of this layer's inputs" in note for note in result.notes)
         and result.judgement.objective == "projected"
     )
-    plain = quantize_layer("l", weight(), Recipe(get_format("nvfp4"), "absmax", "learned", options={"iterations": 5}))
+    plain = quantize_layer(
+        "l", weight(), parse_recipe(get_format("nvfp4"), "absmax", "learned", options={"iterations": 5})
+    )
     assert not any("inputs" in note for note in plain.notes)

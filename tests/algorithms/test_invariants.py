@@ -10,11 +10,12 @@ from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import make_objective
 from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
 from comfyui_quantpress.quant_core.algorithms.task import Task, layer_generator
+from comfyui_quantpress.quant_core.cancel import cancel_scope
 from comfyui_quantpress.quant_core.errors import Cancelled
 from comfyui_quantpress.quant_core.formats import all_formats, format_of_layer
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
 
 FORMATS = [
     replace(
@@ -65,8 +66,8 @@ def decoded(fmt, result, shape):
 
 def own_objective(fmt, work, known, rounding):
     objective = make_objective(fmt, known, work.device)
-    task = Task("layer", fmt, work, objective, QUICK, layer_generator(0, "layer"))
-    return ROUNDERS[rounding].prepare(task).judge
+    task = Task(fmt, work, objective, layer_generator(0, "layer"))
+    return parse_recipe(fmt, rounding=rounding, options=QUICK).rounding.begin(task).judge
 
 
 def product():
@@ -81,7 +82,7 @@ def product():
 def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales, rounding, data):
     w = weight()
     known = evidence(inputs()) if data else Evidence()
-    result = quantize_layer("layer", w, Recipe(fmt, scales, rounding, options=QUICK), known)
+    result = quantize_layer("layer", w, parse_recipe(fmt, scales, rounding, options=QUICK), known)
     got = decoded(fmt, result, tuple(w.shape))
     # 1 and 2: what the report says of the weight is what a reader decodes from the stored codes AND scales.
     assert result.weight_error == pytest.approx(relative_error(w, got), rel=1e-4)
@@ -110,7 +111,8 @@ def test_gptq_lowers_the_output_error_and_more_so_than_scales_alone(fmt):
     w, x, held_out = weight(), inputs(), inputs(seed=9)
     error = lambda scales, rounding: relative_error(  # noqa: E731
         w @ held_out.T,
-        decoded(fmt, quantize_layer("l", w, Recipe(fmt, scales, rounding), evidence(x)), tuple(w.shape)) @ held_out.T,
+        decoded(fmt, quantize_layer("l", w, parse_recipe(fmt, scales, rounding), evidence(x)), tuple(w.shape))
+        @ held_out.T,
     )
     assert error("search", "gptq") < 0.75 * error("absmax", "nearest")
 
@@ -120,7 +122,9 @@ def test_gptq_lowers_the_output_error_and_more_so_than_scales_alone(fmt):
 def test_same_seed_gives_the_same_bytes(scales, rounding):
     fmt = next(f for f in FORMATS if f.name == "nvfp4")
     runs = [
-        quantize_layer("layer", weight(), Recipe(fmt, scales, rounding, seed=3, options=QUICK), evidence(inputs()))
+        quantize_layer(
+            "layer", weight(), parse_recipe(fmt, scales, rounding, seed=3, options=QUICK), evidence(inputs())
+        )
         for _ in range(2)
     ]
     for name, tensor in runs[0].tensors.items():
@@ -146,7 +150,7 @@ def cases():
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_corner_cases_stay_finite_and_no_worse(fmt, rounding):
     for name, w, known in cases():
-        result = quantize_layer("layer", w, Recipe(fmt, "search", rounding, options=QUICK), known)
+        result = quantize_layer("layer", w, parse_recipe(fmt, "search", rounding, options=QUICK), known)
         got = decoded(fmt, result, tuple(w.shape))
         assert torch.isfinite(got).all(), name
         assert result.judgement.error <= result.judgement.nearest_error, name
@@ -160,7 +164,7 @@ def test_odd_shapes(shape, rounding):
     taken = [fmt for fmt in FORMATS if fmt.problem(shape) is None]
     assert len(taken) >= 4
     for fmt in taken:
-        result = quantize_layer("layer", w, Recipe(fmt, "search", rounding, options=QUICK), evidence(x))
+        result = quantize_layer("layer", w, parse_recipe(fmt, "search", rounding, options=QUICK), evidence(x))
         assert decoded(fmt, result, shape).shape == shape
 
 
@@ -176,6 +180,6 @@ def test_cancel_stops_within_a_second_in_the_middle_of_a_layer(rounding):
         return True
 
     began = time.monotonic()
-    with pytest.raises(Cancelled):
-        quantize_layer("layer", w, Recipe(fmt, "search", rounding), known, cancel=cancel)
+    with pytest.raises(Cancelled), cancel_scope(cancel):
+        quantize_layer("layer", w, parse_recipe(fmt, "search", rounding), known)
     assert len(pressed) == 1 and time.monotonic() - pressed[0] < 1.0 and pressed[0] - began < 1.0

@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_quantpress.quant_core.algorithms import choosers, rounders
+from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS, Search
 from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import Objective, make_objective
-from comfyui_quantpress.quant_core.algorithms.residual import ResidualOptions, lora_keys, low_rank, save_residuals
-from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS
+from comfyui_quantpress.quant_core.algorithms.residual import LowRank, lora_keys, low_rank, save_residuals
+from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS, Gptq
+from comfyui_quantpress.quant_core.algorithms.task import ScaleTask, Task, layer_generator
 from comfyui_quantpress.quant_core.errors import OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.formats.choose import with_largest_rotation
-from comfyui_quantpress.quant_core.numerics.footprint import WEIGHT_COPIES, choose_device, needed_bytes
+from comfyui_quantpress.quant_core.numerics.footprint import choose_device, needed_bytes
 from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import ROUNDING, SCALES, Recipe, parse_recipe
 from safetensors.torch import load_file
 
 NVFP4 = get_format("nvfp4")
@@ -60,7 +63,7 @@ def test_bias_is_left_alone_without_held_out_rows():
 @pytest.mark.parametrize("data", [False, True])
 def test_residual_lowers_the_error_it_was_made_for(data):
     w, _, evidence = layer()
-    recipe = Recipe(NVFP4, options={"residual_rank": 16})
+    recipe = parse_recipe(NVFP4, options={"residual_rank": 16})
     residual = quantize_layer("blocks.0.attn", w, recipe, evidence if data else Evidence()).residual
     assert residual.up.shape == (64, 16) and residual.down.shape == (16, 96)
     assert residual.corrected_error < 0.85 * residual.error
@@ -83,7 +86,7 @@ def test_a_residual_of_few_rows_trusts_their_hessian_less():
 
 def test_a_layer_with_a_residual_keeps_its_bias():
     w, _, evidence = layer(mean=3.0)
-    result = quantize_layer("l", w, Recipe(NVFP4, options={"residual_rank": 4}), evidence, bias=torch.zeros(64))
+    result = quantize_layer("l", w, parse_recipe(NVFP4, options={"residual_rank": 4}), evidence, bias=torch.zeros(64))
     assert result.bias is None and result.residual is not None
 
 
@@ -98,7 +101,7 @@ def test_the_weight_is_rounded_for_what_a_corrected_bias_leaves():
         torch.randn(64, 96, generator=generator),
         Evidence(hessian=x.T @ x / 2000, mean=x.mean(0), rows=held_out, count=2000),
     )
-    bias, recipe = torch.zeros(64), Recipe(NVFP4, "search", "gptq")
+    bias, recipe = torch.zeros(64), parse_recipe(NVFP4, "search", "gptq")
     result = quantize_layer("l", w, recipe, evidence, bias=bias)
     plain = quantize_layer("l", w, recipe, evidence)
     shift = (w - NVFP4.dequantize(plain.tensors, tuple(w.shape))) @ evidence.mean
@@ -109,7 +112,7 @@ def test_the_weight_is_rounded_for_what_a_corrected_bias_leaves():
 
 def test_a_refused_correction_leaves_the_weight_as_it_is_without_one():
     w, _, evidence = layer(mean=3.0)
-    wrong, recipe = replace(evidence, mean=-evidence.mean), Recipe(NVFP4, "search", "gptq")
+    wrong, recipe = replace(evidence, mean=-evidence.mean), parse_recipe(NVFP4, "search", "gptq")
     result, plain = quantize_layer("l", w, recipe, wrong, bias=torch.zeros(64)), quantize_layer("l", w, recipe, wrong)
     assert result.bias is None and all(
         torch.equal(result.tensors[name], plain.tensors[name]) for name in plain.tensors
@@ -152,7 +155,10 @@ def test_weak_channels_are_not_drowned_by_a_strong_one():
     evidence = Evidence(hessian=hessian, count=4000)
     lost = {
         rounding: Objective(weak).loss(
-            w - NVFP4.dequantize(quantize_layer("l", w, Recipe(NVFP4, "absmax", rounding), evidence).tensors, (64, 96))
+            w
+            - NVFP4.dequantize(
+                quantize_layer("l", w, parse_recipe(NVFP4, "absmax", rounding), evidence).tensors, (64, 96)
+            )
         )
         for rounding in ("nearest", "gptq")
     }
@@ -178,18 +184,18 @@ def test_full_rank_residual_is_the_error():
 
 
 def test_residual_options_choose_layers():
-    options = ResidualOptions(8, r"attn\.", 2)
+    options = LowRank(8, r"attn\.", 2)
     assert [
         options.wants(name) for name in ("blocks.0.attn.qkv", "blocks.2.attn.qkv", "blocks.1.mlp.fc1", "attn.qkv")
     ] == [True, False, False, False]
-    assert not ResidualOptions().wants("blocks.0.attn.qkv")
+    assert not LowRank().wants("blocks.0.attn.qkv")
     with pytest.raises(RequestError, match="regular expression"):
-        ResidualOptions(8, "(").wants("x")
+        LowRank(8, "(").wants("x")
 
 
 def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
     w, _, evidence = layer()
-    residual = quantize_layer("x", w, Recipe(NVFP4, options={"residual_rank": 4}), evidence).residual
+    residual = quantize_layer("x", w, parse_recipe(NVFP4, options={"residual_rank": 4}), evidence).residual
     names = ("model.diffusion_model.blocks.0.attn.qkv", "diffusion_model.blocks.1.attn.qkv", "blocks.2.attn.qkv")
     save_residuals(tmp_path / "lora.safetensors", dict.fromkeys(names, residual))
     stored = load_file(tmp_path / "lora.safetensors")
@@ -219,20 +225,24 @@ def test_residual_file_has_the_keys_that_comfyui_looks_up(tmp_path):
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(RequestError) as caught:
-        Recipe(NVFP4, options=options).validate()
+        parse_recipe(NVFP4, options=options)
     assert message in str(caught.value)
 
 
 def test_good_options_pass():
-    Recipe(NVFP4, "auto", "auto", options={"damping": 1, "sweeps": 0, "residual_rank": 8, "lr": 1}).validate()
+    parse_recipe(NVFP4, "auto", "auto", options={"damping": 1, "sweeps": 0, "residual_rank": 8, "lr": 1})
 
 
 def test_automatic_choice_follows_what_is_known():
     _, _, evidence = layer()
-    recipe = Recipe(NVFP4, "auto", "auto")
-    assert recipe.resolve(Evidence()) == ("search", "nearest")
-    assert recipe.resolve(Evidence(hessian_diagonal=torch.ones(96))) == ("search", "nearest")
-    assert recipe.resolve(evidence) == ("search", "gptq")
+    recipe = parse_recipe(NVFP4, "auto", "auto")
+    for known, rounding in (
+        (Evidence(), "nearest"),
+        (Evidence(hessian_diagonal=torch.ones(96)), "nearest"),
+        (evidence, "gptq"),
+    ):
+        chosen = recipe.resolve(known)
+        assert (chosen.scales.name, chosen.rounding.name) == ("search", rounding)
     w, _, _ = layer()
     judgement = quantize_layer("l", w, recipe, evidence).judgement
     assert (judgement.scales, judgement.rounding, judgement.objective) == ("search", "gptq", "output")
@@ -241,16 +251,12 @@ def test_automatic_choice_follows_what_is_known():
 
 def test_a_layer_too_large_for_the_gpu_is_computed_on_the_cpu_and_says_so():
     gpu = torch.device("cuda:0")
-    needed = needed_bytes((3072, 12288), "gptq", True)
+    needed = needed_bytes((3072, 12288), Gptq.weight_copies, True)
     assert needed > 4 * 3072 * 12288 * 8
     assert choose_device(gpu, needed, needed) == (gpu, None)
     device, note = choose_device(gpu, needed - 1, needed)
     assert device.type == "cpu" and "GiB free" in note
     assert choose_device(torch.device("cpu"), None, needed) == (torch.device("cpu"), None)
-
-
-def test_every_rounder_has_a_footprint():
-    assert set(WEIGHT_COPIES) == set(ROUNDERS)
 
 
 @pytest.mark.parametrize(("in_features", "group"), [(3072, 1024), (768, 256), (192, 64), (80, 16)])
@@ -261,3 +267,43 @@ def test_largest_rotation_divides_the_inputs(in_features, group):
 def test_formats_without_rotation_or_without_a_fitting_group_stay_as_they_are():
     assert with_largest_rotation(NVFP4, 3072) is NVFP4
     assert with_largest_rotation(get_format("int8_convrot"), 30) == get_format("int8_convrot")
+
+
+def test_a_recipe_of_objects_describes_itself_as_the_one_parsed_from_their_options():
+    options = {"search_refits": 1, "damping": 0.5, "residual_rank": 8}
+    parsed = parse_recipe(NVFP4, "search", "gptq", 3, options)
+    made = Recipe(NVFP4, Search(refits=1), Gptq(damping=0.5), 3, LowRank(rank=8))
+    assert made.describe() == parsed.describe() and parsed.describe()["options"] == options
+    assert parse_recipe(NVFP4, "auto", "auto", 3, options).describe()["options"] == options
+    assert "options" not in Recipe(NVFP4, Search(), Gptq()).describe()
+    assert replace(parsed, rounding=Gptq()).describe()["options"]["damping"] == 0.01
+    assert Recipe(NVFP4).plain and not made.plain and parse_recipe(NVFP4, "absmax", "nearest").plain
+
+
+def test_other_methods_keep_the_options_and_settings_are_checked_wherever_they_are_made():
+    recipe = parse_recipe(NVFP4, options={"damping": 0.5}).with_methods("absmax", "gptq")
+    assert recipe.rounding == Gptq(damping=0.5)
+    with pytest.raises(RequestError, match="damping: found -1.0, needs 1e-06 to 10.0"):
+        Gptq(damping=-1.0)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_auto_asked_for_a_task_rounds_as_what_it_stands_for(data):
+    w, _, evidence = layer()
+    objective = make_objective(NVFP4, evidence if data else Evidence(), w.device)
+    auto, named = (
+        parse_recipe(NVFP4, *names) for names in (("auto", "auto"), ("search", "gptq" if data else "nearest"))
+    )
+    codes = []
+    for recipe in (auto, named):
+        task = Task(NVFP4, w, objective, layer_generator(0, "l"))
+        begun = recipe.rounding.begin(task)
+        codes.append(begun.finish(recipe.scales.choose(ScaleTask(NVFP4, w, begun.weights))).codes)
+    assert torch.equal(*codes)
+
+
+def test_every_method_can_be_told_from_the_others_and_explains_itself():
+    for methods in (SCALES, ROUNDING):
+        assert [kind.name for kind in methods.values()] == list(methods)
+        assert all(kind.explain.endswith(".") for kind in methods.values())
+    assert len(CHOOSERS) == len(choosers.ALL) and len(ROUNDERS) == len(rounders.ALL)

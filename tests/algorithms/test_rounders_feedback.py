@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_quantpress.quant_core.algorithms.choosers import CHOOSERS
+from comfyui_quantpress.quant_core.algorithms.choosers import Search
 from comfyui_quantpress.quant_core.algorithms.factor import PANEL, column_order, factor
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
-from comfyui_quantpress.quant_core.algorithms.rounders import feedback, gptq
+from comfyui_quantpress.quant_core.algorithms.rounders import Gptq, feedback
 from comfyui_quantpress.quant_core.algorithms.rounders.group_scales import group_order, has_groups
-from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.algorithms.task import ScaleTask, Task
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
 from comfyui_quantpress.quant_core.formats.records import ColumnGrid
 
@@ -33,7 +33,7 @@ def hessian(k, seed=0, rows=None):
 def task(fmt, w, h):
     work = fmt.prepare(w)
     h = fmt.prepare_hessian(h.clone())
-    return Task("layer", fmt, work, Objective(h, h.diagonal()), {}, torch.Generator().manual_seed(0))
+    return Task(fmt, work, Objective(h, h.diagonal()), torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("k", [1, 7, PANEL, PANEL + 1, 2 * PANEL + 90])
@@ -59,16 +59,17 @@ def test_damping_is_raised_until_the_factor_exists_and_the_note_says_so():
     h = hessian(40)
     h -= 0.1 * h.diagonal().mean() * torch.eye(40)  # what rounding in a merged file might do, much larger
     w = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
-    result = gptq.round_codes(gptq.prepare(task(fmt, w, h)), fmt.absmax(w))
+    result = Gptq().begin(task(fmt, w, h)).finish(fmt.absmax(w))
     assert any("damping raised" in note for note in result.notes)
 
 
 def test_uncorrelated_inputs_give_round_to_nearest():
     fmt = get_format("nvfp4")
     w = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    given = gptq.prepare(replace(task(fmt, w, torch.eye(64)), options={"refits": 0}))
+    given = task(fmt, w, torch.eye(64))
     qp = fmt.absmax(given.work)
-    assert torch.equal(fmt.decode(gptq.round_codes(given, qp).codes, qp), fmt.round(given.work, qp))
+    result = Gptq(refits=0).begin(given).finish(qp)
+    assert torch.equal(fmt.decode(result.codes, qp), fmt.round(given.work, qp))
 
 
 @pytest.mark.parametrize(
@@ -77,9 +78,9 @@ def test_uncorrelated_inputs_give_round_to_nearest():
 def test_every_sweep_and_every_refit_lowers_the_objective(fmt):
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)) * 0.1
     losses = []
-    for options in ({"sweeps": 0}, {"sweeps": 1, "refits": 0}, {"sweeps": 3, "refits": 0}, {"sweeps": 3, "refits": 3}):
-        given = gptq.prepare(replace(task(fmt, w, hessian(256)), options=options))
-        result = gptq.round_codes(given, fmt.absmax(given.work))
+    for rounder in (Gptq(sweeps=0), Gptq(sweeps=1, refits=0), Gptq(sweeps=3, refits=0), Gptq(sweeps=3, refits=3)):
+        given = task(fmt, w, hessian(256))
+        result = rounder.begin(given).finish(fmt.absmax(given.work))
         losses.append(given.objective.loss(given.work - fmt.decode(result.codes, result.qp)))
     assert losses[1] <= losses[0] * 1.0001 and losses[2] <= losses[1] * 1.0001 and losses[3] <= losses[2] * 1.01
 
@@ -135,9 +136,9 @@ def test_kernel_agrees_with_the_torch_pass(kind, shape):
 )
 def test_scales_updated_on_the_way_round_to_themselves_and_beat_nearest(fmt, order):
     w = torch.randn(128, 256, generator=torch.Generator().manual_seed(1)) * 0.1
-    given = gptq.prepare(replace(task(fmt, w, hessian(256)), options={"group_scales": "updated", "order": order}))
+    given = task(fmt, w, hessian(256))
     start = fmt.absmax(given.work)
-    result = gptq.round_codes(given, start)
+    result = Gptq(group_scales="updated", order=order).begin(given).finish(start)
     loss = lambda codes, qp: given.objective.loss(fmt.decode(codes, qp) - given.work)  # noqa: E731
     assert loss(result.codes, result.qp) < 0.7 * loss(fmt.encode(given.work, start), start)
 
@@ -147,8 +148,9 @@ def test_updated_scales_pay_on_groups_of_16():
     w = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) * 0.1
     losses = {}
     for choice in ("static", "updated"):
-        given = gptq.prepare(replace(task(fmt, w, hessian(256)), options={"group_scales": choice}))
-        result = gptq.round_codes(given, CHOOSERS["search"](given))
+        given = task(fmt, w, hessian(256))
+        begun = Gptq(group_scales=choice).begin(given)
+        result = begun.finish(Search().choose(ScaleTask(fmt, given.work, begun.weights)))
         losses[choice] = given.objective.loss(fmt.decode(result.codes, result.qp) - given.work)
     assert losses["updated"] < losses["static"]
 

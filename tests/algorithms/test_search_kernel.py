@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_quantpress.quant_core.algorithms.choosers import search
-from comfyui_quantpress.quant_core.algorithms.objective import Objective
-from comfyui_quantpress.quant_core.algorithms.task import Task
+from comfyui_quantpress.quant_core.algorithms.task import ScaleTask
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
 
 pytest.importorskip("triton")
@@ -21,7 +20,7 @@ def make_task(fmt, shape, weighted):
     generator = torch.Generator().manual_seed(3)
     work = fmt.prepare(torch.randn(shape, generator=generator) * 0.1).to(DEVICE)
     weights = torch.rand(work.shape[1], generator=generator).to(DEVICE) if weighted else None
-    return Task("layer", fmt, work, Objective(), {}, generator, weights=weights)
+    return ScaleTask(fmt, work, weights)
 
 
 @pytest.fixture

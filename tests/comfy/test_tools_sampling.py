@@ -20,7 +20,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.report import RunReport
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.tools.lora import bake
 from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
 from comfyui_quantpress.quant_core.tools.migrate import migrate
@@ -122,7 +122,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         residual = folder / f"{fmt}-residual.safetensors" if fmt in RESIDUAL else None
         options = {"residual_rank": RANK} if residual else {}
         reports[fmt] = convert(
-            MODEL, before, Recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual
+            MODEL, before, parse_recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual
         )
         convert(baked, after, Recipe(get_format(fmt)), device="cpu")
         jobs += [

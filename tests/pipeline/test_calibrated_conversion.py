@@ -17,7 +17,7 @@ from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import verify_file
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -107,7 +107,7 @@ def test_auto_with_data_lowers_the_output_error_of_every_seen_layer(made, tmp_pa
     report = convert(
         source,
         tmp_path / "data.safetensors",
-        Recipe(fmt, "auto", "auto"),
+        parse_recipe(fmt, "auto", "auto"),
         device="cpu",
         calibration=CalibrationUse(calibration),
     )
@@ -251,7 +251,7 @@ def test_split_projections_share_the_statistics_of_the_joined_layer(tmp_path):
     report = convert(
         tmp_path / "m.safetensors",
         tmp_path / "o.safetensors",
-        Recipe(get_format("nvfp4"), "auto", "auto"),
+        parse_recipe(get_format("nvfp4"), "auto", "auto"),
         device="cpu",
         calibration=CalibrationUse(path),
     )
@@ -308,12 +308,12 @@ def test_requests_that_miss_something_are_refused_before_anything_is_written(mad
             main([*base, *more])
         assert "needs --" in capsys.readouterr().err
     with pytest.raises(RequestError, match="both a rank and a file"):
-        convert(source, tmp_path / "out.safetensors", Recipe(get_format("nvfp4"), options={"residual_rank": 4}))
+        convert(source, tmp_path / "out.safetensors", parse_recipe(get_format("nvfp4"), options={"residual_rank": 4}))
     with pytest.raises(OutputError, match="name of its own"):
         convert(
             source,
             tmp_path / "out.safetensors",
-            Recipe(get_format("nvfp4"), options={"residual_rank": 4}),
+            parse_recipe(get_format("nvfp4"), options={"residual_rank": 4}),
             residual_lora=tmp_path / "out.safetensors",
         )
     assert not list(tmp_path.iterdir())

@@ -21,13 +21,13 @@ from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel, enou
 from comfyui_quantpress.quant_core.pipeline.in_order.lockstep import Lockstep, Visits, visits
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.tools.dequantize import dequantize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 NVFP4 = get_format("nvfp4")
-RECIPE = Recipe(NVFP4, "search", "gptq")
+RECIPE = parse_recipe(NVFP4, "search", "gptq")
 
 
 def nothing():
@@ -126,7 +126,7 @@ def test_every_rounder_rounds_towards_the_followed_weight(name, rounding):
     w, pairs = torch.randn(32, 64, generator=generator), pairs_of(24, k=64, off=1.0)
     x = torch.cat(list(pairs.original))
     evidence = Evidence(hessian=x.T @ x / len(x), count=len(x))
-    recipe = Recipe(fmt, "search", rounding, options={"iterations": 40} if rounding == "learned" else {})
+    recipe = parse_recipe(fmt, "search", rounding, options={"iterations": 40} if rounding == "learned" else {})
     plain, moved = (quantize_layer("l", w, recipe, evidence, pairs=one) for one in (None, pairs))
     decode = lambda result: fmt.dequantize(result.tensors, (32, 64))  # noqa: E731
     assert plain.judgement.inputs_left is None and moved.judgement.inputs_left < 1
@@ -143,7 +143,7 @@ def test_nothing_ends_above_rounding_the_layers_own_weight():
     pairs = InputPairs(x, [one * 1.02 for one in x])  # wants W / 1.02, which NVFP4 cannot hold as well as 1.0
     rows = torch.cat(x)
     result = quantize_layer(
-        "l", w, Recipe(NVFP4, "search", "nearest"), Evidence(hessian=rows.T @ rows / len(rows)), pairs=pairs
+        "l", w, parse_recipe(NVFP4, "search", "nearest"), Evidence(hessian=rows.T @ rows / len(rows)), pairs=pairs
     )
     objective, target = Objective(rows.T @ rows / len(rows)), follow(w, pairs, nothing).weight
     ended, own, moved = (
@@ -405,7 +405,7 @@ def error_of(model, draw, quantized, folder):
 @pytest.mark.parametrize("name", ["nvfp4", "int8_rowwise"])
 def test_in_order_ends_closer_to_the_model(deep, tmp_path, name, bias):
     model, source, calibration, draw = deep
-    errors, recipe = [], Recipe(get_format(name), "search", "gptq")
+    errors, recipe = [], parse_recipe(get_format(name), "search", "gptq")
     for live in (None, live_model(model, draw)):
         report = convert(
             source,
@@ -439,7 +439,7 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
     convert(
         source,
         tmp_path / "q.safetensors",
-        Recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}),
+        parse_recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}),
         device="cpu",
         calibration=CalibrationUse(calibration, True),
         residual_lora=lora,

@@ -16,7 +16,7 @@ from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY, make_plan
 from comfyui_quantpress.quant_core.pipeline.run import convert, count_nonfinite, pick_device
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file
 from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -329,7 +329,7 @@ def test_unknown_devices_and_methods_are_refused(source, tmp_path):
     with pytest.raises(RequestError, match="--device"):
         convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), device="nosuch")
     with pytest.raises(RequestError, match="rounding"):
-        convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4"), rounding="nosuch"))
+        convert(source, tmp_path / "o.safetensors", parse_recipe(get_format("nvfp4"), rounding="nosuch"))
     assert not (tmp_path / "o.safetensors").exists()
 
 
@@ -398,7 +398,7 @@ from comfyui_quantpress.cli.shared.heap import give_freed_weights_back
 give_freed_weights_back()
 import sys
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.formats import get_format
 convert(sys.argv[1], sys.argv[2], Recipe(get_format(sys.argv[3])))
 # Not ru_maxrss: a child inherits its parent's there.

@@ -90,7 +90,7 @@ def test_layer_config_gives_each_layer_its_recipe(tmp_path):
     )
     assert loaded.default.format.name == "float8_e4m3fn_rowwise"
     assert [rule.pattern for rule in loaded.rules] == [r"blocks\.1\.attn", r"\.0\.mlp", "attn"]
-    assert loaded.rules[0].recipe.format.group_size == 64 and loaded.rules[0].recipe.rounding == "nearest"
+    assert loaded.rules[0].recipe.format.group_size == 64 and loaded.rules[0].recipe.rounding.name == "nearest"
     got = formats(model(tmp_path / "m.safetensors"), Policy(rules=loaded.rules), loaded.default)
     assert got == {
         "blocks.0.attn.qkv": "nvfp4",

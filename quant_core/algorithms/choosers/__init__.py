@@ -1,6 +1,8 @@
-"""How scales are chosen. A chooser takes a Task and returns QParams."""
+"""How scales are chosen: one file per chooser. A new one is that file and its place in ALL."""
 
-from . import absmax, search
+from .absmax import Absmax
+from .base import Chooser
+from .search import Search
 
-CHOOSERS = {"absmax": absmax.choose, "search": search.choose}
-CHOOSER_OPTIONS = (search.SearchOptions,)
+ALL: tuple[type[Chooser], ...] = (Absmax, Search)
+CHOOSERS = {kind.name: kind for kind in ALL}

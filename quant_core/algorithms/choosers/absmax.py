@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from ...numerics.scales import QParams
-from ..task import Task
+from ..task import ScaleTask
+from .base import Chooser
 
 
-def choose(task: Task) -> QParams:
+@dataclass(frozen=True, slots=True)
+class Absmax(Chooser):
     """No search: the format's own default scales."""
-    return task.fmt.absmax(task.work)
+
+    name: ClassVar[str] = "absmax"
+    explain: ClassVar[str] = "is fastest and never clips."
+
+    def choose(self, task: ScaleTask) -> QParams:
+        return task.fmt.absmax(task.work)

@@ -34,7 +34,9 @@ class Original:
         Slices come in order, from 0 on in every iteration.
         """
         own = torch.linalg.vector_norm(gradient).square_()
-        before, self.squares[index], self.counts[index] = self.squares.get(index, own), own, gradient.numel()
+        before = self.squares.get(index, own)  # of the iteration before; in the first there was none, so no jump
+        self.squares[index] = own
+        self.counts[index] = gradient.numel()
         squares, counts = torch.stack(list(self.squares.values())), list(self.counts.values())
         size = torch.where(
             own > _JUMP * before, squares[: index + 1].sum() / sum(counts[: index + 1]), squares.sum() / sum(counts)

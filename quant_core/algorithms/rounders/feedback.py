@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...cancel import poll
 from ...formats.records import ColumnGrid
 from ...numerics.scales import QParams
 from ...numerics.triton_kernels import runs_triton
@@ -30,7 +31,7 @@ def feedback_pass(
     """
     k = order.numel()
     for start in range(0, k, block):
-        task.poll()
+        poll()
         stop = min(start + block, k)
         columns = order[start:stop]
         weights = feedback(start, stop)

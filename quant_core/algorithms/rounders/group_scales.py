@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...cancel import poll
 from ...formats.base import Format
 from ...formats.tiles import group_columns, tile
 from ...numerics.scales import Granularity, QParams, block_absmax
 from ..choosers.search import refine
-from ..task import Task
+from ..task import ScaleTask, Task
 from .feedback import round_block
 
 _REFITS = 2
@@ -37,38 +38,44 @@ def group_order(diagonal: Tensor, width: int) -> Tensor:
 
 
 def feedback_pass_with_scales(
-    task: Task, qp: QParams, errors: Tensor, order: Tensor, feedback: Callable[[int, int], Tensor]
+    task: Task,
+    qp: QParams,
+    errors: Tensor,
+    order: Tensor,
+    feedback: Callable[[int, int], Tensor],
+    weights: Tensor | None,
 ) -> QParams:
     """As feedback.feedback_pass, for an order that keeps groups whole; returns the scales chosen on the way.
 
-    qp: what the search of a group starts from, with the parent that stays.
+    qp: what the search of a group starts from, with the parent that stays. weights: as in ScaleTask.
     """
     fmt, shape = task.fmt, task.shape
     result = replace(qp, scale=qp.scale.clone(), zero=None if qp.zero is None else qp.zero.clone())
     width = group_columns(fmt, shape)
     for start in range(0, shape[1], width):
-        task.poll()
+        poll()
         stop = start + width
-        columns, weights = order[start:stop], feedback(start, stop)
+        columns, factors = order[start:stop], feedback(start, stop)
         first = int(columns[0]) // width * width
         group = slice(first, first + width)
         original = task.work[:, columns]
-        target = torch.addmm(original, errors[:, : weights.shape[0]], weights)
+        target = torch.addmm(original, errors[:, : factors.shape[0]], factors)
         current = tile(fmt, result, shape, slice(0, shape[0]), group)  # views into `result`
-        chosen = _search(task, current, target[:, torch.argsort(columns)].contiguous(), group)
+        moved = target[:, torch.argsort(columns)].contiguous()
+        chosen = _search(ScaleTask(fmt, moved, None if weights is None else weights[group]), current)
         current.scale.copy_(chosen.scale)
-        if chosen.zero is not None:
+        if current.zero is not None and chosen.zero is not None:
             current.zero.copy_(chosen.zero)
-        round_block(
-            original, target, errors[:, start:stop], weights[start:stop], fmt.column_grid(result, columns, shape)
-        )
+        grid = fmt.column_grid(result, columns, shape)
+        round_block(original, target, errors[:, start:stop], factors[start:stop], grid)
     return result
 
 
-def _search(task: Task, current: QParams, moved: Tensor, group: slice) -> QParams:
-    fmt, weights = task.fmt, None if task.weights is None else task.weights[group]
+def _search(task: ScaleTask, current: QParams) -> QParams:
+    """The scales of one group of columns. current: what it has now, whose parent stays."""
+    fmt = task.fmt
     if current.parent is None:
-        start = fmt.absmax(moved)
+        start = fmt.absmax(task.work)
     else:
-        start = fmt.qparams(block_absmax(moved, fmt.block(tuple(moved.shape))) / fmt.element.max, like=current)
-    return refine(replace(task, work=moved, weights=weights), start, _REFITS)
+        start = fmt.qparams(block_absmax(task.work, fmt.block(task.shape)) / fmt.element.max, like=current)
+    return refine(task, start, _REFITS)

@@ -8,114 +8,110 @@ million weights, whose slices are not made smaller, and with full_matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
+from ...cancel import poll
 from ...numerics.scales import QParams
 from ..choosers.search import least_squares
 from ..fit.loop import FitSettings, fit
 from ..fit.neighbours import Neighbours
-from ..fit.objectives import Output, ProjectionSettings, projected
+from ..fit.objectives import Output, Projected, ProjectionSettings, projected
 from ..fit.optimizers import OPTIMIZERS
 from ..fit.relaxations import RELAXATIONS
 from ..fit.schedules import SCHEDULES, ScheduleSettings, StopRule
-from ..options import read_options
-from ..task import Rounded, Task
+from ..options import setting
+from ..task import Begun, Rounded, ScaleTask, Task
+from .base import Rounder
 
 _NO_INPUTS = (
     "learned: nothing is known of this layer's inputs, so the projected objective was used instead of the output's"
 )
 
 
-def _choice(default: str, choices) -> str:
-    return field(default=default, metadata={"choices": tuple(choices)})
-
-
-def _number(default, low=None, high=None):
-    return field(default=default, metadata={"low": low, "high": high})
-
-
 @dataclass(frozen=True, slots=True)
-class LearnedOptions:
+class Learned(Rounder):
     """learn_objective: "auto" is "output" with a Hessian, else "projected". The rest: fit/loop.py, fit/schedules.py,
     fit/objectives.py under the same names. scale_refinement: fits in a row, the scales re-fitted between them.
     """
 
-    learn_objective: str = _choice("auto", ("auto", "projected", "output"))
-    relaxation: str = _choice("adaround", RELAXATIONS)
-    optimizer: str = _choice("original", OPTIMIZERS)
-    iterations: int = _number(400, 1)
-    lr: float = _number(0.05, 1e-12)
-    lr_schedule: str = _choice("adaptive", SCHEDULES)
-    lr_gamma: float = _number(0.99, 0.0, 1.0)
-    lr_patience: int = _number(8, 0)
-    lr_factor: float = _number(0.8, 0.0, 1.0)
-    lr_min: float = _number(1e-8, 0.0)
-    lr_cooldown: int = _number(0, 0)
-    lr_threshold: float = _number(0.0, 0.0)
-    lr_threshold_mode: str = _choice("rel", ("rel", "abs"))
-    lr_adaptive_mode: str = _choice("simple-reset", ("simple-reset", "no-reset"))
-    lr_shape_influence: float = _number(1.0, 0.0, 1.0)
-    early_stop_loss: float = _number(5e-9, 0.0)
-    early_stop_lr: float = _number(1.01e-8, 0.0)
-    early_stop_stall: int = _number(50, 1)
-    top_p: float = _number(0.2, 0.0, 1.0)
-    min_k: int = _number(16, 1)
-    max_k: int = _number(1280, 1)
+    name: ClassVar[str] = "learned"
+    explain: ClassVar[str] = "optimises every layer's rounding: slowest, and hardly closer."
+    weight_copies: ClassVar[float] = 6.0
+    learn_objective: str = setting("auto", choices=("auto", "projected", "output"))
+    relaxation: str = setting("adaround", choices=RELAXATIONS)
+    optimizer: str = setting("original", choices=OPTIMIZERS)
+    iterations: int = setting(400, low=1)
+    lr: float = setting(0.05, low=1e-12)
+    lr_schedule: str = setting("adaptive", choices=SCHEDULES)
+    lr_gamma: float = setting(0.99, low=0.0, high=1.0)
+    lr_patience: int = setting(8, low=0)
+    lr_factor: float = setting(0.8, low=0.0, high=1.0)
+    lr_min: float = setting(1e-8, low=0.0)
+    lr_cooldown: int = setting(0, low=0)
+    lr_threshold: float = setting(0.0, low=0.0)
+    lr_threshold_mode: str = setting("rel", choices=("rel", "abs"))
+    lr_adaptive_mode: str = setting("simple-reset", choices=("simple-reset", "no-reset"))
+    lr_shape_influence: float = setting(1.0, low=0.0, high=1.0)
+    early_stop_loss: float = setting(5e-9, low=0.0)
+    early_stop_lr: float = setting(1.01e-8, low=0.0)
+    early_stop_stall: int = setting(50, low=1)
+    top_p: float = setting(0.2, low=0.0, high=1.0)
+    min_k: int = setting(16, low=1)
+    max_k: int = setting(1280, low=1)
     full_matrix: bool = False
-    ridge: float = _number(0.005, 0.0)
-    pressure: float = _number(0.3, 0.0)
-    max_weight_error: float = _number(1.05, 1.0)
-    scale_refinement: int = _number(1, 1, 20)
+    ridge: float = setting(0.005, low=0.0)
+    pressure: float = setting(0.3, low=0.0)
+    max_weight_error: float = setting(1.05, low=1.0)
+    scale_refinement: int = setting(1, low=1, high=20)
 
-    def fit_settings(self) -> FitSettings:
-        schedule = ScheduleSettings(
-            self.lr_gamma,
-            self.lr_patience,
-            self.lr_factor,
-            self.lr_cooldown,
-            self.lr_min,
-            self.lr_threshold,
-            self.lr_threshold_mode,
-            self.lr_adaptive_mode,
-            self.lr_shape_influence,
-        )
-        return FitSettings(
-            self.iterations,
-            self.optimizer,
-            self.lr_schedule,
-            self.lr,
-            self.max_weight_error,
-            schedule,
-            StopRule(self.early_stop_loss, self.early_stop_lr, self.early_stop_stall),
-        )
+    def begin(self, task: Task) -> Begun:
+        """Settles the objective, under which the result is also compared with round-to-nearest."""
+        hessian = task.objective.hessian
+        if hessian is not None and self.learn_objective != "projected":
+            target: Output | Projected = Output(hessian)
+        else:
+            target = projected(task, self._projection())
+        return Begun(task.objective.diagonal, target, lambda qp: self._learn(task, target, qp))
 
-
-def prepare(task: Task) -> Task:
-    """Settles the objective, under which the result is also compared with round-to-nearest."""
-    options, hessian = read_options(LearnedOptions, task.options), task.objective.hessian
-    if hessian is not None and options.learn_objective != "projected":
-        return replace(task, aim=Output(hessian))
-    return replace(
-        task,
-        aim=projected(
-            task, ProjectionSettings(options.top_p, options.min_k, options.max_k, options.full_matrix, options.ridge)
-        ),
-    )
-
-
-def round_codes(task: Task, qp: QParams) -> Rounded:
-    """Starts from round-to-nearest under `qp` and returns it when nothing better was found. Takes a prepared task."""
-    options = read_options(LearnedOptions, task.options)
-    relaxation = RELAXATIONS[options.relaxation](options.pressure)
-    best, best_choice, best_loss, grid = None, None, 0.0, Neighbours(task.fmt, task.work, qp)
-    for turn in range(options.scale_refinement):
-        if turn:
+    def _learn(self, task: Task, target: Output | Projected, qp: QParams) -> Rounded:
+        """Starts from round-to-nearest under `qp` and returns it when nothing better was found."""
+        relaxation, settings = RELAXATIONS[self.relaxation](self.pressure), self._fit_settings()
+        grid = Neighbours(task.fmt, task.work, qp)
+        result = fit(grid, relaxation, target, settings, poll)
+        best, best_choice, best_loss = grid, result.choice, result.loss * result.start_loss
+        for _ in range(1, self.scale_refinement):
             rounded = None if best_choice is None else best.rounded(best_choice)
-            grid = Neighbours(task.fmt, task.work, least_squares(replace(task, weights=None), best.qp, rounded))
+            refitted = least_squares(ScaleTask(task.fmt, task.work), best.qp, rounded)
             del rounded
-        result = fit(grid, relaxation, task.aim, options.fit_settings(), task.poll)
-        loss = result.loss * result.start_loss
-        if best is None or loss < best_loss:
-            best, best_choice, best_loss = grid, result.choice, loss
-    unmet = options.learn_objective == "output" and task.aim.name != "output"
-    return Rounded(best.encode(best_choice), best.qp, (_NO_INPUTS,) if unmet else ())
+            grid = Neighbours(task.fmt, task.work, refitted)
+            result = fit(grid, relaxation, target, settings, poll)
+            loss = result.loss * result.start_loss
+            if loss < best_loss:
+                best, best_choice, best_loss = grid, result.choice, loss
+        unmet = self.learn_objective == "output" and target.name != "output"
+        return Rounded(best.encode(best_choice), best.qp, (_NO_INPUTS,) if unmet else ())
+
+    def _projection(self) -> ProjectionSettings:
+        return ProjectionSettings(self.top_p, self.min_k, self.max_k, self.full_matrix, self.ridge)
+
+    def _fit_settings(self) -> FitSettings:
+        return FitSettings(
+            iterations=self.iterations,
+            optimizer=self.optimizer,
+            schedule=self.lr_schedule,
+            rate=self.lr,
+            heavier=self.max_weight_error,
+            schedule_settings=ScheduleSettings(
+                gamma=self.lr_gamma,
+                patience=self.lr_patience,
+                factor=self.lr_factor,
+                cooldown=self.lr_cooldown,
+                floor=self.lr_min,
+                threshold=self.lr_threshold,
+                threshold_mode=self.lr_threshold_mode,
+                adaptive_mode=self.lr_adaptive_mode,
+                shape_influence=self.lr_shape_influence,
+            ),
+            stop=StopRule(self.early_stop_loss, self.early_stop_lr, self.early_stop_stall),
+        )

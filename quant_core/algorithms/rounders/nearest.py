@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from ...formats.tiles import encode_rows
-from ...numerics.scales import QParams
-from ..task import Rounded, Task
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..task import Begun, Rounded, Task
+from .base import Rounder
 
 
-def round_codes(task: Task, qp: QParams) -> Rounded:
+@dataclass(frozen=True, slots=True)
+class Nearest(Rounder):
     """Each weight on its own."""
-    return Rounded(encode_rows(task.fmt, task.work, qp), qp)
+
+    name: ClassVar[str] = "nearest"
+    explain: ClassVar[str] = "is fast."
+    weight_copies: ClassVar[float] = 6.0
+
+    def begin(self, task: Task) -> Begun:
+        objective = task.objective
+        return Begun(objective.diagonal, objective, lambda qp: Rounded(task.encode(task.work, qp), qp))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...cancel import poll
 from ...formats.base import Format
 from ...formats.tiles import group_columns, row_slices, tile
 from ...numerics.scales import Granularity, QParams, ScaleDtype, block_view
@@ -19,10 +20,10 @@ def worth_refitting(fmt: Format) -> bool:
     return fmt.granularity is Granularity.ROW and fmt.scale_dtype in (ScaleDtype.F32, ScaleDtype.BF16)
 
 
-def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QParams:
+def refit_scales(task: Task, hessian: Tensor, qp: QParams, errors: Tensor, added: Tensor) -> QParams:
     """errors: float32 [Np, Kp] = work - rounded in channel order, changed in place to those of the new scales.
 
-    added: float32 [Kp], what is added to the Hessian's diagonal. Each block's scale moves to the minimum of the quadratic
+    hessian: float32 [Kp, Kp]. added: float32 [Kp], what is added to its diagonal. Each block's scale moves to the minimum of the quadratic
     objective, is snapped to what can be stored, and is kept only where the decoded result is better, so the
     objective never rises. The format is one that `worth_refitting` accepts.
     """
@@ -34,25 +35,26 @@ def refit_scales(task: Task, qp: QParams, errors: Tensor, added: Tensor) -> QPar
         cols = slice(start, start + width)
         part = task.work[:, cols]
         for rows in row_slices(fmt, part):
-            task.poll()
+            poll()
             current = tile(fmt, result, shape, rows, cols)  # views into `scale`, `zero`
-            new, keep = _refit_block(task, current, part[rows], errors[rows], cols, added)
+            new, keep = _refit_block(fmt, current, part[rows], errors[rows], cols, hessian, added)
             current.scale.copy_(torch.where(keep, new.scale, current.scale))
     return result
 
 
 def _refit_block(
-    task: Task, sub: QParams, original: Tensor, errors: Tensor, cols: slice, added: Tensor
+    fmt: Format, sub: QParams, original: Tensor, errors: Tensor, cols: slice, hessian: Tensor, added: Tensor
 ) -> tuple[QParams, Tensor]:
     """The new QParams of one group of columns and which blocks keep them, bool [NB, 1]; updates errors[:, cols]."""
-    fmt, hessian = task.fmt, task.objective.hessian
-    block = fmt.block(tuple(original.shape))
+    block = fmt.block((original.shape[0], original.shape[1]))
     own = errors[:, cols]
     rounded = (original - own).contiguous()
     codes = fmt.encode(rounded, sub)
     pull = torch.addmm(own * added[cols], errors, hessian[:, cols])  # E H of these columns
     within = hessian[cols, cols]
-    sums = lambda a, b: block_view(a * b, block).sum(dim=(1, 3))  # noqa: E731
+
+    def sums(a: Tensor, b: Tensor) -> Tensor:
+        return block_view(a * b, block).sum(dim=(1, 3))
 
     effective = sub.effective()
     view = block_view(rounded, block)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...algorithms.asymmetric import LEAST_GROUPS, InputPairs
 from ...errors import RequestError, counted
+from ...algorithms.rounders.gptq import Gptq
 from ...numerics.footprint import following_bytes, needed_bytes
 from ..plan import LayerPlan
 from .lockstep import Lockstep, Stop, Visits, visits
@@ -164,7 +165,7 @@ def room(live: LiveModel, most_bytes: int) -> Room:
     """Runs one call to see how large it is. most_bytes: what may be taken; at least _ENOUGH_CALLS calls are used in any case."""
     visited = visits(live.modules, live.calls[0])
     shapes = [(module.out_features, module.in_features) for module in live.modules.values()]
-    layer = max(max(needed_bytes(shape, "gptq", True), following_bytes(shape)) for shape in shapes)
+    layer = max(max(needed_bytes(shape, Gptq.weight_copies, True), following_bytes(shape)) for shape in shapes)
     # What a waiting call holds is about a few inputs of a layer; each runs twice.
     waiting = 2 * _INPUTS_HELD * visited.nbytes // max(1, len(visited.order))
     fitting = max(_ENOUGH_CALLS, (most_bytes - layer) // max(1, waiting))
