@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import TensorInfo
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
@@ -82,6 +83,13 @@ class AwqW4A16(Format):
         return replace(
             super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape)
         )
+
+    def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        weight, scale = infos["weight"], infos.get("weight_scale")
+        if "weight_zeros" not in infos or weight.dtype != "I8" or scale is None or len(scale.shape) != 2:
+            return None
+        groups = scale.shape[0]
+        return {"format": self.on_disk, "group_size": weight.shape[1] * 2 // groups} if groups else None
 
     def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**super().runtime_params(tensors), "zeros": tensors["weight_zeros"], "group_size": self.group_size}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cancel import poll
+from ..checkpoint.header import TensorInfo
 from ..errors import RequestError
 from ..numerics.metrics import relative_error
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
@@ -40,6 +41,7 @@ class Format(ABC):
     tensor_bound: what is added to it as a fraction of the tensor's absmax (a coarse parent scale).
     pad_to: N and K of the work weight are padded with zeros to multiples of this.
     signed_scales: a scale may be negative, which mirrors the grid: worth it where the grid is not symmetric.
+    modelopt_differs: NVIDIA ModelOpt stores the same numbers in another order than ComfyUI.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Format(ABC):
     signed_scales: bool = False
     zero_policy: str = "a block of zeros gets scale 1 and codes 0"
     rows_are_independent: bool = True  # but for the tensor's absmax
+    modelopt_differs: bool = False
 
     # ---- options -----------------------------------------------------------------------------------------------
     def with_options(self, group_size: int | None = None, rotation: int | None = None) -> Format:
@@ -323,6 +326,17 @@ class Format(ABC):
         if self.rotations and config.get("convrot_groupsize"):
             fmt = replace(fmt, rotation=int(config["convrot_groupsize"]))
         return fmt
+
+    def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """The comfy_quant object of a layer that has lost it; None when its tensors are not this format's, or do not tell.
+
+        infos: {suffix: header entry}, the weight's among them, with two dimensions.
+        """
+        return None
+
+    def modelopt_order_fits(self, infos: Mapping[str, TensorInfo]) -> bool:
+        """Whether ModelOpt's order of the same tensors has these shapes too; for formats with `modelopt_differs`."""
+        return False
 
     def decoding_error(self, work: Tensor, codes: Tensor, qp: QParams) -> float:
         """Relative Frobenius error of the decoded codes against the work weight; on a CPU slice by slice, in the cache."""

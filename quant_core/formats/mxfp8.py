@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import TensorInfo
 from ..numerics.elements import E4M3
 from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
@@ -25,6 +26,14 @@ class Mxfp8(PaddedBlockFormat):
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         scale = torch.where(effective > 0, effective.clamp(min=SCALE_FLOOR), torch.zeros_like(effective))
         return QParams(snap(scale, self.scale_dtype))
+
+    def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        weight, scale = infos["weight"], infos.get("weight_scale")
+        if weight.dtype != "F8_E4M3" or scale is None or scale.dtype not in ("U8", "F8_E8M0"):
+            return None
+        rows, cols = weight.shape
+        plain = (rows, cols // 32)
+        return {"format": self.on_disk} if cols % 32 == 0 and scale.shape in (swizzled_shape(*plain), plain) else None
 
     def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"scale": tensors["weight_scale"].view(torch.float8_e8m0fnu)}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import TensorInfo
 from ..numerics.elements import E2M1
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
@@ -47,6 +48,16 @@ class Nvfp4(PaddedBlockFormat):
     def _under(self, effective: Tensor, parent: Tensor) -> QParams:
         return QParams(snap(effective / parent, self.scale_dtype), parent)
 
+    def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        scale = infos.get("weight_scale")
+        known = "weight_scale_2" in infos and infos["weight"].dtype == "U8" and scale is not None
+        return {"format": self.on_disk} if known and scale.dtype in ("U8", "F8_E4M3", "F8_E8M0") else None
+
+    def modelopt_order_fits(self, infos: Mapping[str, TensorInfo]) -> bool:
+        rows, half = infos["weight"].shape
+        plain = (rows, half // 8)
+        return plain == swizzled_shape(*plain) or infos["weight_scale"].shape != swizzled_shape(*plain)
+
     def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"scale": tensors["weight_scale_2"], "block_scale": tensors["weight_scale"].view(torch.float8_e4m3fn)}
 
@@ -72,6 +83,7 @@ FORMAT = Nvfp4(
     group_size=16,
     scale_dtype=ScaleDtype.E4M3,
     pad_to=16,
+    modelopt_differs=True,
     runtime=Runtime(
         "TensorCoreNVFP4Layout",
         native_since="0.8",

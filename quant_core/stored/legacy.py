@@ -13,8 +13,8 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.source import Source
 from ..errors import InputFileError
-from ..numerics.packing import swizzle_scales, swizzled_shape
-from .inferred import infer_config
+from ..numerics.packing import swizzle_scales
+from .inferred import infer
 from .suffixes import DESCRIPTION, QUANT_SUFFIXES
 
 # Legacy fp8_scaled and INT8 files name the same tensors differently.
@@ -60,27 +60,25 @@ def _legacy(src: Source, layer: str) -> Undescribed:
     names = {"weight": f"{layer}.weight"} | {
         suffix: f"{layer}.{old}" for old, suffix in LEGACY_NAMES.items() if f"{layer}.{old}" in src.tensors
     }
-    config = infer_config(layer, _infos(src, names), unrotated=True)
-    return Undescribed(layer, "legacy", config, names)
+    found = infer(layer, _infos(src, names), unrotated=True)
+    return Undescribed(layer, "legacy", found.config, names)
 
 
 def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Undescribed:
     infos = _infos(src, names)
-    config = infer_config(layer, infos)
-    if config["format"] != "nvfp4":
-        return Undescribed(layer, "bare", config, names)
+    found = infer(layer, infos)
+    if not found.format.modelopt_differs:
+        return Undescribed(layer, "bare", found.config, names)
     if exported:
-        return Undescribed(layer, "modelopt", config, names)
-    rows, half = infos["weight"].shape
-    swizzled, plain = swizzled_shape(rows, half // 8), (rows, half // 8)
-    if swizzled == plain or infos["weight_scale"].shape != swizzled:
+        return Undescribed(layer, "modelopt", found.config, names)
+    if found.format.modelopt_order_fits(infos):
         raise InputFileError(
             f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
             "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
             "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
             "ModelOpt's hf_quant_config.json beside the file."
         )
-    return Undescribed(layer, "bare", config, names)
+    return Undescribed(layer, "bare", found.config, names)
 
 
 def _infos(src: Source, names: dict[str, str]) -> dict[str, TensorInfo]:

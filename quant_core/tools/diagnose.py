@@ -12,10 +12,11 @@ from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_conf
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError, counted
 from ..formats import get_format
+from ..formats.base import Format
 from ..names.diffusers import diffusers_warning
 from ..pipeline.verify import Finding, check_file
 from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
-from ..stored.inferred import infer_config
+from ..stored.inferred import Inferred, infer
 from ..stored.layers import StoredLayer, describe_layer, layer_names
 from ..stored.legacy import CODED, is_modelopt
 from ..stored.suffixes import QUANT_SUFFIXES
@@ -222,11 +223,12 @@ def _infer(
     infos = {suffix: src.tensors[name] for suffix, name in names.items()}
     kind = MODELOPT if assume == MODELOPT or (assume is None and is_modelopt(src)) else "bare"
     try:
-        config = _assumed(infos, assume) if assume and kind == "bare" else infer_config(layer, infos)
+        inferred = _assumed(infos, assume) if assume and kind == "bare" else infer(layer, infos)
+        config, reordered = inferred.config, inferred.format.modelopt_differs
         # A description that cannot be read still says that ComfyUI's order is meant: ModelOpt writes none.
-        if config["format"] == "nvfp4" and kind == "bare" and not assume and not errors and "comfy_quant" not in names:
-            _require_swizzled(layer, infos)
-        stored = describe_layer(src, layer, config, names, kind if config["format"] == "nvfp4" else "bare")
+        if reordered and kind == "bare" and not assume and not errors and "comfy_quant" not in names:
+            _require_swizzled(layer, inferred.format, infos)
+        stored = describe_layer(src, layer, config, names, kind if reordered else "bare")
     except InputFileError as err:
         found.note("unknown-format", layer, " ".join(_reason(src, one) for one in (*errors[:1], err)), fixed=False)
         return None
@@ -250,14 +252,8 @@ def _reason(src: Source, error: InputFileError) -> str:
     return str(error).removeprefix(f"{src.path}: ")
 
 
-def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
-    from ..numerics.packing import swizzled_shape
-
-    rows, half = infos["weight"].shape
-    if infos["weight_scale"].shape != swizzled_shape(rows, half // 8) or swizzled_shape(rows, half // 8) == (
-        rows,
-        half // 8,
-    ):
+def _require_swizzled(layer: str, fmt: Format, infos: Mapping[str, TensorInfo]) -> None:
+    if fmt.modelopt_order_fits(infos):
         raise InputFileError(
             f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
             "and these shapes fit both. Name the layout, --assume nvfp4 (ComfyUI's) or --assume modelopt, or find "
@@ -265,11 +261,11 @@ def _require_swizzled(layer: str, infos: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _assumed(infos: Mapping[str, TensorInfo], assume: str) -> dict[str, Any]:
+def _assumed(infos: Mapping[str, TensorInfo], assume: str) -> Inferred:
     fmt = get_format(assume)
     shape = fmt.shape_from({suffix: info.shape for suffix, info in infos.items()}, {})
     try:
-        return fmt.for_shape(shape).config(shape, None)
+        return Inferred(fmt, fmt.for_shape(shape).config(shape, None))
     except RequestError as err:
         raise InputFileError(str(err)) from err
 

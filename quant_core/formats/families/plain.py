@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...checkpoint.header import TORCH_TO_CODE, TensorInfo
 from ...numerics.scales import Granularity, QParams
 from ..base import Format
 from ..records import TensorSpec
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def _sharing(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[Granularity | None, int | None]:
+    """Which weights share a scale, and the group size where there is one, from the shapes alone; (None, None) if none fits."""
+    rows, cols = weight
+    if all(size == 1 for size in scale):
+        return Granularity.TENSOR, None
+    if scale in ((rows,), (rows, 1)):
+        return Granularity.ROW, None
+    if len(scale) in (2, 3) and scale[1] and cols % scale[1] == 0 and scale[2:] in ((), (1,)):
+        group = cols // scale[1]
+        if scale[0] == rows:
+            return Granularity.GROUP, group
+        if len(scale) == 2 and scale[0] * group == rows:
+            return Granularity.BLOCK, group
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,15 @@ class PlainFormat(Format):
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         scale = tensors["weight_scale"].to(torch.float32)
         return tensors["weight"], QParams(scale.reshape(self.scale_grid(shape)))
+
+    def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        weight, scale = infos["weight"], infos.get("weight_scale")
+        if weight.dtype != TORCH_TO_CODE[self.element.dtype] or scale is None or scale.dtype not in _FLOATS:
+            return None
+        granularity, group = _sharing(weight.shape, scale.shape)
+        if granularity is not self.granularity or (len(scale.shape) == 3 and group and self.scale_rank != "grid3d"):
+            return None
+        return replace(self, group_size=group).config(weight.shape, torch.float32)
 
     def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
         fmt = super().accepts(config, shapes)
