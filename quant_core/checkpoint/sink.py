@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..cancel import poll
 from ..errors import InputFileError, OutputError, RequestError, VerificationError, some_of
 from .closing import Closing
 from .header import CODE_TO_TORCH, Header, OutputTensor, TensorInfo, build_header, read_header
@@ -30,6 +33,7 @@ from .part import (
     sync_folder,
     write_at,
 )
+from .source import CHUNK_BYTES, Source
 
 
 def open_sink(
@@ -64,7 +68,7 @@ def open_sink(
 
 
 class Sink(Closing):
-    """A file that is being written. write and write_chunk are thread-safe. Made by open_sink; a context manager.
+    """A file that is being written. Writing is thread-safe. Made by open_sink; a context manager.
 
     target: where it will be. part: where it is until commit. tensors: the layout, as a reader will see it.
     """
@@ -77,6 +81,7 @@ class Sink(Closing):
         self._overwrite = overwrite
         self._lock = threading.Lock()
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in header.tensors}
+        self._copies: dict[str, tuple[Path, int]] = {}  # by name: where from, and the CRC-32 of what was read there
         self._committed = False
         self._broken = False
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -105,8 +110,22 @@ class Sink(Closing):
         """Write bytes of a tensor, `offset` bytes from its beginning; chunks in any order. Raises as write does."""
         self._put(self._info(name), offset, memoryview(chunk).cast("B"))
 
+    def copy(self, src: Source, name: str, new: str | None = None) -> None:
+        """Write a tensor's bytes as `src` holds them; commit checks that the file then holds what was read.
+
+        name: in the source. new: in this file, the same by default. Raises as write and Source.read do, and Cancelled.
+        """
+        new = name if new is None else new
+        offset = checksum = 0
+        for chunk in src.copy_chunks(name):
+            poll()
+            self.write_chunk(new, offset, chunk)
+            checksum = zlib.crc32(chunk, checksum)
+            offset += len(chunk)
+        self._copies[new] = src.path, checksum
+
     def commit(self, verify: Callable[[Path], None] | None = None) -> None:
-        """Check that all is there, flush, read the header back, call verify(part), and give the file its name.
+        """Check that all is there, flush, read header and copies back, call verify(part), and give the file its name.
 
         verify: may open the finished part; what it raises leaves the target as it was. Raises OutputError (tensors
         missing, the disk, a target that appeared meanwhile), VerificationError (read back differently).
@@ -176,18 +195,30 @@ class Sink(Closing):
     def _check_readable(self) -> None:
         try:
             with open(self.part, "rb") as file:
-                found = read_header(file, self.part)
+                if read_header(file, self.part) != self._header:
+                    raise VerificationError(
+                        f"{self.target}: the header reads back differently from what was written. "
+                        "Check the disk, and that nothing else writes there; then run again."
+                    )
+                self._check_copies(file)
         except InputFileError as err:
             raise VerificationError(
                 f"{self.target}: what was written cannot be read back ({err}). Check the disk, then run again."
             ) from err
         except OSError as err:
             raise cannot_write(self.target, err) from err
-        if found != self._header:
-            raise VerificationError(
-                f"{self.target}: the header reads back differently from what was written. "
-                "Check the disk, and that nothing else writes there; then run again."
-            )
+
+    def _check_copies(self, file: BinaryIO) -> None:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        for name, (path, expected) in self._copies.items():
+            info, checksum = self.tensors[name], 0
+            file.seek(self._header.data_start + info.begin)
+            for begin in range(0, info.nbytes, CHUNK_BYTES):
+                poll()
+                part = buffer[: min(CHUNK_BYTES, info.nbytes - begin)]
+                checksum = zlib.crc32(part[: file.readinto(part)], checksum)
+            if checksum != expected:
+                raise VerificationError(f"{name}: reads back differently from {path}. Check the disk, then run again.")
 
     def _publish(self) -> None:
         try:

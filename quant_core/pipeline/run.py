@@ -181,7 +181,7 @@ def run(
             del data, result
         for name in plan.copied:
             poll()
-            writer.submit(_copy, src, sink, name)
+            writer.submit(sink.copy, src, name)
             yield None, clock.advance(name, sizes[name], layers=0)
         writer.finish()
 
@@ -283,13 +283,6 @@ def _biased(job: LayerPlan, data: _Read, result: LayerResult, src: Source) -> Te
 def _write(sink: Sink, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         sink.write(name, tensor)
-
-
-def _copy(src: Source, sink: Sink, name: str) -> None:
-    offset = 0
-    for chunk in src.copy_chunks(name):
-        sink.write_chunk(name, offset, chunk)
-        offset += len(chunk)
 
 
 def _kept(layer: LayerPlan) -> LayerReport:

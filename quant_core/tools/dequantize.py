@@ -175,12 +175,8 @@ def _write_all(
         poll()
         job = jobs.get(output.name)
         if job is None:
-            offset = 0
-            for chunk in src.copy_chunks(output.name):
-                poll()
-                sink.write_chunk(output.name, offset, chunk)
-                offset += len(chunk)
-            state = clock.advance(output.name, offset, layers=0)
+            sink.copy(src, output.name)
+            state = clock.advance(output.name, src.tensors[output.name].nbytes, layers=0)
         else:
             sink.write(output.name, _decode(src, job, dtype))
             state = clock.advance(output.name, job.bytes_in)

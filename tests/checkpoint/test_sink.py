@@ -14,7 +14,7 @@ from comfyui_quantpress.quant_core.checkpoint import part as part_module
 from comfyui_quantpress.quant_core.checkpoint.header import CODE_TO_TORCH, DTYPE_BITS, MAX_HEADER_BYTES, build_header
 from comfyui_quantpress.quant_core.checkpoint.sink import OutputTensor, open_sink
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.errors import OutputError, RequestError
+from comfyui_quantpress.quant_core.errors import OutputError, RequestError, VerificationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,6 +202,29 @@ def test_chunks_stay_inside_their_tensor_and_are_written_once(target):
         sink.write("s", TENSORS["s"])
         sink.commit()
     assert safetensors.torch.load_file(target)["w"].equal(torch.zeros(2, 3, dtype=torch.bfloat16))
+
+
+def test_a_copy_is_compared_with_what_was_read_and_may_get_another_name(target, tmp_path):
+    data = torch.arange(5 * 2**20, dtype=torch.int32)  # more than one chunk
+    safetensors.torch.save_file({"t": data, "none": torch.zeros(0)}, tmp_path / "s.safetensors")
+    plan = [OutputTensor("new", "U8", (20 * 2**20,)), OutputTensor("none", "F32", (0,))]
+
+    def write(damage: int | None) -> None:
+        with open_source(tmp_path / "s.safetensors") as src, open_sink(target, plan, {}) as sink:
+            sink.copy(src, "t", "new")
+            sink.copy(src, "none")
+            if damage is not None:
+                with open(sink.part, "r+b") as file:
+                    file.seek(damage, os.SEEK_END)
+                    file.write(b"\xff")
+            sink.commit()
+
+    for damage in (-1, -7 * 2**20, -20 * 2**20):
+        with pytest.raises(VerificationError, match=r"new: reads back differently from .*s\.safetensors"):
+            write(damage)
+        assert [path.name for path in target.parent.iterdir() if path != tmp_path / "s.safetensors"] == []
+    write(None)
+    assert safetensors.torch.load_file(target)["new"].view(torch.int32).equal(data)
 
 
 BAD_PLANS = {
