@@ -15,7 +15,7 @@ from comfyui_quantpress.demo.load import load_model
 from comfyui_quantpress.demo.sampler import load_conditioning, sample, starting_noise
 from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.formats import all_formats
 
@@ -75,7 +75,7 @@ def test_the_readme_comes_to_comfyui_within_its_first_60_lines():
 def capture_calibration(path: Path) -> None:
     """What the nodes would capture of the demo model, from one short sampling."""
     model = load_model(ROOT / "assets" / "tiny_mmdit_256.safetensors").model
-    layers = linear_layers(model)
+    layers = linear_modules(model)
     collector = Collector(layers, plan_budget({name: layer.in_features for name, layer in layers.items()}))
     conditioning = load_conditioning(ROOT / "assets" / "conditioning.safetensors")
     with collector.capture(model, note="a circle"):

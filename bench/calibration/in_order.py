@@ -26,7 +26,7 @@ import torch
 from activations import commit
 from comfyui_quantpress.demo.sampler import simple_sigmas
 from comfyui_quantpress.quant_core.algorithms.asymmetric import InputPairs
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
@@ -171,7 +171,7 @@ def main() -> None:
 
         def quantized(fmt: str, count: int) -> tuple[nn.Module, float, list[float]]:
             live = (
-                LiveModel(linear_layers(bench.model, LAYERS), calls[:count], groups if args.groups else (), count)
+                LiveModel(linear_modules(bench.model, LAYERS), calls[:count], groups if args.groups else (), count)
                 if count
                 else None
             )

@@ -23,7 +23,7 @@ from comfyui_quantpress.quant_core.calibration.capture.collector import (
     Collector,
     Weighting,
 )
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from comfyui_quantpress.quant_core.calibration.evidence import to_evidence
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error, snr_db
@@ -58,7 +58,7 @@ class Bench:
         self.model = self.model.eval().requires_grad_(False).to(device)
         table = load_conditioning(ASSETS / "conditioning.safetensors")
         self.pooled, self.context, self.null = table.pooled.to(device), table.context.to(device), table.null_row
-        self.names = list(linear_layers(self.model, LAYERS))
+        self.names = list(linear_modules(self.model, LAYERS))
         self.seeds = range(JUDGED_FROM, JUDGED_FROM + seeds)
         self.paths = {seed: self.sample(self.model, seed, range(CLASSES)) for seed in self.seeds}
 
@@ -123,7 +123,7 @@ class Bench:
         classes: int = CLASSES,
     ) -> Calibration:
         """Pictures 0, 1, 2 ... of class 0, 1, 2 ..., as many at once as there are `classes`. first: of the seeds."""
-        modules = linear_layers(self.model, LAYERS)
+        modules = linear_modules(self.model, LAYERS)
         collector = Collector(
             modules,
             plan_budget({n: m.in_features for n, m in modules.items()}),

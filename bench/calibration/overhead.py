@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from torch import Tensor, nn
 
 
@@ -74,7 +74,7 @@ def measure_overhead(device: str, row: Callable[..., None], width: int, tokens: 
             largest_error=f"{hessian_error(device, kind, width):.2e}",
         )
     model = nn.Sequential(*(Block(width) for _ in range(blocks))).to(device, dtype).requires_grad_(False)
-    x, modules = torch.randn(2, tokens, width, device=device, dtype=dtype), linear_layers(model)
+    x, modules = torch.randn(2, tokens, width, device=device, dtype=dtype), linear_modules(model)
     shapes = {name: module.in_features for name, module in modules.items()}
     step = iter(range(10**9))
 

@@ -13,7 +13,7 @@ from comfy import model_management
 
 from ...quant_core.calibration.calibration import ModelIdentity, identity_of_source
 from ...quant_core.calibration.calls import KeptCall
-from ...quant_core.calibration.capture.linear_layers import linear_layers
+from ...quant_core.calibration.capture.linear_modules import linear_modules
 from ...quant_core.calibration.storage import open_calibration
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import RequestError
@@ -29,7 +29,7 @@ def require_fit(model: Any, source: Path, calibration: Path) -> None:
     """RequestError: the ModelPatcher would not show its own inputs (see replayable), has other weights than the file that is
     quantized, or the calibration is of another model."""
     replayable(model)
-    layers = linear_layers(model.get_model_object("diffusion_model"))
+    layers = linear_modules(model.get_model_object("diffusion_model"))
     with open_calibration(calibration) as reader:
         known = reader.header.model
     require_same_weights(model, {name: module for name, module in layers.items() if name in known.layers}, source)
@@ -42,7 +42,7 @@ def live_model(model: Any, calibration: Path) -> Iterator[LiveModel]:
     """A ModelPatcher that fits, loaded, with the calls that the calibration holds. RequestError: there are too few."""
     with open_calibration(calibration) as reader:
         kept, known = reader.header.calls.kept, reader.header.model
-        layers = linear_layers(model.get_model_object("diffusion_model"))
+        layers = linear_modules(model.get_model_object("diffusion_model"))
         modules = {name: module for name, module in layers.items() if name in known.layers}
         live = LiveModel(modules, [partial(_run, model, call) for call in kept], [call.group for call in kept])
         one = max(call_bytes(model, {path: shape for path, (_, shape) in call.tensors.items()}) for call in kept)

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import nn
 
 from ...quant_core.calibration.calls import RecordedCall
-from ...quant_core.calibration.capture.linear_layers import linear_layers, refuse_compiled
+from ...quant_core.calibration.capture.linear_modules import linear_modules, refuse_compiled
 from ...quant_core.errors import RequestError, some_of
 from ..shared.model_state import COMPILE_KEY, KEY, compiled, is_plain_float, model_compiler_off
 
@@ -44,7 +44,7 @@ def replayable(model: Any) -> None:
         )
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, _SKIPPING):
         raise RequestError(f"{what}EasyCache would leave out calls. Connect the model without it.")
-    quantized = [name for name, module in linear_layers(root).items() if not is_plain_float(module.weight)]
+    quantized = [name for name, module in linear_modules(root).items() if not is_plain_float(module.weight)]
     if quantized:
         raise RequestError(
             f"{what}{len(quantized)} of its layers are not 16-bit or 32-bit floats ({some_of(quantized, shown=3)}). "

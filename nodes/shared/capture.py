@@ -21,7 +21,7 @@ from ...quant_core.calibration.calibration import LayerSummary
 from ...quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
 from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
 from ...quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
-from ...quant_core.calibration.capture.linear_layers import linear_layers, refuse_compiled
+from ...quant_core.calibration.capture.linear_modules import linear_modules, refuse_compiled
 from ...quant_core.calibration.storage import save_calibration
 from ...quant_core.cancel import cancel_scope
 from ...quant_core.errors import Cancelled, RequestError
@@ -45,7 +45,7 @@ class Capture:
         self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
     ) -> None:
         self._root = model.get_model_object("diffusion_model")
-        modules = linear_layers(self._root, _checked(pattern))
+        modules = linear_modules(self._root, _checked(pattern))
         self.plan: BudgetPlan = plan_budget(
             {name: module.in_features for name, module in modules.items()}, budget, settings.statistics
         )

@@ -117,21 +117,6 @@ def _without_suffix(name: str) -> str:
     return name
 
 
-def saturation_warnings(
-    layers: Mapping[str, StoredLayer], statistics: Mapping[str, LayerStatistics], scales: Mapping[str, float]
-) -> list[str]:
-    """One sentence per layer whose captured inputs go beyond what its input_scale lets through.
-
-    scales: {layer of the file: input_scale} as the file has them; a layer without one counts as ComfyUI treats it.
-    """
-    names, found = LayerNames(layers), []
-    for name, captured in statistics.items():
-        layer = names.resolve(name)
-        if layer is not None:
-            found += saturation_of(layers[layer], float(captured.absmax.max()), scales.get(layer))
-    return found
-
-
 def saturation_of(layer: StoredLayer, largest: float, scale: float | None) -> list[str]:
     """The sentence for one layer whose inputs reach `largest`; [] where nothing saturates. scale: None where it has none."""
     rule = rule_of(layer)

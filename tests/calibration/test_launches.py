@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +50,7 @@ class Kernels(TorchDispatchMode):
 def kernels_per_layer_call(hessians, **settings):
     """Beyond those of the model itself, over steps in which the staged rows were worked in several times."""
     net = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]).to("meta", torch.bfloat16)
-    layers = linear_layers(net)
+    layers = linear_modules(net)
     watch = Collector(
         layers, plan_budget({name: WIDTH for name in layers}, Budget(hessians=hessians)), CaptureSettings(**settings)
     )

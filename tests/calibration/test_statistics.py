@@ -129,7 +129,7 @@ def test_staged_rows_end_in_the_same_sums_as_rows_added_at_once(staged_rows):
         staged.stage(x, index, [Part("cond", 1.0, 10), Part("uncond", 0.5, 6), Part("cond", 1.0, 4, keys)])
         direct.add(x[index[:10]], 1.0, "cond")
         direct.add(x[index[10:16]], 0.5, "uncond")
-        direct.hold_out(x, index[16:], keys)
+        direct.reservoir.offer(x, index[16:], keys)
     staged.flush()
     assert staged.labels == direct.labels == {"cond": 100, "uncond": 60} and int(staged.count) == 160
     assert torch.equal(staged.reservoir.filled(), direct.reservoir.filled())
@@ -161,7 +161,7 @@ def of_integers(rows, seed):
     statistics.see(x)
     statistics.add(x.clone())
     g = torch.Generator().manual_seed(seed)
-    statistics.hold_out(x, torch.arange(len(x)), draw_keys(len(x), 1.0, g))
+    statistics.reservoir.offer(x, torch.arange(len(x)), draw_keys(len(x), 1.0, g))
     return statistics
 
 

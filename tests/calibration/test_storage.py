@@ -44,7 +44,7 @@ def calibration(seed=0, layers=LAYERS, fingerprint_="abc"):
             x = torch.randint(-9, 9, (40, k), generator=g).float()
             s.see(x)
             s.add(x[:30].clone(), 1.0, label)
-            s.hold_out(x, torch.arange(30, 40), draw_keys(10, 1.0, g))
+            s.reservoir.offer(x, torch.arange(30, 40), draw_keys(10, 1.0, g))
         statistics[layer] = s
     run = RunRecord(
         "a cat", True, {0: 30, 1: 30}, {0: 1.0, 1: 0.25}, {"cond": 90, "uncond": 90}, ("style.safetensors",)

@@ -85,7 +85,7 @@ def collected(capture):
 @contextmanager
 def inputs_of_layers(root, seen):
     """Appends (layer, input) of every linear layer's call to seen(), a list that the call's owner gives."""
-    layers = pack("quant_core.calibration.capture.linear_layers").linear_layers(root)
+    layers = pack("quant_core.calibration.capture.linear_modules").linear_modules(root)
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: seen().append((name, args[0].clone())))
         for name, module in layers.items()
@@ -211,8 +211,8 @@ def check_threads_that_take_turns_at_every_layer_give_the_same_inputs():
 
     names = {
         module: name
-        for name, module in pack("quant_core.calibration.capture.linear_layers")
-        .linear_layers(model.model.diffusion_model)
+        for name, module in pack("quant_core.calibration.capture.linear_modules")
+        .linear_modules(model.model.diffusion_model)
         .items()
     }
     handles = [module.register_forward_pre_hook(paused) for module in names]

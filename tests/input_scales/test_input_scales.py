@@ -12,7 +12,8 @@ from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.input_scales.rule import (
     file_input_scales,
     read_input_scales,
-    saturation_warnings,
+    saturation_of,
+    scales_from_magnitudes,
     scales_from_statistics,
     scales_from_weight_scales,
 )
@@ -113,25 +114,18 @@ def test_text_encoder_presets_write_the_weight_scale(model):
 
 
 def test_saturation_is_warned_of_as_comfyui_would_saturate(model):
-    statistics = {
-        "blocks.0.fp8": captured(500.0),
-        "blocks.0.nv": captured(500.0),
-        "blocks.0.row": captured(500.0),
-        "blocks.0.full": captured(500.0),
-    }
     with open_source(model) as source:
-        layers = stored_layers(source)
-        found = saturation_warnings(layers, statistics, {})
-        assert (
-            len(found) == 1
-            and "blocks.0.fp8: inputs reach 500, and no input_scale saturates them above 448" in found[0]
-        )
-        assert saturation_warnings(layers, {"blocks.0.fp8": captured(400.0)}, {}) == []
-        scales = {PREFIX + "blocks.0.nv": 0.1, PREFIX + "blocks.0.fp8": 2.0}
-        found = saturation_warnings(layers, statistics, scales)
-        assert len(found) == 1 and "blocks.0.nv: inputs reach 500, and its input_scale 0.1 saturates them" in found[0]
-        exact = scales_from_statistics(layers, statistics)
-        assert saturation_warnings(layers, statistics, exact) == []
+        layers = {name.removeprefix(PREFIX + "blocks.0."): layer for name, layer in stored_layers(source).items()}
+    (found,) = saturation_of(layers["fp8"], 500.0, None)
+    assert "blocks.0.fp8: inputs reach 500, and no input_scale saturates them above 448" in found
+    assert saturation_of(layers["fp8"], 400.0, None) == []
+    assert saturation_of(layers["fp8"], 500.0, 2.0) == []
+    (found,) = saturation_of(layers["nv"], 500.0, 0.1)
+    assert "blocks.0.nv: inputs reach 500, and its input_scale 0.1 saturates them" in found
+    assert saturation_of(layers["nv"], 500.0, None) == []
+    assert all(saturation_of(layers[name], 500.0, scale) == [] for name in ("row", "full") for scale in (None, 0.1))
+    exact = scales_from_magnitudes({layer.layer: layer for layer in layers.values()}, {"blocks.0.fp8": 500.0})
+    assert saturation_of(layers["fp8"], 500.0, exact[PREFIX + "blocks.0.fp8"]) == []
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.quant_core.calibration.calibration import identity_of_source
 from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
@@ -63,7 +63,7 @@ def made(tmp_path_factory):
     model = Model().to(torch.bfloat16).float()
     state = {PREFIX + name: t.to(torch.bfloat16) for name, t in model.state_dict().items()}
     save_file({**state, PREFIX + "norm.weight": torch.ones(WIDTH)}, folder / "model.safetensors")
-    layers = linear_layers(model)
+    layers = linear_modules(model)
     with open_source(folder / "model.safetensors") as src:
         identity = identity_of_source(src, {name: f"{PREFIX}{name}.weight" for name in layers})
     collector = Collector(
@@ -85,7 +85,7 @@ def output_error(made, target):
     seen = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0]))
-        for n, m in linear_layers(model).items()
+        for n, m in linear_modules(model).items()
     ]
     with torch.no_grad():
         model(inputs(999))

@@ -11,7 +11,7 @@ from comfyui_quantpress.quant_core.algorithms.evidence import Evidence
 from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.calibration.capture.budget import plan_budget
 from comfyui_quantpress.quant_core.calibration.capture.collector import CaptureSettings, Collector
-from comfyui_quantpress.quant_core.calibration.capture.linear_layers import linear_layers
+from comfyui_quantpress.quant_core.calibration.capture.linear_modules import linear_modules
 from comfyui_quantpress.quant_core.calibration.storage import save_calibration
 from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.errors import Cancelled, RequestError
@@ -377,7 +377,7 @@ def deep(tmp_path_factory):
     save_file(model.state_dict(), folder / "model.safetensors")
     mixing = torch.randn(12, 64, generator=torch.Generator().manual_seed(5))
     draw = lambda seed: torch.randn(64, 12, generator=torch.Generator().manual_seed(seed)) @ mixing  # noqa: E731
-    layers = linear_layers(model)
+    layers = linear_modules(model)
     collector = Collector(
         layers,
         plan_budget({name: layer.in_features for name, layer in layers.items()}),
@@ -391,7 +391,7 @@ def deep(tmp_path_factory):
 
 
 def live_model(model, draw, calls=24, **more):
-    return LiveModel(linear_layers(model), [lambda seed=seed: model(draw(seed)) for seed in range(calls)], **more)
+    return LiveModel(linear_modules(model), [lambda seed=seed: model(draw(seed)) for seed in range(calls)], **more)
 
 
 def error_of(model, draw, quantized, folder):
@@ -454,7 +454,7 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
     inputs = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
-        for name, layer in linear_layers(finished, "blocks").items()
+        for name, layer in linear_modules(finished, "blocks").items()
     ]
     for seed in range(6):
         finished(draw(seed))
@@ -500,7 +500,7 @@ def test_what_is_missing_is_named(deep, tmp_path):
             calibration=CalibrationUse(calibration),
             live=live_model(other, draw),
         )
-    unused = LiveModel(linear_layers(model), [nothing] * 4)
+    unused = LiveModel(linear_modules(model), [nothing] * 4)
     with pytest.raises(RequestError, match="use none of the layers"):
         convert(
             source,
@@ -522,7 +522,7 @@ def test_cancel_ends_it_within_a_second_and_leaves_nothing(deep, tmp_path):
         time.sleep(0.05)
         model(draw(seed))
 
-    live = LiveModel(linear_layers(model), [lambda seed=seed: slow(seed) for seed in range(200)], most_calls=200)
+    live = LiveModel(linear_modules(model), [lambda seed=seed: slow(seed) for seed in range(200)], most_calls=200)
     with pytest.raises(Cancelled):
         convert(
             source,

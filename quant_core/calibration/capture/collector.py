@@ -17,7 +17,7 @@ from ..statistics.hessian import HessianKind, Placement
 from ..statistics.layer import LayerStatistics, StatisticsSettings
 from ..statistics.selection import Chosen, chunk_labels, select_rows
 from .budget import BudgetPlan, kept_bytes
-from .linear_layers import refuse_compiled
+from .linear_modules import refuse_compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class CaptureSettings:
 class Collector:
     """Gathers statistics over any number of runs of one model. Not for several threads at once.
 
-    modules: the layers by name, e.g. linear_layers(model). plan: of budget.py, for the same layers.
+    modules: the layers by name, e.g. linear_modules(model). plan: of budget.py, for the same layers.
     Several devices: a layer's statistics stay where its first input was.
     """
 

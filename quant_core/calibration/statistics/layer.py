@@ -185,11 +185,6 @@ class LayerStatistics:
         if self.hessian is not None:
             self.hessian.add(x, weight)
 
-    def hold_out(self, x: Tensor, index: Tensor, keys: Tensor) -> None:
-        """Offer rows of x [rows, K] for judging: index int64 [m] and keys float32 [m] (reservoir.py), on the CPU."""
-        if self.reservoir.size:
-            self.reservoir.offer(x, index, keys)
-
     def mean(self) -> Tensor:
         """float32 [K]; zeros when nothing was sampled."""
         return (self.sum / self._divisor()).to(torch.float32)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
 
 from torch import nn
 
-from ...errors import RequestError, some_of
+from ...errors import RequestError
 
 
-def linear_layers(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
+def linear_modules(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
     """Name -> module of every linear layer, in the model's order. pattern: a regex that a name must contain.
 
     A linear layer is an nn.Linear, or any other class called Linear with integer in_features and out_features:
@@ -28,18 +27,6 @@ def linear_layers(model: nn.Module, pattern: str | None = None) -> dict[str, nn.
         what = f" whose name matches {pattern!r}" if pattern else ""
         raise RequestError(f"{type(model).__name__} has no linear layer{what}. Check the model and the pattern.")
     return found
-
-
-def named_linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers of these names, in the order given. RequestError lists those that are missing."""
-    known = linear_layers(model)
-    names = list(names)
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise RequestError(
-            f"{type(model).__name__} has no linear layer called {some_of(missing)}. It has {some_of(list(known))}."
-        )
-    return {name: known[name] for name in names}
 
 
 def refuse_compiled(model: nn.Module) -> None:
