@@ -7,24 +7,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..cancel import cancel_scope, poll
-from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, TensorInfo, tensor_bytes
+from ..checkpoint.header import TORCH_TO_CODE, TensorInfo
 from ..checkpoint.metadata import HEADER_KEY
-from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, RequestError, some_of
 from ..pipeline.plan import RECIPE_KEY
-from ..pipeline.verify import check_file
 from ..progress import Clock, Progress
 from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..stored.suffixes import QUANT_SUFFIXES
+from .rewrite import Draft, Rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Weights cast to FP8 without a scale: their values are what is stored, and all three dtypes hold them exactly.
@@ -33,7 +32,7 @@ _UNSCALED = {"F8_E4M3": "float8_e4m3fn without a scale", "F8_E5M2": "float8_e5m2
 
 @dataclass(frozen=True, slots=True)
 class DequantizeReport:
-    """layers: {format: number of layers decoded}. dropped: legacy markers and dummy scales that the output leaves out."""
+    """layers: {format: number of layers decoded}. dropped: legacy markers and dummy scales that are left out."""
 
     source: str
     target: str
@@ -74,35 +73,48 @@ def dequantize(
     started = time.monotonic()
     if dtype not in DTYPES:
         raise RequestError(f"--dtype {dtype} is not offered. Choose one of {', '.join(DTYPES)}.")
-    with cancel_scope(cancel), open_source(source) as src:
+    with open_source(source) as src:
         stored = stored_layers(src)
         consumed = {name for layer in stored.values() for name in layer.names.values()}
         dropped = _dropped(src, stored, consumed)
         jobs = _jobs(src, stored)
         if not jobs:
             raise RequestError(f"{src.path}: nothing in it is quantized. Use the file as it is.")
-        outputs = [
-            OutputTensor(name, TORCH_TO_CODE[DTYPES[dtype]], jobs[name].shape)
-            if name in jobs
-            else OutputTensor(name, info.dtype, info.shape)
-            for name, info in src.tensors.items()
-            if name in jobs or name not in consumed and name not in dropped
-        ]
         layers = Counter(job.source for job in jobs.values())
-        with open_sink(target, outputs, _metadata(src, dtype, layers), overwrite=overwrite, sources=src.files) as sink:
-            _write_all(src, sink, outputs, jobs, DTYPES[dtype], started, progress)
-            src.check_unchanged()
-            sink.commit(verify=lambda part: check_file(part).raise_for_errors())
-    return DequantizeReport(
-        str(source),
-        str(target),
-        dtype,
-        dict(layers),
-        tuple(sorted(dropped)),
-        src.nbytes,
-        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
-        time.monotonic() - started,
-    )
+        draft = Draft(src)
+        for name in consumed | dropped:
+            if name not in jobs:
+                draft.drop(name)
+        for name, job in jobs.items():
+            code = TORCH_TO_CODE[DTYPES[dtype]]
+            draft.make(name, code, job.shape, partial(_decode, src, job, DTYPES[dtype]), of=(name,))
+        draft.metadata = _metadata(src, dtype, layers)
+        rewrite = draft.finish()
+        tell = None if progress is None else _by_layers(rewrite, src, jobs, started, progress)
+        rewrite.apply(target, overwrite=overwrite, progress=tell, cancel=cancel)
+        return DequantizeReport(
+            str(source),
+            str(target),
+            dtype,
+            dict(layers),
+            tuple(sorted(dropped)),
+            src.nbytes,
+            rewrite.nbytes,
+            time.monotonic() - started,
+        )
+
+
+def _by_layers(
+    rewrite: Rewrite, src: Source, jobs: Mapping[str, _Job], started: float, progress: Callable[[Progress], None]
+) -> Callable[[Progress], None]:
+    """Progress that counts layers and the bytes of the source, where a rewrite counts tensors and its own bytes."""
+    sizes = {name: jobs[name].bytes_in if name in jobs else src.tensors[name].nbytes for name in rewrite.outputs}
+    clock = Clock(len(jobs), sum(sizes.values()), started=started)
+
+    def tell(state: Progress) -> None:
+        progress(clock.advance(state.layer, sizes[state.layer], layers=int(state.layer in jobs)))
+
+    return tell
 
 
 def _jobs(src: Source, stored: Mapping[str, StoredLayer]) -> dict[str, _Job]:
@@ -124,7 +136,7 @@ def _is_scale(name: str) -> bool:
 
 
 def _dropped(src: Source, stored: Mapping[str, StoredLayer], consumed: set[str]) -> set[str]:
-    """The legacy marker and the dummy scales of its 16-bit layers. InputFileError: any other scale without its layer."""
+    """The legacy markers, and the dummy scales of 16-bit layers. InputFileError: any other scale without its layer."""
     dropped, orphans = set(), []
     for name in src.tensors:
         layer, _, last = name.rpartition(".")
@@ -158,30 +170,6 @@ def _metadata(src: Source, dtype: str, layers: Mapping[str, int]) -> dict[str, s
         "dequantized": {"dtype": dtype, "layers": dict(layers)},
     }
     return {**kept, RECIPE_KEY: json.dumps(record, sort_keys=True)}
-
-
-def _write_all(
-    src: Source,
-    sink: Sink,
-    outputs: list[OutputTensor],
-    jobs: Mapping[str, _Job],
-    dtype: torch.dtype,
-    started: float,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    total = sum(jobs[o.name].bytes_in if o.name in jobs else src.tensors[o.name].nbytes for o in outputs)
-    clock = Clock(len(jobs), total, started=started)
-    for output in outputs:
-        poll()
-        job = jobs.get(output.name)
-        if job is None:
-            sink.copy(src, output.name)
-            state = clock.advance(output.name, src.tensors[output.name].nbytes, layers=0)
-        else:
-            sink.write(output.name, _decode(src, job, dtype))
-            state = clock.advance(output.name, job.bytes_in)
-        if progress is not None:
-            progress(state)
 
 
 def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:
