@@ -394,7 +394,7 @@ def test_odd_weights_go_through_every_format_without_nan(fmt, tmp_path, capsys):
         n: tuple(w.shape) for n, w in odd_weights().items()
     }
     assert [name for name, w in decoded.items() if not torch.isfinite(w).all()] == []
-    assert decoded["blocks.1.zero.weight"].abs().max() < 1e-30  # awq_w4a16's zero_policy: 1e-30 steps around zero
+    assert decoded["blocks.1.zero.weight"].abs().max() < 1e-30  # awq_w4a16: 1e-30 steps around zero
 
 
 # --- interrupts ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from ..cancel import poll
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.ranks import look_up, rank_table
-from ..numerics.scales import Granularity, QParams, ScaleDtype, divide, load, snap, store
+from ..numerics.scale_dtypes import SCALE_E4M3
+from ..numerics.scales import Granularity, QParams, divide
 from .base import Format
 from .records import ColumnGrid, Runtime, TensorSpec
 
@@ -54,7 +55,8 @@ _SLICE = 1 << 20
 
 @dataclass(frozen=True)
 class W4A8(Format):
-    zero_policy: str = "a group of zeros gets the smallest scale and decodes to at most 1e-8"
+    """A group of zeros gets the smallest scale, and decodes to at most 1e-8."""
+
     rows_are_independent: bool = False  # the codebook is chosen from all of them
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
@@ -88,7 +90,7 @@ class W4A8(Format):
             ).clamp(min=_TINY)
             levels = look_up(table, _nearest(grouped / scale, table))
         channel = divide((levels * scale).abs().amax(dim=(1, 2)), 127.0).clamp(min=_TINY)[:, None]
-        return snap(scale.squeeze(-1) / channel, self.scale_dtype), channel
+        return self.scale_dtype.snap(scale.squeeze(-1) / channel), channel
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         if like is None:
@@ -96,7 +98,7 @@ class W4A8(Format):
             channel = divide(effective.amax(dim=1, keepdim=True) * table.abs().max(), 127.0).clamp(min=_TINY)
         else:
             table, channel = like.codebook, like.parent
-        return QParams(snap((effective / channel).clamp(min=2.0**-9), self.scale_dtype), channel, codebook=table)
+        return QParams(self.scale_dtype.snap((effective / channel).clamp(min=2.0**-9)), channel, codebook=table)
 
     # ---- codes -------------------------------------------------------------------------------------------------
     @staticmethod
@@ -158,7 +160,7 @@ class W4A8(Format):
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {
             "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
-            "weight_s_rel": store(qp.scale, self.scale_dtype),
+            "weight_s_rel": self.scale_dtype.store(qp.scale),
             "weight_s_channel": qp.parent.reshape(-1).contiguous(),
             "weight_codebook": qp.codebook.clone(),
         }
@@ -180,7 +182,7 @@ class W4A8(Format):
         return (
             unpack_nibbles(tensors["weight"], high_first=False),
             QParams(
-                load(tensors["weight_s_rel"], self.scale_dtype),
+                self.scale_dtype.load(tensors["weight_s_rel"]),
                 tensors["weight_s_channel"].to(torch.float32).reshape(-1, 1),
                 codebook=table.to(torch.float32),
             ),
@@ -259,7 +261,7 @@ FORMAT = W4A8(
     rotation=256,
     rotations=(16, 64, 256, 1024),
     k_multiple=16,
-    scale_dtype=ScaleDtype.E4M3,
+    scale_dtype=SCALE_E4M3,
     runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
     # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
     error_bound=0.35,

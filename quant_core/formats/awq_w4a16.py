@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
-from ..numerics.scales import Granularity, QParams, ScaleDtype, block_view, divide, snap
+from ..numerics.scale_dtypes import SCALE_BF16
+from ..numerics.scales import Granularity, QParams, block_view, divide
 from .base import Format
 from .records import ColumnGrid, Runtime, TensorSpec
 
@@ -21,9 +22,10 @@ _SCALE_FLOOR = 1e-30
 
 @dataclass(frozen=True)
 class AwqW4A16(Format):
-    """The only format with a zero point: `work - zero` is what lies on the grid."""
+    """The only format with a zero point: `work - zero` is what lies on the grid.
 
-    zero_policy: str = "a constant group gets scale 1e-30, that constant as its zero point, and code 8"
+    A constant group gets scale 1e-30, that constant as its zero point, and code 8.
+    """
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
@@ -41,15 +43,15 @@ class AwqW4A16(Format):
         """Here min-max: code 0 lands on the group's smallest weight, code 15 on its largest."""
         view = block_view(work, self.block(tuple(work.shape)))
         low, high = view.amin(dim=(1, 3)), view.amax(dim=(1, 3))
-        scale = snap((divide(high, 15) - divide(low, 15)).clamp(min=_SCALE_FLOOR), ScaleDtype.BF16)
+        scale = SCALE_BF16.snap((divide(high, 15) - divide(low, 15)).clamp(min=_SCALE_FLOOR))
         # The middle of the 16 codes sits at -0.5: centre them on the group, so that bf16's rounding of the
         # zero point costs both ends the same.
-        zero = snap(low / 2 + high / 2 + scale / 2, ScaleDtype.BF16)
+        zero = SCALE_BF16.snap(low / 2 + high / 2 + scale / 2)
         return QParams(scale, zero=zero)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        zero = snap(like.zero, ScaleDtype.BF16) if like is not None else torch.zeros_like(effective)
-        return QParams(snap(effective.clamp(min=_SCALE_FLOOR), ScaleDtype.BF16), zero=zero)
+        zero = SCALE_BF16.snap(like.zero) if like is not None else torch.zeros_like(effective)
+        return QParams(SCALE_BF16.snap(effective.clamp(min=_SCALE_FLOOR)), zero=zero)
 
     def _full(self, per_block: Tensor, work: Tensor) -> Tensor:
         return (
@@ -117,7 +119,7 @@ FORMAT = AwqW4A16(
     granularity=Granularity.GROUP,
     group_size=64,
     group_sizes=(32, 64, 128),
-    scale_dtype=ScaleDtype.BF16,
+    scale_dtype=SCALE_BF16,
     runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
     # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
     error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,

@@ -22,7 +22,8 @@ from ..cancel import poll
 from ..checkpoint.header import TensorInfo
 from ..errors import RequestError
 from ..numerics.metrics import relative_error
-from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, block_view, divide, snap
+from ..numerics.scale_dtypes import SCALE_F32, ScaleDtype
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, block_absmax, block_view, divide
 from .input_scale import InputScaleRule
 from .records import ColumnGrid, Element, Runtime, TensorSpec
 
@@ -35,6 +36,8 @@ _ROTATABLE = 1e34
 @dataclass(frozen=True)
 class Format(ABC):
     """Base of all formats whose codes lie on an element grid times a scale. Subclasses override what differs.
+
+    A block of zeros gets scale 1 and codes 0, where a subclass does not say otherwise.
 
     name: registry name, also the command's and the node's. on_disk: the `format` string in the JSON.
     error_bound: largest |w - decode| as a fraction of the block's absmax, for round-to-nearest with absmax scales;
@@ -53,7 +56,7 @@ class Format(ABC):
     source: str
     error_bound: float
     tensor_bound: float = 0.0
-    scale_dtype: ScaleDtype = ScaleDtype.F32
+    scale_dtype: ScaleDtype = SCALE_F32
     group_size: int | None = None
     group_sizes: tuple[int, ...] = ()
     rotation: int | None = None
@@ -61,7 +64,6 @@ class Format(ABC):
     pad_to: int = 1
     k_multiple: int = 1
     signed_scales: bool = False
-    zero_policy: str = "a block of zeros gets scale 1 and codes 0"
     rows_are_independent: bool = True  # but for the tensor's absmax
     modelopt_differs: bool = False
 
@@ -210,7 +212,7 @@ class Format(ABC):
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         """Wished effective scales [NB, KB], float32 >= 0 -> storable ones. like: whose parent, zero, codebook to keep."""
         scale = torch.where(effective > 0, effective.clamp(SCALE_FLOOR), torch.ones_like(effective))
-        return QParams(snap(scale, self.scale_dtype))
+        return QParams(self.scale_dtype.snap(scale))
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
         """Nearest codes [Np, Kp] under these scales. Values already on the grid keep their codes."""

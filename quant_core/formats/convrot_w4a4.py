@@ -18,7 +18,7 @@ _ABSMAX_FLOOR = 1e-10  # as the reference writes rows of zeros
 
 @dataclass(frozen=True)
 class ConvRotW4A4(Format):
-    zero_policy: str = "a row of zeros gets the scale 1e-10 / 7 and codes 0"
+    """A row of zeros gets the scale 1e-10 / 7 and codes 0."""
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape

@@ -12,9 +12,7 @@ from .records import Runtime
 
 @dataclass(frozen=True)
 class Int8TensorwiseFamily(PlainFormat):
-    """The variants of ComfyUI's `int8_tensorwise`: a block of zeros gets the scale floor, as comfy-kitchen writes it."""
-
-    zero_policy: str = "a block of zeros gets the scale 1e-30 and codes 0"
+    """The variants of ComfyUI's `int8_tensorwise`. A block of zeros gets the scale 1e-30, as comfy-kitchen writes it."""
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=SCALE_FLOOR))

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..numerics.elements import E4M3
 from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
-from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, load, snap, store
+from ..numerics.scale_dtypes import SCALE_E8M0
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams
 from .families.padded import PaddedBlockFormat
 from .records import Runtime, TensorSpec
 
@@ -25,7 +26,7 @@ class Mxfp8(PaddedBlockFormat):
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         scale = torch.where(effective > 0, effective.clamp(min=SCALE_FLOOR), torch.zeros_like(effective))
-        return QParams(snap(scale, self.scale_dtype))
+        return QParams(self.scale_dtype.snap(scale))
 
     def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
         weight, scale = infos["weight"], infos.get("weight_scale")
@@ -39,11 +40,11 @@ class Mxfp8(PaddedBlockFormat):
         return {"scale": tensors["weight_scale"].view(torch.float8_e8m0fnu)}
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
-        return {"weight": codes, "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype))}
+        return {"weight": codes, "weight_scale": swizzle_scales(self.scale_dtype.store(qp.scale))}
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         exponents = unswizzle_scales(tensors["weight_scale"].view(torch.uint8), *self._unpadded_grid(shape))
-        return tensors["weight"], QParams(load(exponents, self.scale_dtype))
+        return tensors["weight"], QParams(self.scale_dtype.load(exponents))
 
 
 FORMAT = Mxfp8(
@@ -53,7 +54,7 @@ FORMAT = Mxfp8(
     element=E4M3,
     granularity=Granularity.GROUP,
     group_size=32,
-    scale_dtype=ScaleDtype.E8M0,
+    scale_dtype=SCALE_E8M0,
     pad_to=32,
     runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
     error_bound=2 * 16 / 448 + 1e-5,  # a scale rounded up to a power of two is at most twice the wished one

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..numerics.elements import E2M1
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
-from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, ScaleDtype, block_absmax, divide, load, snap, store
+from ..numerics.scale_dtypes import SCALE_E4M3
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, block_absmax, divide
 from .families.padded import PaddedBlockFormat
 from .input_scale import Absent, InputScaleRule
 from .records import Runtime, TensorSpec
@@ -46,7 +47,7 @@ class Nvfp4(PaddedBlockFormat):
         return self._under(effective, parent)
 
     def _under(self, effective: Tensor, parent: Tensor) -> QParams:
-        return QParams(snap(effective / parent, self.scale_dtype), parent)
+        return QParams(self.scale_dtype.snap(effective / parent), parent)
 
     def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
         scale = infos.get("weight_scale")
@@ -64,14 +65,14 @@ class Nvfp4(PaddedBlockFormat):
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {
             "weight": pack_nibbles(codes, high_first=True),
-            "weight_scale": swizzle_scales(store(qp.scale, self.scale_dtype)),
+            "weight_scale": swizzle_scales(self.scale_dtype.store(qp.scale)),
             "weight_scale_2": qp.parent.reshape(()).clone(),
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
         stored = unswizzle_scales(tensors["weight_scale"], *self._unpadded_grid(shape))
         parent = tensors["weight_scale_2"].to(torch.float32).reshape(())
-        return unpack_nibbles(tensors["weight"], high_first=True), QParams(load(stored, self.scale_dtype), parent)
+        return unpack_nibbles(tensors["weight"], high_first=True), QParams(self.scale_dtype.load(stored), parent)
 
 
 FORMAT = Nvfp4(
@@ -81,7 +82,7 @@ FORMAT = Nvfp4(
     element=E2M1,
     granularity=Granularity.GROUP,
     group_size=16,
-    scale_dtype=ScaleDtype.E4M3,
+    scale_dtype=SCALE_E4M3,
     pad_to=16,
     modelopt_differs=True,
     runtime=Runtime(

@@ -29,6 +29,7 @@ class FloatElement:
     dtype: torch.dtype
     max: float
     bits: int = 8
+    repeats_by_octave: bool = True
 
     def values(self, device: torch.device | str = "cpu") -> Tensor:
         return _float_grid(self.dtype, self.max).to(device)
@@ -90,6 +91,7 @@ class IntElement:
     max: float
     bits: int
     dtype: torch.dtype = torch.int8
+    repeats_by_octave: bool = False
 
     def values(self, device: torch.device | str = "cpu") -> Tensor:
         return torch.arange(-self.max, self.max + 1, dtype=torch.float32, device=device)
@@ -119,6 +121,7 @@ class CodebookElement:
     table: tuple[float, ...]
     bits: int = 4
     dtype: torch.dtype = torch.uint8
+    repeats_by_octave: bool = False
 
     @property
     def max(self) -> float:
@@ -185,6 +188,7 @@ class E2M1Element:
     dtype: torch.dtype = torch.uint8
     bits: int = 4
     max: float = 6.0
+    repeats_by_octave: bool = False  # three octaves are too few
 
     def values(self, device: torch.device | str = "cpu") -> Tensor:
         return _book(_E2M1_TABLE, str(device)).sorted_values

@@ -45,13 +45,3 @@ def rotate_hessian(h: Tensor, group: int) -> None:
         h[start : start + _PANEL] = rotate_columns(h[start : start + _PANEL], group)
     for start in range(0, len(h), _PANEL):
         h[:, start : start + _PANEL] = rotate_columns(h[:, start : start + _PANEL].T.contiguous(), group).T
-
-
-def largest_group(k: int, limit: int = 4096) -> int | None:
-    """The largest power of four <= limit that divides k, or None."""
-    best, group = None, 4
-    while group <= min(k, limit):
-        if k % group == 0:
-            best = group
-        group *= 4
-    return best

@@ -13,7 +13,6 @@ from comfyui_quantpress.quant_core.algorithms.rounders import ROUNDERS, Gptq
 from comfyui_quantpress.quant_core.algorithms.task import ScaleTask, Task, layer_generator
 from comfyui_quantpress.quant_core.errors import OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
-from comfyui_quantpress.quant_core.formats.choose import with_largest_rotation
 from comfyui_quantpress.quant_core.numerics.footprint import choose_device, needed_bytes
 from comfyui_quantpress.quant_core.numerics.precision import tensor_core_products
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
@@ -257,16 +256,6 @@ def test_a_layer_too_large_for_the_gpu_is_computed_on_the_cpu_and_says_so():
     device, note = choose_device(gpu, needed - 1, needed)
     assert device.type == "cpu" and "GiB free" in note
     assert choose_device(torch.device("cpu"), None, needed) == (torch.device("cpu"), None)
-
-
-@pytest.mark.parametrize(("in_features", "group"), [(3072, 1024), (768, 256), (192, 64), (80, 16)])
-def test_largest_rotation_divides_the_inputs(in_features, group):
-    assert with_largest_rotation(get_format("int8_convrot"), in_features).rotation == group
-
-
-def test_formats_without_rotation_or_without_a_fitting_group_stay_as_they_are():
-    assert with_largest_rotation(NVFP4, 3072) is NVFP4
-    assert with_largest_rotation(get_format("int8_convrot"), 30) == get_format("int8_convrot")
 
 
 def test_a_recipe_of_objects_describes_itself_as_the_one_parsed_from_their_options():

@@ -21,7 +21,15 @@ from comfyui_quantpress.quant_core.numerics.packing import (
     unswizzle_scales,
 )
 from comfyui_quantpress.quant_core.numerics.ranks import rank_table
-from comfyui_quantpress.quant_core.numerics.scales import block_absmax, block_view, decode_e8m0, encode_e8m0
+from comfyui_quantpress.quant_core.numerics.scale_dtypes import (
+    SCALE_BF16,
+    SCALE_E4M3,
+    SCALE_E8M0,
+    SCALE_F32,
+    decode_e8m0,
+    encode_e8m0,
+)
+from comfyui_quantpress.quant_core.numerics.scales import block_absmax, block_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,6 +291,20 @@ def test_golden_bytes(fmt):
 
 
 # ---- element grids --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [SCALE_F32, SCALE_BF16, SCALE_E4M3, SCALE_E8M0], ids=lambda d: str(d.dtype))
+def test_a_scale_moves_to_the_next_that_its_dtype_holds(dtype):
+    scale = dtype.snap(torch.tensor([2.0**-5, 0.75, 1.0, 3.3, 250.0]))
+    assert torch.equal(dtype.load(dtype.store(scale)), scale) and torch.equal(dtype.snap(scale), scale)
+    above, below = dtype.neighbour(scale, 1), dtype.neighbour(scale, -1)
+    assert bool((below < scale).all()) and bool((scale < above).all())
+    assert torch.equal(dtype.neighbour(above, -1), scale)
+    for near in (above, below):
+        assert torch.equal(dtype.snap(near), near)
+        assert torch.equal(dtype.snap(scale + (near - scale) * 1e-9), scale)  # nothing lies between them
+    ends = dtype.neighbour(torch.tensor([0.0, float(dtype.snap(torch.tensor(400.0)))]), 1000)
+    assert float(ends[0]) == 0 and bool(torch.isfinite(ends).all())
+
+
 ELEMENTS = [E4M3, E5M2, E2M1, INT8, INT4, NF4, FP4, get_format("bnb_af4").element]
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ...cancel import poll
 from ...formats.tiles import errors_by_rows, row_slices, tile
-from ...numerics.elements import FloatElement
-from ...numerics.scales import QParams, ScaleDtype, block_view
+from ...numerics.scales import QParams, block_view
 from ...numerics.triton_kernels import runs_triton
 from ..options import setting
 from ..task import ScaleTask
@@ -32,7 +31,6 @@ _SMALL_BLOCK, _SMALL_COARSE = 256, 11  # small blocks never want less than 0.6
 # A float grid repeats itself an octave up, where nothing clips. What counts is where the weights fall on it: try many.
 _OCTAVE = tuple(2.0 ** (-i / 20) * 2 for i in range(20)) + tuple(0.95 - 0.05 * i for i in range(10))
 _FINE = (0.95, 1.05, 0.975, 1.025, 0.9875, 1.0125)
-_NEIGHBOURS = {ScaleDtype.E4M3: range(-8, 9), ScaleDtype.E8M0: range(-3, 2)}
 _GUARD_ROUNDS = 2
 
 
@@ -88,7 +86,7 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 def refine(task: ScaleTask, base: QParams, refits: int) -> QParams:
     """The best scales found around `base`, under its parent; each block ends at its base's error or below."""
     best = _Best(task, base)
-    steps = _NEIGHBOURS.get(task.fmt.scale_dtype)
+    steps = task.fmt.scale_dtype.searched
     for candidate in _multiples(task, base, steps):
         best.offer(candidate)
     for factor in _FINE if steps is None else ():
@@ -151,23 +149,13 @@ def _multiples(task: ScaleTask, base: QParams, steps: Sequence[int] | None) -> I
         effective = base.effective()
         rows, cols = task.fmt.block(task.shape)
         coarse = _COARSE[:_SMALL_COARSE] if rows * cols <= _SMALL_BLOCK else _COARSE
-        coarse = _OCTAVE if isinstance(task.fmt.element, FloatElement) else coarse
+        coarse = _OCTAVE if task.fmt.element.repeats_by_octave else coarse
         for multiple in (*coarse, *(-m for m in coarse)) if task.fmt.signed_scales else coarse:
             yield task.fmt.qparams(effective * multiple, like=base)
         return
     for step in steps:
         if step:
-            yield replace(base, scale=neighbour(base.scale, task.fmt.scale_dtype, step))
-
-
-def neighbour(scale: Tensor, dtype: ScaleDtype, step: int) -> Tensor:
-    """Stored scales moved by `step` representable values, staying positive and finite; a scale of 0 stays 0."""
-    if dtype is ScaleDtype.E8M0:
-        moved = (scale * 2.0**step).clamp(2.0**-126, 2.0**126)
-    else:
-        code = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16) + step
-        moved = code.clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-    return torch.where(scale > 0, moved, scale)
+            yield replace(base, scale=task.fmt.scale_dtype.neighbour(base.scale, step))
 
 
 def _with_best_parent(task: ScaleTask, base: QParams, parent: Tensor) -> QParams:

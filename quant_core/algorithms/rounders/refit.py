@@ -10,14 +10,14 @@ from torch import Tensor
 from ...cancel import poll
 from ...formats.base import Format
 from ...formats.tiles import group_columns, row_slices, tile
-from ...numerics.scales import Granularity, QParams, ScaleDtype, block_view
+from ...numerics.scales import Granularity, QParams, block_view
 from ..task import Task
 
 
 def worth_refitting(fmt: Format) -> bool:
     """Scales of rows gain 1 to 2 % of the error. Those of groups gain 0.5 %, for up to half of the time on a GPU; coarse
     stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
-    return fmt.granularity is Granularity.ROW and fmt.scale_dtype in (ScaleDtype.F32, ScaleDtype.BF16)
+    return fmt.granularity is Granularity.ROW and fmt.scale_dtype.searched is None
 
 
 def refit_scales(task: Task, hessian: Tensor, qp: QParams, errors: Tensor, added: Tensor) -> QParams:

@@ -28,10 +28,10 @@ class CodebookFormat(Format):
     """weight uint8 [N, K / 2] (HIGH nibble = even column), weight_scale float32 [N, K / group_size], weight_codebook [16].
 
     group_size divides K, so the groups are those of bitsandbytes' flat blocks and the bytes agree.
+    A group of zeros gets absmax 0 and the code of 0.
     """
 
     quant_type: str = ""
-    zero_policy: str = "a group of zeros gets absmax 0 and the code of 0"
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape

@@ -15,8 +15,6 @@ from ..base import Format
 class PaddedBlockFormat(Format):
     """N and K are padded with zeros to `pad_to`; a block whose stored scale is 0 has codes 0 and decodes to 0."""
 
-    zero_policy: str = "a block of zeros gets scale 0 and codes 0"
-
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         config = super().config(shape, dtype)
         if self.work_shape(shape) != tuple(shape):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...algorithms.asymmetric import LEAST_GROUPS, InputPairs
-from ...errors import RequestError, counted
 from ...algorithms.rounders.gptq import Gptq
+from ...errors import RequestError, counted
 from ...numerics.footprint import following_bytes, needed_bytes
 from ..plan import LayerPlan
 from .lockstep import Lockstep, Stop, Visits, visits
