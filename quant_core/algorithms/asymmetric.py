@@ -1,11 +1,11 @@
 """What a layer should become when its inputs are off: the weight that makes up for the layers quantized before it.
 
-Let x be a layer's inputs in the unquantized model and y what the quantized layers before it deliver. Rounding W well still
-leaves (x - y) W^T. The best weight for y is W + W E[(x - y)^T y] E[y^T y]^-1, and error feedback rounds towards that instead.
-Source: the asymmetric term of GPTAQ, arXiv 2504.02692, here with a ridge that is chosen on calls kept aside.
+Let x be a layer's inputs in the unquantized model, and y what the quantized layers before it deliver. However well W
+is rounded, (x - y) W^T is left. The best weight for y is W + W E[(x - y)^T y] E[y^T y]^-1, so W is rounded towards
+that. Source: the asymmetric term of GPTAQ, arXiv 2504.02692, here with a ridge that is chosen on calls kept aside.
 
-Measured (bench/calibration/in_order.py): y must be what the FINAL layers before it deliver. Fitted to another rounding of them, it
-costs 2 to 4 dB, because most of what it undoes is the chance of that rounding.
+Measured (bench/calibration/in_order.py): y must be what the FINAL layers before it deliver. Fitted to another rounding
+of them, it costs 2 to 4 dB: most of what it undoes is the chance in that one rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROWS, _JUDGED_ROWS = 1 << 16, 1 << 12
 class InputPairs:
     """One layer's inputs at the same calls of the model. original[i], delivered[i]: [..., K], x and y of call i.
 
-    groups[i]: of the calls that are alike, the steps of one picture say; (): each is its own.
+    groups[i]: equal numbers for calls that are alike, such as the steps of one picture. (): no two are alike.
     """
 
     original: Sequence[Tensor]
@@ -47,10 +47,10 @@ class InputPairs:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """weight: float32 [N, K]. ridge: the chosen one, None where none helped and weight is as it was.
+    """weight: float32 [N, K]. ridge: the chosen one; None where none helped, and weight is as it was.
 
-    left: |(x - y) W^T + y (W - weight)^T| / |(x - y) W^T| on the calls kept aside: what is left of the error that the
-    inputs bring in; 1.0 where weight is as it was. notes: for the layer's report.
+    left: what is left of the error that the inputs bring in, |(x - y) W^T + y (W - weight)^T| / |(x - y) W^T| on the
+    calls kept aside. 1.0 where weight is as it was. notes: for the layer's report.
     """
 
     weight: Tensor
@@ -60,9 +60,9 @@ class Followed:
 
 
 def follow(w: Tensor, pairs: InputPairs, poll: Callable[[], None]) -> Followed:
-    """w: float32 [N, K]. The calls are split: three quarters fit, the others choose the ridge, or that it stays as it is.
+    """w: float32 [N, K]. Three quarters of the calls fit. The others choose the ridge, or that w stays as it is.
 
-    Fewer than LEAST_GROUPS groups cannot be split, and leave it. Memory: three matrices [K, K] and two of the weight's size.
+    Fewer than LEAST_GROUPS groups cannot be split: then w stays. Memory: three matrices [K, K] and two of w's size.
     """
     held = pairs.held()
     if not held:
@@ -75,7 +75,7 @@ def follow(w: Tensor, pairs: InputPairs, poll: Callable[[], None]) -> Followed:
             if call not in held:
                 sums.add(*_rows(pairs, call, share, w.device))
         parts = [_rows(pairs, call, max(1, _JUDGED_ROWS // len(held)), w.device) for call in sorted(held)]
-        y, missing = (torch.cat(side) for side in zip(*parts))
+        y, missing = (torch.cat(side) for side in zip(*parts, strict=True))
         before = float((missing @ w.T).square().sum(dtype=torch.float64))
         after = {}
         for one in RIDGES:

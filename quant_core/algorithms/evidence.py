@@ -13,7 +13,7 @@ class Evidence:
 
     hessian: float32 [K, K], X^T X / rows. hessian_diagonal: float32 [K], the mean square per channel.
     mean: float32 [K]. absmax: float32 [K]. rows: bf16 or float32 [R, K], held out, for judging only.
-    count: how many rows were seen. centre: the Hessian and its diagonal count without the mean, as make_objective takes them.
+    count: how many rows were seen. centre: make_objective takes the mean out of the Hessian and of its diagonal.
     """
 
     hessian: Tensor | None = None

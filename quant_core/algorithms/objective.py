@@ -74,8 +74,8 @@ def ratio(loss: float, reference: float) -> float:
 def make_objective(fmt: Format, evidence: Evidence, device: torch.device) -> Objective:
     """The objective for `fmt`'s work weight. A Hessian without any energy (no input was ever seen) counts as no data.
 
-    A Hessian that lies on another device, as one from a file does, is moved once. One on `device` is the caller's: it is
-    copied where it must be changed (centred, rotated).
+    A Hessian on another device, as one from a file is, is moved once. One on `device` is the caller's: it is copied
+    where it must be changed (centred, rotated).
     """
     mean = evidence.mean.to(device, torch.float32) if evidence.centre and evidence.mean is not None else None
     if evidence.hessian is not None:

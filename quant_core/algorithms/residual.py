@@ -1,7 +1,7 @@
 """A low-rank part of what quantizing lost, written as a LoRA file that stock ComfyUI loads beside the model.
 
-It has to stay apart from the quantized weights, as in ComfyUI's bypass loader. The usual loader adds it to them and rounds
-the sum again: measured 2 to 8 dB worse than without it (docs/loras.md).
+It has to stay apart from the quantized weights, as in ComfyUI's bypass loader. The usual loader adds it to them and
+rounds the sum again: measured 2 to 8 dB worse than without it (docs/loras.md).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -25,8 +24,8 @@ from .options import Settings, setting
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # For users, and in the file's header.
 HOW_TO_LOAD = (
-    "Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of weight and "
-    "LoRA again, which makes the model worse."
+    "Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of "
+    "weight and LoRA again, which makes the model worse."
 )
 _DAMPING = 0.01  # share of the Hessian's diagonal
 _SCARCE = 0.5  # damping grows to this many times K / rows: few rows must not decide which errors count
@@ -45,7 +44,7 @@ class LowRank(Settings):
     depth: int = setting(0, low=0, option="residual_depth")
 
     def wants(self, layer: str) -> bool:
-        """Whether this layer gets a low-rank part. RequestError when the regex is none."""
+        """Whether this layer gets a low-rank part. RequestError when `target` does not compile."""
         if self.rank == 0:
             return False
         try:
@@ -59,8 +58,10 @@ class LowRank(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """up: bfloat16 [N, r]; down: bfloat16 [r, K]; up @ down approximates W - Wq. error, corrected_error: relative, of
-    the layer without and with it, under the objective that chose it."""
+    """up: bfloat16 [N, r]. down: bfloat16 [r, K]. up @ down approximates W - Wq.
+
+    error, corrected_error: relative, of the layer without and with it, under the objective that chose it.
+    """
 
     up: Tensor
     down: Tensor
@@ -116,7 +117,7 @@ def save_residuals(
     Raises RequestError: there is no residual; OutputError.
     """
     target = Path(path)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for layer, residual in residuals.items():
         up, down = lora_keys(layer)
         tensors[up], tensors[down] = residual.up.cpu().contiguous(), residual.down.cpu().contiguous()

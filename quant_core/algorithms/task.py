@@ -70,8 +70,8 @@ class Rounded:
 class Begun:
     """What a rounder settled before the scales are chosen.
 
-    weights: what the chooser weighs the columns by (ScaleTask.weights). judge: what the result and round-to-nearest are
-    compared by. finish: takes the chosen scales, is called once, and may move the scales on.
+    weights: what the chooser weighs the columns by (ScaleTask.weights). judge: what the result and round-to-nearest
+    are compared by. finish: takes the chosen scales, is called once, and may move the scales on.
     """
 
     weights: Tensor | None

@@ -34,10 +34,10 @@ class Judgement:
 
     scales, rounding: the algorithms that ran, "auto" resolved; rounding is "nearest" after a fallback.
     objective: "output" (Hessian), "weighted" (its diagonal), "weight", or "projected" (learned rounding).
-    error, nearest_error: relative, under that objective, of the result and of round-to-nearest with absmax scales; None
-    where nothing was compared.
+    error, nearest_error: relative, under that objective, of the result and of round-to-nearest with absmax scales.
+    None where nothing was compared.
     fell_back: the algorithms ended above round-to-nearest, which was taken instead.
-    inputs_left: what is left of the error that the layers before bring in (Followed.left); None where that is not known.
+    inputs_left: what is left of the error that the layers before bring in (Followed.left); None where nobody knows.
     """
 
     scales: str = "absmax"
@@ -51,11 +51,12 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """tensors: {suffix: tensor} on the device where it was computed (see footprint.py). config: the comfy_quant object.
+    """tensors: {suffix: tensor}, on the device where they were computed (footprint.py). config: the comfy_quant
+    object.
 
     weight_error: relative Frobenius error of the re-decoded weight; None when it was not measured.
     notes: anything that differs from the recipe (a smaller rotation group, a fallback), in words. judgement: what was
-    used. bias: the corrected one, None where it stays. residual: the low-rank part, None unless the options ask for it.
+    used. bias: the corrected one, None where it stays. residual: the low-rank part, None where the recipe wants none.
     """
 
     tensors: dict[str, Tensor]
@@ -181,8 +182,8 @@ def _solve(job: _Job, task: Task, own: Tensor) -> tuple[Rounded, Judgement]:
 def _judge(task: Task, own: Tensor, judge: Aim, rounded: Rounded, judgement: Judgement) -> tuple[Rounded, Judgement]:
     """`rounded`, or round-to-nearest with absmax scales where that is better, as the rounder judges.
 
-    own: the layer's own work weight, which is what round-to-nearest rounds. Both errors are against task.work: in order
-    of execution that is another weight, which makes up for the layers before this one.
+    own: the layer's own work weight, which is what round-to-nearest rounds. Both errors are against task.work. In
+    order of execution that is another weight: the one that makes up for the layers before this one.
     """
     fmt, work, qp = task.fmt, task.work, task.fmt.absmax(own)
     with tensor_core_products(work.device):
@@ -193,8 +194,8 @@ def _judge(task: Task, own: Tensor, judge: Aim, rounded: Rounded, judgement: Jud
     if error <= nearest:
         return rounded, judgement
     note = (
-        f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), above "
-        f"{nearest:.4g} of round-to-nearest, which was taken instead"
+        f"{judgement.rounding} with {judgement.scales} scales ended at {error:.4g} ({judgement.objective} error), "
+        f"above {nearest:.4g} of round-to-nearest, which was taken instead"
     )
     return (
         Rounded(task.encode(own, qp), qp, (*rounded.notes, note)),

@@ -55,7 +55,7 @@ _SHORT = {"nf4": "bnb_nf4", "fp4": "bnb_fp4", "af4": "bnb_af4", "hybrid_mxfp8": 
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """rules: the most specific first. default: the recipe for all other layers, None where the file has no _default."""
+    """rules: the most specific first. default: the recipe for all other layers, None without _default."""
 
     rules: tuple[Rule, ...]
     default: Recipe | None

@@ -252,6 +252,6 @@ def keep_patterns(names: Iterable[str], layers: Iterable[str]) -> tuple[str, ...
 
 
 def matching(parts: Iterable[str], layers: Iterable[str]) -> tuple[str, ...]:
-    """The parts that occur in some layer's name, escaped and sorted: a regex that matches nothing would be an error."""
+    """The parts that occur in some layer's name, escaped and sorted: a regex without a match would be an error."""
     everything = list(layers)
     return tuple(re.escape(part) for part in sorted(parts) if any(part in layer for layer in everything))

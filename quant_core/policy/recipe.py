@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,9 +90,9 @@ def parse_recipe(
 ) -> Recipe:
     """A recipe from the names of its algorithms and from their settings, as users give them.
 
-    "auto" for either is decided per layer by what is known of its inputs (`Recipe.resolve`). options: of any algorithm;
-    those of one that does not run are checked as well. RequestError: an algorithm's name or an option is unknown, or an
-    option's value does not fit.
+    "auto" for either is decided per layer by what is known of its inputs (`Recipe.resolve`). options: of any
+    algorithm; those of an algorithm that does not run are checked too. RequestError: there is no such algorithm or
+    option, or an option does not take the value.
     """
     asked = dict(options or {})
     _check_name("scales", scales, SCALES)
@@ -105,6 +105,6 @@ def parse_recipe(
     return Recipe(fmt, chooser, rounder, seed, parse_settings(LowRank, asked), asked)
 
 
-def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
+def _check_name(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join(known)}.")

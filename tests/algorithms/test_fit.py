@@ -189,7 +189,8 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-# A layer of 3072 x 3072 is cut into 20 or 28 slices; so is this small one, and what judges it takes the share it takes there.
+# A layer of 3072 x 3072 is cut into 20 or 28 slices; so is this small one, and what judges it takes the share it takes
+# there.
 @pytest.mark.parametrize(
     "optimizer, relaxation, turns, objective, name",
     [

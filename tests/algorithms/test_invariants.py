@@ -109,11 +109,11 @@ def test_result_is_stored_judged_hardened_and_no_worse_than_nearest(fmt, scales,
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_gptq_lowers_the_output_error_and_more_so_than_scales_alone(fmt):
     w, x, held_out = weight(), inputs(), inputs(seed=9)
-    error = lambda scales, rounding: relative_error(  # noqa: E731
-        w @ held_out.T,
-        decoded(fmt, quantize_layer("l", w, parse_recipe(fmt, scales, rounding), evidence(x)), tuple(w.shape))
-        @ held_out.T,
-    )
+
+    def error(scales, rounding):
+        result = quantize_layer("l", w, parse_recipe(fmt, scales, rounding), evidence(x))
+        return relative_error(w @ held_out.T, decoded(fmt, result, tuple(w.shape)) @ held_out.T)
+
     assert error("search", "gptq") < 0.75 * error("absmax", "nearest")
 
 

@@ -1,4 +1,4 @@
-"""The residual LoRA's file: the names that ComfyUI looks up, what it says of itself, and what the command prints about it."""
+"""The residual LoRA's file: the names that ComfyUI looks up, what it says of itself, and what the command prints."""
 
 from pathlib import Path
 

@@ -25,7 +25,10 @@ NVFP4 = get_format("nvfp4")
 def layer(mean=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(64, 96, generator=generator)
-    draw = lambda rows: torch.randn(rows, 96, generator=generator) * torch.linspace(4, 0.1, 96) + mean  # noqa: E731
+
+    def draw(rows):
+        return torch.randn(rows, 96, generator=generator) * torch.linspace(4, 0.1, 96) + mean
+
     x, held_out = draw(600), draw(300)
     return w, x, Evidence(hessian=x.T @ x / 600, mean=x.mean(0), rows=held_out, count=600)
 
@@ -71,7 +74,10 @@ def test_residual_lowers_the_error_it_was_made_for(data):
 def test_weighted_residual_beats_the_plain_one_on_the_output():
     w, x, evidence = layer()
     error = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
-    loss = lambda parts: float((x @ (error - parts[0] @ parts[1]).T).norm())  # noqa: E731
+
+    def loss(parts):
+        return float((x @ (error - parts[0] @ parts[1]).T).norm())
+
     assert loss(low_rank(error, 8, Objective(evidence.hessian))) < 0.95 * loss(low_rank(error, 8, Objective()))
 
 

@@ -113,7 +113,10 @@ def test_kernel_agrees_with_the_torch_pass(kind, shape):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=generator).to(device)  # noqa: E731
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator).to(device)
+
     original, old = draw(*shape), 0.1 * draw(*shape)
     target = original + 0.1 * draw(*shape)
     inner = (0.2 * draw(shape[1], shape[1])).fill_diagonal_(0)
@@ -139,7 +142,10 @@ def test_scales_updated_on_the_way_round_to_themselves_and_beat_nearest(fmt, ord
     given = task(fmt, w, hessian(256))
     start = fmt.absmax(given.work)
     result = Gptq(group_scales="updated", order=order).begin(given).finish(start)
-    loss = lambda codes, qp: given.objective.loss(fmt.decode(codes, qp) - given.work)  # noqa: E731
+
+    def loss(codes, qp):
+        return given.objective.loss(fmt.decode(codes, qp) - given.work)
+
     assert loss(result.codes, result.qp) < 0.7 * loss(fmt.encode(given.work, start), start)
 
 

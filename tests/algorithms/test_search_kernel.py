@@ -43,7 +43,7 @@ def test_losses_and_least_squares_are_those_of_torch(fmt, weighted, kernel):
             search.block_loss(task, smaller),
             search.least_squares(task, base).effective(),
         ]
-    for torchs, ours in zip(got[False], got[True]):
+    for torchs, ours in zip(got[False], got[True], strict=True):
         assert ours.shape == torchs.shape and torch.allclose(ours, torchs, rtol=2e-4, atol=1e-12)
     assert not torch.equal(got[True][0], got[True][1])
 

@@ -44,9 +44,9 @@ class Search(Chooser):
 
     name: ClassVar[str] = "search"
     explain: ClassVar[str] = (
-        "tries several per block and keeps the best, a few times slower. Without a calibration that is the best for the "
-        "weights alone: in layers with strong input channels the error of what comes out can rise, and 'absmax' is safer "
-        "there."
+        "tries several per block and keeps the best, a few times slower. Without a calibration that is the best for "
+        "the weights alone: in layers with strong input channels the error of what comes out can rise, and 'absmax' "
+        "is safer there."
     )
     refits: int = setting(3, low=0, high=50, option="search_refits")
     guard: float = setting(1.25, low=0.0, high=1000.0, option="search_guard")
@@ -132,7 +132,7 @@ def block_loss(task: ScaleTask, qp: QParams) -> Tensor:
 
 
 def _fused_sums(task: ScaleTask, qp: QParams) -> Tensor | None:
-    """search_triton.block_sums. None where it cannot run: on a CPU, and for grids with zero points or own codebooks."""
+    """search_triton.block_sums. None where it cannot run: on a CPU, for grids with zero points or own codebooks."""
     if not runs_triton(task.work.device):
         return None
     levels = task.fmt.levels(task.work.device)

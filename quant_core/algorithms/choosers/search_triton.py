@@ -1,7 +1,8 @@
 """The sums of a scale search as one kernel: rounding a weight to the nearest level and summing over each block.
 
-search.block_loss and search.least_squares in torch are the specification; sums agree but for the order of float32 sums.
-Nothing of the weight's size is allocated, and a candidate takes one launch. Needs float32, levels ascending.
+search.block_loss and search.least_squares in torch are the specification. The results agree but for the order of
+float32 sums. Nothing of the weight's size is allocated, and a candidate takes one launch. Needs float32, levels
+ascending.
 """
 
 from __future__ import annotations

@@ -1,28 +1,30 @@
 """The one optimisation loop of learned rounding. Judged, kept and stopped by the hardened result only.
 
-Every iteration goes through the layer in slices of rows: what is kept of a weight is the relaxation's variable, the
-optimizer's memory and one bit, and all else lives as long as its slice.
+Every iteration goes through the layer in slices of rows. What is kept of a weight is the relaxation's variable, the
+optimizer's memory and one bit. All else lives as long as its slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .neighbours import Choice, Neighbours, pack_bits
-from .optimizers import OPTIMIZERS
-from .relaxations import harden
+from .objectives import Target
+from .optimizers import OPTIMIZERS, Optimizer
+from .relaxations import Relaxation, harden
 from .schedules import ScheduleSettings, StopRule, make_schedule
 
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """iterations: at most. rate: the first learning rate. heavier: how much larger than round-to-nearest's the plain
-    weight error may be for a result to be kept (1.05: five per cent)."""
+    """iterations: at most. rate: the first learning rate.
+
+    heavier: a result is kept only if its plain weight error is at most this many times that of round-to-nearest.
+    """
 
     iterations: int = 400
     optimizer: str = "original"
@@ -35,8 +37,11 @@ class FitSettings:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """choice: None when nothing better than round-to-nearest was found. start_loss: round-to-nearest's; loss: of the
-    choice, relative to it. iterations: done. stopped_by: "loss", "lr", "stall" or "iterations"."""
+    """choice: None when nothing better than round-to-nearest was found. iterations: how many were done.
+
+    start_loss: that of round-to-nearest. loss: that of the choice, relative to it.
+    stopped_by: "loss", "lr", "stall" or "iterations".
+    """
 
     choice: Choice | None
     start_loss: float
@@ -46,21 +51,21 @@ class FitResult:
 
 
 def fit(
-    grid: Neighbours, relaxation: Any, objective: Any, settings: FitSettings, poll: Callable[[], None]
+    grid: Neighbours, relaxation: Relaxation, objective: Target, settings: FitSettings, poll: Callable[[], None]
 ) -> FitResult:
     """Starts from round-to-nearest on `grid`."""
     state = _State(grid, relaxation, objective, OPTIMIZERS[settings.optimizer](), poll)
     first, squared = state.begin()
     if first == 0.0:
         return FitResult(None, first, 0.0, 0, "loss")
-    schedule = make_schedule(settings.schedule, settings.rate, settings.schedule_settings, tuple(grid.work.shape))
+    schedule = make_schedule(settings.schedule, settings.rate, settings.schedule_settings, grid.shape)
     choice, best_loss, allowed, stalled, stopped, done = None, 1.0, squared * settings.heavier**2, 0, "iterations", 0
     for done in range(1, settings.iterations + 1):
         judged = done % relaxation.judged_every == 0 or done == settings.iterations
         hard = state.step(schedule.rate, done / settings.iterations, judged)
         if not judged:
             continue
-        loss, fits = objective.value(hard.shares) / first, float(hard.squared) <= allowed
+        loss, fits = objective.value(hard.total) / first, float(hard.squared) <= allowed
         schedule.step(loss)
         stalled += 1
         if loss < best_loss and fits:
@@ -73,35 +78,43 @@ def fit(
 
 
 class _Sums:
-    """Of an error, over the slices: the objective's shares, and the plain squares as float64 ()."""
+    """Of an error, over the slices so far: the objective's shares, and the plain squares in float64."""
 
-    def __init__(self, objective: Any) -> None:
-        self.objective, self.shares, self.squared = objective, None, None
+    def __init__(self, objective: Target) -> None:
+        self.objective = objective
+        self.shares: Tensor | None = None
+        self.squared: Tensor | float = 0.0
 
     def add(self, error: Tensor, rows: slice) -> None:
-        squared = error.square().sum(dtype=torch.float64)
+        self.squared = error.square().sum(dtype=torch.float64) + self.squared
         share = self.objective.share(error, rows)
         self.shares = share if self.shares is None else self.shares.add_(share)
-        self.squared = squared if self.squared is None else self.squared.add_(squared)
+
+    @property
+    def total(self) -> Tensor:
+        """The shares of all slices together."""
+        if self.shares is None:
+            raise ValueError("no slice was added")
+        return self.shares
 
 
 class _State:
     """What is kept between iterations: the variable, and what the objective needs to know of its present value."""
 
     def __init__(
-        self, grid: Neighbours, relaxation: Any, objective: Any, optimizer: Any, poll: Callable[[], None]
+        self,
+        grid: Neighbours,
+        relaxation: Relaxation,
+        objective: Target,
+        optimizer: Optimizer,
+        poll: Callable[[], None],
     ) -> None:
-        self.grid, self.relaxation, self.objective, self.optimizer, self.poll = (
-            grid,
-            relaxation,
-            objective,
-            optimizer,
-            poll,
-        )
+        self.grid, self.poll = grid, poll
+        self.relaxation, self.objective, self.optimizer = relaxation, objective, optimizer
         self.slices = grid.slices(optimizer.parts)
         self.variable = torch.empty(grid.work.shape, dtype=optimizer.stored, device=grid.work.device)
-        self.soft: _Sums | None = None  # of the relaxed result, where one slice's gradient depends on the others
-        self.unit: Tensor | float = 1.0
+        self.soft = _Sums(objective)  # of the relaxed result, where one slice's gradient depends on the others
+        self.unit = 1.0  # a typical gradient
 
     def begin(self) -> tuple[float, float]:
         """Puts the variable at its start. Round-to-nearest's loss and squared error."""
@@ -115,9 +128,9 @@ class _State:
             del low, high
             nearest.add(self.grid.nearest_error(rows), rows)
         self.soft = soft
-        first = self.objective.value(nearest.shares)
+        first = self.objective.value(nearest.total)
         if first > 0:
-            self.unit = self._typical_gradient(nearest.shares)
+            self.unit = self._typical_gradient(nearest.total)
         return first, float(nearest.squared)
 
     def _typical_gradient(self, shares: Tensor) -> float:
@@ -136,7 +149,8 @@ class _State:
         for index, rows in enumerate(self.slices):
             self.poll()
             self._step(index, rows, rate, progress, soft, hard if judged else None)
-        self.soft = hard if self.relaxation.judged_every == 1 else soft  # there both are the same
+        # A relaxation that is judged in every iteration is hard already: both results are the same.
+        self.soft = hard if self.relaxation.judged_every == 1 else soft
         return hard
 
     def _step(self, index: int, rows: slice, rate: float, progress: float, soft: _Sums, hard: _Sums | None) -> None:

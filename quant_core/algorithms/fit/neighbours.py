@@ -1,6 +1,7 @@
 """The two grid points next to every weight, a slice of rows at a time, and which of the two each weight takes.
 
-Kept for the whole layer the points would be two copies of the weight, and what computes them ten; a choice is one bit.
+For the whole layer at once the points would be two copies of the weight, and what computes them ten. A choice is one
+bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ...formats.base import Format
 from ...formats.tiles import encode_rows, tile
 from ...numerics.scales import Granularity, QParams
 
-# Weights in a slice: at least so many, for a GPU's sake, and on a CPU at most so many, which stay in its cache.
+# Weights in a slice: at least so many, so that a GPU has enough to do; on a CPU at most so many, to stay in its cache.
 FEWEST, _MOST_ON_CPU = 1 << 18, 1 << 19
 _OWN_CODEBOOK = 3  # a format with a codebook in the file brackets through 16 levels for every weight: smaller slices
 
@@ -27,9 +28,13 @@ class Neighbours:
     work: Tensor
     qp: QParams
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.work.shape[0], self.work.shape[1]
+
     def slices(self, parts: int) -> list[slice]:
-        """About `parts` slices of whole block rows; fewer in a small layer. They depend on shape and device type only."""
-        n, k = self.work.shape
+        """About `parts` slices of whole block rows, fewer in a small layer. Only shape and device type count."""
+        n, k = self.shape
         parts = parts if self.qp.codebook is None else parts * _OWN_CODEBOOK
         weights = max(FEWEST, n * k // parts)
         weights = weights if self.work.is_cuda else min(weights, _MOST_ON_CPU)
@@ -38,8 +43,7 @@ class Neighbours:
         return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _part(self, rows: slice) -> tuple[Tensor, QParams]:
-        shape = (self.work.shape[0], self.work.shape[1])
-        return self.work[rows], tile(self.fmt, self.qp, shape, rows, slice(0, shape[1]))
+        return self.work[rows], tile(self.fmt, self.qp, self.shape, rows, slice(0, self.shape[1]))
 
     def bracket(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(low, high), float32: low <= weight <= high, equal on the grid and beyond its ends."""
@@ -54,7 +58,7 @@ class Neighbours:
     def rounded(self, choice: Choice) -> Tensor:
         """float32 [Np, Kp], on the grid."""
         whole = torch.empty_like(self.work)
-        for rows, bits in zip(choice.slices, choice.bits):
+        for rows, bits in zip(choice.slices, choice.bits, strict=True):
             whole[rows] = self._chosen(rows, bits)
         return whole
 
@@ -65,7 +69,7 @@ class Neighbours:
         return torch.cat(
             [
                 self.fmt.encode(self._chosen(rows, bits), self._part(rows)[1])
-                for rows, bits in zip(choice.slices, choice.bits)
+                for rows, bits in zip(choice.slices, choice.bits, strict=True)
             ]
         )
 

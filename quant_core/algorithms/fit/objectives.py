@@ -1,18 +1,44 @@
 """What learned rounding minimises, with gradients in closed form. E = rounded - weight, float32 [N, K], in row slices.
 
-Each slice gives its share; the shares' sum gives the loss, and is all that the gradient needs to know of the other rows.
+Each slice gives its share. The sum of the shares gives the loss, and is all that a gradient needs to know of other
+rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..task import Task
+
+
+class Target(Protocol):
+    """coupled: one slice's gradient depends on the other slices, through the sum of the shares."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def coupled(self) -> bool: ...
+
+    def share(self, error: Tensor, rows: slice) -> Tensor:
+        """A slice's share; leaves its `error` as it is."""
+
+    def value(self, shares: Tensor) -> float:
+        """The loss that is reported and judged. shares: the sum over all slices."""
+
+    def gradient(self, error: Tensor, rows: slice, shares: Tensor | None) -> Tensor:
+        """float32, of the shape of `error`, the slice's, which may be overwritten.
+
+        shares: the sum over all slices; None where nothing is coupled.
+        """
+
+    def total_loss(self, parts: Iterable[Tensor]) -> float:
+        """The loss of an error that comes in slices of any height, from its first row to its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +63,9 @@ class Projected:
         return float(shares.square().sum(dtype=torch.float64))
 
     def gradient(self, error: Tensor, rows: slice, shares: Tensor | None) -> Tensor:
-        """Overwrites `error`, the slice's. shares: the sum over all slices."""
+        """Overwrites `error`."""
+        if shares is None:
+            raise ValueError("the projected error couples all rows: its gradient needs the sum of the shares")
         return error.addmm_(self.left[rows] @ shares, self.right.T, beta=2 * self.ridge, alpha=2)
 
     def total_loss(self, parts: Iterable[Tensor]) -> float:
@@ -66,19 +94,21 @@ class Output:
         return _total_loss(self, parts)
 
 
-def _total_loss(objective: Any, parts: Iterable[Tensor]) -> float:
-    """parts: the error's rows from the first to the last, in slices of any height."""
+def _total_loss(objective: Target, parts: Iterable[Tensor]) -> float:
     shares, row = None, 0
     for part in parts:
         share = objective.share(part, slice(row, row + part.shape[0]))
         shares, row = share if shares is None else shares.add_(share), row + part.shape[0]
-    return objective.value(shares)
+    return 0.0 if shares is None else objective.value(shares)
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectionSettings:
-    """k = top_p * min(N, K), within min_k .. max_k. full_matrix: exact SVD instead of the randomised one; it takes
-    two copies of a square weight for the vectors, and the solver's own workspace."""
+    """How many directions: top_p * min(N, K), within min_k .. max_k.
+
+    full_matrix: exact SVD instead of the randomised one. For a square weight its vectors take two copies of the
+    weight, and the solver has a workspace of its own.
+    """
 
     top_p: float = 0.2
     min_k: int = 16
@@ -99,7 +129,7 @@ def projected(task: Task, settings: ProjectionSettings) -> Projected:
 
 
 def leading_directions(w: Tensor, rank: int, generator: torch.Generator, rounds: int = 4) -> tuple[Tensor, Tensor]:
-    """Orthonormal [N, rank] and [K, rank] that span about the leading singular spaces of w [N, K].
+    """Orthonormal [N, rank] and [K, rank] that nearly span the leading singular spaces of w [N, K].
 
     Subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4). The start is drawn on the CPU, for every device.
     """

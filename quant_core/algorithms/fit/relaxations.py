@@ -5,6 +5,9 @@ Both keep one number per weight; hardened, the weight takes `high` where that nu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -13,13 +16,32 @@ _SHARP, _SOFT = 2.0, 20.0
 _PUSHED_FROM = 0.2  # of the iterations
 
 
+class Relaxation(Protocol):
+    """judged_every: how many iterations lie between two looks at the hardened result."""
+
+    judged_every: int
+
+    def start(self, work: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The variable at the weight itself."""
+
+    def soft(self, variable: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The weight that the variable stands for."""
+
+    def gradient(self, variable: Tensor, of_gate: Tensor, progress: float, exact: bool) -> Tensor:
+        """The variable's gradient from that of the soft weight.
+
+        of_gate: times (high - low), in units of a typical one; it is overwritten. progress: 0 at the start, 1 at the
+        end. exact: the variable is kept as float32, so it is what it was set to.
+        """
+
+
 def harden(variable: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The grid points that the variable stands for, exactly: lerp by 0 or 1 is five times as fast as where on a CPU."""
+    """The grid points that the variable stands for, exactly. On a CPU this lerp is five times as fast as where."""
     return torch.lerp(low, high, (variable > 0).to(low.dtype))
 
 
 def _share(work: Tensor, low: Tensor, high: Tensor, of_none: float) -> Tensor:
-    """Where the weight lies between its neighbours, 0 .. 1; `of_none` where they are one."""
+    """Where the weight lies between its neighbours, 0 .. 1; `of_none` where both are the same."""
     gap = high - low
     share = (work - low).div_(gap.clamp(min=1e-30)).clamp_(0, 1)
     return share.masked_fill_(gap <= 0, of_none)
@@ -48,10 +70,9 @@ class AdaRound:
         return torch.lerp(low, high, self._gate(torch.sigmoid(variable)).clamp_(0, 1))
 
     def gradient(self, variable: Tensor, of_gate: Tensor, progress: float, exact: bool) -> Tensor:
-        """of_gate: the loss's gradient times (high - low), in units of a typical one; it is overwritten.
+        """A variable that is not exact does not start at the weight exactly, and waits for the push.
 
-        progress: 0 at the start, 1 at the end. exact: the variable is kept as float32. Else it does not start at the weight
-        exactly, and waits for the push: following its own rounding errors until then cost RAdam an eighth of its gain.
+        Following its own rounding errors until then cost RAdam an eighth of its gain.
         """
         if progress <= _PUSHED_FROM and not exact:
             return of_gate.zero_()
@@ -67,9 +88,10 @@ class AdaRound:
 
 
 class StraightThrough:
-    """rounded = the nearer of the two neighbours to w + moved * (high - low); the gradient passes the rounding unchanged.
+    """rounded = the neighbour that is nearer to w + moved * (high - low).
 
-    The variable is how far that lies above the middle, in gaps. Nothing is pushed: `pressure` is AdaRound's.
+    The gradient passes the rounding unchanged. The variable is how far that lies above the middle, in gaps. Nothing is
+    pushed: `pressure` is for AdaRound.
     """
 
     judged_every = 1
@@ -87,4 +109,4 @@ class StraightThrough:
         return of_gate
 
 
-RELAXATIONS = {"adaround": AdaRound, "straight_through": StraightThrough}
+RELAXATIONS: dict[str, Callable[[float], Relaxation]] = {"adaround": AdaRound, "straight_through": StraightThrough}

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Each is asked once per judged step whether the loss improved, and answers with the next rate."""
+"""Learning-rate schedules. After each judged step a schedule is told the loss, and answers with the next rate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSettings:
-    """gamma: factor per step (exponential). patience: steps without improvement before a cut; factor: the cut;
-    cooldown: steps after a cut that do not count; floor: the smallest rate (plateau). threshold: what counts as an
-    improvement, relative to the best loss ("rel") or absolute ("abs"). adaptive_mode: "simple-reset" forgets how long
-    it got worse at an improvement, "no-reset" does not. shape_influence: how much long, narrow layers slow plateau down.
+    """gamma: factor per step (exponential).
+
+    patience: steps without improvement before a cut. factor: the cut. cooldown: steps after a cut that do not count.
+    floor: the smallest rate. shape_influence: how much long, narrow layers slow it down (all plateau).
+    threshold: what counts as an improvement, relative to the best loss ("rel") or absolute ("abs").
+    adaptive_mode: an improvement makes "simple-reset" forget how long the loss did not fall; "no-reset" remembers.
     """
 
     gamma: float = 0.99
@@ -26,8 +28,9 @@ class ScheduleSettings:
 
 
 # (steps up to which the tier holds, factor of the rate per step), for steps in a row that improved / did not.
-IMPROVING = ((50, 1.05), (100, 1.04), (200, 1.03), (400, 1.02), (math.inf, 1.01))
-WORSENING = ((10, 0.99), (50, 0.97), (100, 0.95), (math.inf, 0.9))
+_Tiers = tuple[tuple[float, float], ...]
+IMPROVING: _Tiers = ((50, 1.05), (100, 1.04), (200, 1.03), (400, 1.02), (math.inf, 1.01))
+WORSENING: _Tiers = ((10, 0.99), (50, 0.97), (100, 0.95), (math.inf, 0.9))
 
 
 class Schedule:
@@ -60,8 +63,8 @@ class Exponential(Schedule):
 class Plateau(Schedule):
     """Cuts the rate after `patience` steps without improvement.
 
-    aspect: longer side / shorter side of the layer. Patience grows with its root and the cut shrinks alike: a 4:1 layer
-    has twice the patience, and two cuts make one of a square layer's.
+    aspect: longer side / shorter side of the layer. Patience grows with its root, and the cut shrinks alike: a 4:1
+    layer has twice the patience, and two of its cuts make one of a square layer's.
     """
 
     def __init__(self, rate: float, settings: ScheduleSettings, aspect: float) -> None:
@@ -115,8 +118,10 @@ def make_schedule(name: str, rate: float, settings: ScheduleSettings, shape: tup
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Stops when the judged loss (relative to round-to-nearest's) or the rate falls below a bound, or nothing improves
-    for `stall` judged steps."""
+    """Stops when the judged loss (relative to round-to-nearest's) or the rate falls below a bound.
+
+    stall: stops as well when nothing improved for so many judged steps.
+    """
 
     loss: float = 5e-9
     rate: float = 1.01e-8

@@ -16,9 +16,9 @@ class Rounder(Settings, ABC):
     """Chooses codes. Its fields are its settings.
 
     name: in recipes, files and reports. explain: for users, a sentence or two that go on after the name.
-    weight_copies: float32 copies of the weight at the peak, the weight included. Measured by bench/rounding/synthetic.py
-    and rounded up; as long as nobody measured, the most that any rounder takes.
-    unbiased: it serves another aim than the smallest error, so its result is not compared with round-to-nearest.
+    weight_copies: float32 copies of the weight at the peak, the weight included; a layer that needs more than a GPU
+    has is computed on the CPU. bench/rounding/synthetic.py measures them. The default is the most that any rounder
+    took. unbiased: it serves another aim than the smallest error, so its result is not compared with round-to-nearest.
     """
 
     name: ClassVar[str]

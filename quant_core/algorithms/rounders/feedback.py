@@ -26,7 +26,7 @@ def feedback_pass(
 ) -> None:
     """errors: float32 [Np, Kp], columns in `order`, changed in place.
 
-    feedback(start, stop): float32 [R, stop - start], rows for the first R columns of `order`, R >= stop; 0 where a
+    feedback(start, stop): float32 [R, stop - start], rows for the first R columns of `order`, R >= stop. 0 where a
     column would feed itself.
     """
     k = order.numel()

@@ -34,9 +34,9 @@ class Gptq(Rounder):
     """damping: share of the Hessian's diagonal added to it, more where the rows are few.
 
     order: which columns are rounded first. group_scales: "static" chooses all scales beforehand, "updated" while the
-    columns advance (group_scales.py). sweeps: coordinate descents afterwards; a third and a fourth were measured to give
-    at most 0.2 dB more. refits: how many of them start with a re-fit of the scales, where the format has fine scales for
-    rows (refit.py says why).
+    columns advance (group_scales.py). sweeps: coordinate descents afterwards. A third and a fourth were measured to
+    give at most 0.2 dB more. refits: how many of them start with a re-fit of the scales, where the format has fine
+    scales for rows (refit.py says why).
     """
 
     name: ClassVar[str] = "gptq"
@@ -53,9 +53,10 @@ class Gptq(Rounder):
     def begin(self, task: Task) -> Begun:
         """Factors the Hessian, and has the scales chosen by what feedback leaves of each column's error.
 
-        That is the factor's pivot D_k, not the channel's mean square H_kk: errors that later columns undo do not count.
-        Where pivots span many orders of magnitude, they alone let scales clip what no later column can undo (measured:
-        2.8 times the error of nearest on one layer in blocks of 128 x 128). So their geometric mean with H_kk decides.
+        What is left is the factor's pivot D_k, not the channel's mean square H_kk: errors that later columns undo do
+        not count. Pivots that span many orders of magnitude alone let scales clip what no later column can undo
+        (measured: 2.8 times the error of nearest on one layer in blocks of 128 x 128). So the geometric mean of D_k
+        and H_kk decides.
         """
         objective = task.objective
         if objective.hessian is None or objective.diagonal is None:

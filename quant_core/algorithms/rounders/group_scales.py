@@ -1,8 +1,8 @@
-"""Scales chosen while the columns advance: each group's when its turn comes, for the weights as feedback has moved them.
+"""Scales chosen while the columns advance: a group's when its turn comes, for the weights as feedback has moved them.
 
 Groups are taken whole, those with the strongest inputs first. Measured on trained layers against scales chosen
 beforehand and columns in their own order: +0.5 dB for NVFP4 and +0.4 dB for W4A8 (groups of 16), -0.1 to -0.5 dB for
-groups of 32 and more, which lose more by the coarser order; and a search per group costs several times the time.
+groups of 32 and more, which lose more by the coarser order. A search per group takes several times as long.
 """
 
 from __future__ import annotations

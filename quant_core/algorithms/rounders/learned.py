@@ -1,9 +1,10 @@
 """Learned rounding: gradient descent over which of its two grid neighbours each weight becomes.
 
-It lowers the error along the weight's leading singular directions, or the output error where inputs are known. It costs
-hundreds of passes; where there is data, gptq ends lower in a fraction of the time. Memory: beyond the work weight and the
-Hessian at most three copies of the weight, one and a half to two with the `original` optimizer; more in layers of a few
-million weights, whose slices are not made smaller, and with full_matrix.
+It lowers the error along the weight's leading singular directions, or the output error where inputs are known. It
+costs hundreds of passes. Where there is data, gptq ends lower in a fraction of the time.
+
+Memory, beyond the work weight and the Hessian: at most three copies of the weight, one and a half to two with the
+`original` optimizer. More with full_matrix, and in layers of a few million weights, whose slices are not made smaller.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ _NO_INPUTS = (
 
 @dataclass(frozen=True, slots=True)
 class Learned(Rounder):
-    """learn_objective: "auto" is "output" with a Hessian, else "projected". The rest: fit/loop.py, fit/schedules.py,
-    fit/objectives.py under the same names. scale_refinement: fits in a row, the scales re-fitted between them.
+    """learn_objective: "auto" is "output" with a Hessian, else "projected". max_weight_error: FitSettings.heavier.
+
+    scale_refinement: fits in a row, the scales re-fitted between them. `_fit_settings` and `_projection` say which
+    settings of fit/ the others are.
     """
 
     name: ClassVar[str] = "learned"

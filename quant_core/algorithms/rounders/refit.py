@@ -15,17 +15,20 @@ from ..task import Task
 
 
 def worth_refitting(fmt: Format) -> bool:
-    """Scales of rows gain 1 to 2 % of the error. Those of groups gain 0.5 %, for up to half of the time on a GPU; coarse
-    stored scales snap back to where they were, and one scale for many rows has nothing left to gain."""
+    """Whether a format has fine scales for rows: those gain 1 to 2 % of the error.
+
+    Scales of groups gain 0.5 %, for up to half of the time on a GPU. Coarse stored scales snap back to where they
+    were. One scale for many rows has nothing left to gain.
+    """
     return fmt.granularity is Granularity.ROW and fmt.scale_dtype.searched is None
 
 
 def refit_scales(task: Task, hessian: Tensor, qp: QParams, errors: Tensor, added: Tensor) -> QParams:
     """errors: float32 [Np, Kp] = work - rounded in channel order, changed in place to those of the new scales.
 
-    hessian: float32 [Kp, Kp]. added: float32 [Kp], what is added to its diagonal. Each block's scale moves to the minimum of the quadratic
-    objective, is snapped to what can be stored, and is kept only where the decoded result is better, so the
-    objective never rises. The format is one that `worth_refitting` accepts.
+    hessian: float32 [Kp, Kp]. added: float32 [Kp], what is added to its diagonal. Each block's scale moves to the
+    minimum of the quadratic objective, is snapped to what can be stored, and is kept only where the decoded result is
+    better, so the objective never rises. The format is one that `worth_refitting` accepts.
     """
     fmt, shape = task.fmt, task.shape
     scale, zero = qp.scale.clone(), None if qp.zero is None else qp.zero.clone()
