@@ -215,7 +215,10 @@ class Format(ABC):
         return QParams(self.scale_dtype.snap(scale))
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
-        """Nearest codes [Np, Kp] under these scales. Values already on the grid keep their codes."""
+        """Nearest codes [Np, Kp] under these scales. Values already on the grid keep their codes.
+
+        For a part of a weight: of a whole one on a GPU it takes up to four copies, and `tiles.encode_rows` one slice.
+        """
         work = work.contiguous()
         block, scale = self.block(tuple(work.shape)), qp.effective()
         codes = torch.empty(work.shape, dtype=self.element.dtype, device=work.device)
