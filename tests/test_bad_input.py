@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_quantpress.cli.main import main
+from comfyui_quantpress.quant_core.checkpoint.sink import Sink
 from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.pipeline import run as run_module
 from safetensors.torch import load_file, save_file
@@ -405,19 +406,20 @@ def hooked(monkeypatch):
     """Calls a function when the conversion reaches a moment."""
 
     def hook(moment: str, action) -> None:
-        real = getattr(run_module, moment)
+        owner = Sink if moment == "copy" else run_module
+        real = getattr(owner, moment)
 
         def hooked_function(*args, **named):
             action()
             return real(*args, **named)
 
-        monkeypatch.setattr(run_module, moment, hooked_function)
+        monkeypatch.setattr(owner, moment, hooked_function)
 
     return hook
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["read_weight", "make_plan", "open_sink", "quantize_layer", "_write", "_copy"])
+@pytest.mark.parametrize("moment", ["read_weight", "make_plan", "open_sink", "quantize_layer", "_write", "copy"])
 def test_a_signal_at_any_moment_leaves_nothing(moment, number, hooked, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("comfyui_quantpress.quant_core.cancel._ASK_EVERY_S", 0.0)
     hooked(moment, lambda: signal.raise_signal(number))
