@@ -16,12 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import OutputError, RequestError
+from ..names.prefixes import lora_name
 from .factor import damped
 from .fit.objectives import leading_directions
 from .objective import Objective, ratio
 from .options import Settings, setting
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # For users, and in the file's header.
 HOW_TO_LOAD = (
     "Load it with ComfyUI's node Load LoRA (Bypass, Model Only), strength 1. The usual Load LoRA rounds the sum of "
@@ -102,11 +102,7 @@ def make_residual(w: Tensor, error: Tensor, rank: int, objective: Objective) -> 
 
 def lora_keys(layer: str) -> tuple[str, str]:
     """The tensor names of a layer's up and down parts, as ComfyUI looks them up. layer: as in the checkpoint."""
-    for prefix in _PREFIXES:
-        if layer.startswith(prefix):
-            layer = layer.removeprefix(prefix)
-            break
-    return f"diffusion_model.{layer}.lora_up.weight", f"diffusion_model.{layer}.lora_down.weight"
+    return f"{lora_name(layer)}.lora_up.weight", f"{lora_name(layer)}.lora_down.weight"
 
 
 def save_residuals(

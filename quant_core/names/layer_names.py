@@ -6,30 +6,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import RequestError
-
-# What stands before a layer's own name, the longest first. Several may stand there in a row.
-PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "unet.",
-    "net.",
-    "model.",
-)
-# Kohya-type LoRAs join with underscores after one of these.
-UNDERSCORE_PREFIXES = (
-    "lora_unet_",
-    "lora_transformer_",
-    "lora_prior_unet_",
-    "lycoris_unet_",
-    "lycoris_",
-    "lora_te1_",
-    "lora_te2_",
-    "lora_te3_",
-    "lora_te_",
-)
-TEXT_ENCODER = re.compile(r"^(lora_te\d?_|lora_t5|text_encoders?[._]|text_encoder_\d[._]|te\d?_|clip_[lg]\.|t5xxl\.)")
+from .prefixes import UNDERSCORE_PREFIXES, strip_prefixes
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -73,15 +50,6 @@ _DIFFUSERS = tuple(
         (r"joint_blocks\.(\d+)\.context_block\.adaLN_modulation\.1", (f"{_JOINT}.norm1_context.linear",)),
     )
 )
-
-
-def strip_prefixes(name: str) -> str:
-    """The name without any of PREFIXES before it."""
-    while True:
-        found = next((prefix for prefix in PREFIXES if name.startswith(prefix) and len(name) > len(prefix)), None)
-        if found is None:
-            return name
-        name = name[len(found) :]
 
 
 class LayerNames:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import InputFileError, some_of
-from .layer_names import TEXT_ENCODER, LayerNames
+from .layer_names import LayerNames
+from .prefixes import TEXT_ENCODER
 
 
 class Factor(Enum):

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import PlanError, counted
+from ..names.prefixes import strip_prefix
 from .recipe import Recipe
-
-# Longest first: `model.diffusion_model.` must go before `model.`.
-CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
 
 # (why a layer is kept, what its name looks like). The first rule that matches is named in the plan.
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -119,13 +117,6 @@ class Policy:
         if self.only:
             return None if any(re.search(pattern, layer) for pattern in self.only) else NOT_NAMED
         return name_rule(layer)
-
-
-def strip_prefix(layer: str) -> str:
-    for prefix in CHECKPOINT_PREFIXES:
-        if layer.startswith(prefix):
-            return layer[len(prefix) :]
-    return layer
 
 
 def name_rule(layer: str) -> str | None:

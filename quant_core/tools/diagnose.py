@@ -14,6 +14,7 @@ from ..errors import InputFileError, RequestError, counted
 from ..formats import get_format
 from ..formats.base import Format
 from ..names.diffusers import diffusers_warning
+from ..names.prefixes import prefix_changes
 from ..pipeline.verify import Finding, check_file
 from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
 from ..stored.inferred import Inferred, infer
@@ -21,7 +22,7 @@ from ..stored.layers import StoredLayer, describe_layer, layer_names
 from ..stored.legacy import CODED, is_modelopt
 from ..stored.suffixes import QUANT_SUFFIXES
 from .configs import header_object
-from .prefixes import moved_layers, prefix_changes
+from .moved import moved_layers
 
 MODELOPT = "modelopt"
 BEYOND_REPAIR = ("scale-value", "bias-shape")

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..checkpoint.header import CODE_TO_TORCH
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, counted, some_of
-from ..names.layer_names import TEXT_ENCODER, LayerNames, diffusers_names, strip_prefixes
+from ..names.layer_names import LayerNames, diffusers_names
 from ..names.lora_keys import Factor, LoraKey, parse_lora_key
+from ..names.prefixes import TEXT_ENCODER, strip_prefixes
 from ..stored.layers import stored_layers
 from .rewrite import Draft, Rewrite
 

@@ -12,13 +12,12 @@ from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, RequestError, counted, some_of
+from ..names.prefixes import MODEL_PREFIX
 from ..progress import Clock, Progress
 from ..stored.foreign import part_of, refusal
 from ..stored.suffixes import QUANT_SUFFIXES
 from .configs import header_object
 from .rewrite import Draft, Rewrite
-
-MODEL_PREFIX = "model.diffusion_model."
 
 
 def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:

@@ -18,11 +18,12 @@ import torch
 from comfy_server import COMFYUI, PYTHON, ROOT, missing
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
+from comfyui_quantpress.quant_core.names.prefixes import MODEL_PREFIX
 from comfyui_quantpress.quant_core.pipeline.report import RunReport
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.tools.lora import bake
-from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split
+from comfyui_quantpress.quant_core.tools.merge import extract, insert, join, split
 from comfyui_quantpress.quant_core.tools.migrate import migrate
 from comfyui_quantpress.quant_core.tools.requantize import requantize
 from comfyui_quantpress.quant_core.tools.to_legacy import to_legacy

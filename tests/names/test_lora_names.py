@@ -11,8 +11,9 @@ from comfyui_quantpress.quant_core.input_scales.synthesise import (
     read_directions,
     simulated_magnitude,
 )
-from comfyui_quantpress.quant_core.names.layer_names import LayerNames, diffusers_names, strip_prefixes
+from comfyui_quantpress.quant_core.names.layer_names import LayerNames, diffusers_names
 from comfyui_quantpress.quant_core.names.lora_keys import Factor, LoraKey, index_lora, parse_lora_key
+from comfyui_quantpress.quant_core.names.prefixes import strip_prefixes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file

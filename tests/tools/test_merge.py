@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import format_of_layer, get_format  # noqa: E402
+from comfyui_quantpress.quant_core.names.prefixes import MODEL_PREFIX  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.tools.lora import RECORD_KEY, bake  # noqa: E402
-from comfyui_quantpress.quant_core.tools.merge import MODEL_PREFIX, extract, insert, join, split  # noqa: E402
+from comfyui_quantpress.quant_core.tools.merge import extract, insert, join, split  # noqa: E402
 from comfyui_quantpress.quant_core.tools.rewrite import Draft  # noqa: E402
 from tool_files import assert_untouched, canonical_file, config_of, decoded, weight  # noqa: E402
 

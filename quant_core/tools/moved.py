@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 from ..checkpoint.source import Source
-from ..policy.general import CHECKPOINT_PREFIXES
+from ..names.prefixes import prefix_changes
 from ..stored.legacy import CODED
 from ..stored.suffixes import QUANT_SUFFIXES
 
 _BESIDE = tuple(suffix for suffix in QUANT_SUFFIXES if suffix != "weight")
-
-
-def prefix_changes() -> Iterator[Callable[[str], str]]:
-    """Adding, and removing, each prefix that checkpoints have."""
-    for prefix in CHECKPOINT_PREFIXES:
-        yield lambda layer, prefix=prefix: prefix + layer
-        yield lambda layer, prefix=prefix: layer.removeprefix(prefix)
 
 
 def moved_layers(src: Source) -> dict[str, str]:
