@@ -17,6 +17,7 @@ from ..quant_core.errors import OutputError, RequestError
 from ..quant_core.formats import all_formats, get_format
 from ..quant_core.formats.base import Format
 from ..quant_core.numerics.metrics import snr_db
+from ..quant_core.pipeline.request import Request
 from ..quant_core.pipeline.run import convert
 from ..quant_core.pipeline.verify import VerifyReport, verify_file
 from ..quant_core.policy.recipe import Recipe
@@ -149,7 +150,7 @@ def _one_format(
     """The row, and the pictures [B, 3, 128, 128]."""
     path = out_dir / f"{fmt.name}.safetensors"
     stage("quantize")
-    report = convert(MODEL, path, Recipe(fmt), device="cpu", overwrite=True)
+    report = convert(Request(MODEL, path, Recipe(fmt), device="cpu", overwrite=True))
     stage("verify")
     verified = verify_file(path, against=MODEL)
     verified.raise_for_errors()

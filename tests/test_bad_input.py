@@ -18,6 +18,7 @@ import torch
 from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.quant_core.checkpoint.sink import Sink
 from comfyui_quantpress.quant_core.formats import all_formats
+from comfyui_quantpress.quant_core.pipeline import feed as feed_module
 from comfyui_quantpress.quant_core.pipeline import run as run_module
 from safetensors.torch import load_file, save_file
 
@@ -289,7 +290,7 @@ def test_a_folder_that_the_system_refuses_to_write_is_refused(model, tmp_path, c
 def test_a_full_disk_is_found_before_anything_is_read(model, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr(run_module, "read_weight", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(feed_module, "read_weight", lambda *args: pytest.fail("a weight was read"))
     args = ["quantize", model, tmp_path / "out.safetensors", "--format", "int8_rowwise"]
     assert_refused(capsys, tmp_path, args, "disk space", "Free some")
 
@@ -323,7 +324,7 @@ REPORTS = {
 def test_a_report_path_is_checked_before_the_conversion(case, model, tmp_path, capsys, monkeypatch):
     (tmp_path / "taken.json").write_text("precious")
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(run_module, "read_weight", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(feed_module, "read_weight", lambda *args: pytest.fail("a weight was read"))
     name, part = REPORTS[case]
     args = ["quantize", model, tmp_path / "out.safetensors", "--format", "int8_rowwise", "--report", tmp_path / name]
     assert_refused(capsys, tmp_path, args, "--report", part)
@@ -406,7 +407,7 @@ def hooked(monkeypatch):
     """Calls a function when the conversion reaches a moment."""
 
     def hook(moment: str, action) -> None:
-        owner = Sink if moment == "copy" else run_module
+        owner = {"copy": Sink, "read_weight": feed_module}.get(moment, run_module)
         real = getattr(owner, moment)
 
         def hooked_function(*args, **named):

@@ -15,6 +15,7 @@ from comfyui_quantpress.demo.sampler import load_conditioning, sample, simple_si
 from comfyui_quantpress.demo.sheet import difference, sheet_size
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import all_formats
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
@@ -135,7 +136,9 @@ def test_int8_per_row_is_closer_to_the_original_than_nvfp4(demo):
 @pytest.mark.parametrize("fmt", all_formats(), ids=lambda fmt: fmt.name)
 def test_every_format_loads_and_draws_nearly_the_same_velocity(fmt, probe, conditioning, tmp_path):
     path = tmp_path / "model.safetensors"
-    report = convert(MODEL, path, Recipe(fmt), Policy(only=(r"joint_blocks\.1\.x_block\.(attn|mlp)",)), device="cpu")
+    report = convert(
+        Request(MODEL, path, Recipe(fmt), Policy(only=(r"joint_blocks\.1\.x_block\.(attn|mlp)",)), device="cpu")
+    )
     loaded = load_model(path)
     assert sorted(loaded.layers) == sorted(layer.layer for layer in report.quantized)
     assert len(loaded.layers) == 4 and loaded.runs_through in (LAYOUT, DEQUANTIZED)

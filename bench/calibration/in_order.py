@@ -33,6 +33,7 @@ from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
@@ -176,7 +177,7 @@ def main() -> None:
                 else None
             )
             began = time.perf_counter()
-            report = convert(
+            request = Request(
                 SOURCE,
                 target,
                 parse_recipe(get_format(fmt), "search", "gptq"),
@@ -184,8 +185,9 @@ def main() -> None:
                 device=args.device,
                 overwrite=True,
                 calibration=CalibrationUse(calibration, args.bias),
-                live=live,
+                in_order=live is not None,
             )
+            report = convert(request, live=live)
             left = [
                 layer.judgement.inputs_left for layer in report.quantized if layer.judgement.inputs_left is not None
             ]

@@ -79,6 +79,7 @@ def _add_requantize(commands: argparse._SubParsersAction) -> None:
 
 def _requantize(args: argparse.Namespace) -> int:
     from ...quant_core.formats import get_format
+    from ...quant_core.pipeline.request import Request
     from ...quant_core.policy.recipe import parse_recipe
     from ...quant_core.tools.requantize import requantize
 
@@ -86,16 +87,9 @@ def _requantize(args: argparse.Namespace) -> int:
         fmt = get_format(args.format)
     fmt = fmt.with_options(args.group_size)
     recipe = parse_recipe(fmt, args.scales, args.rounding)
+    request = Request(args.input, args.output, recipe, device=args.device, overwrite=args.overwrite)
     with stop_on_signal() as cancel, show_progress("requantizing") as progress:
-        report = requantize(
-            args.input,
-            args.output,
-            recipe,
-            device=args.device,
-            overwrite=args.overwrite,
-            progress=progress,
-            cancel=cancel,
-        )
+        report = requantize(request, progress=progress, cancel=cancel)
     if args.json:
         print_json(report.to_json())
         return 0

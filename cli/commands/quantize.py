@@ -18,8 +18,7 @@ from ..shared.wording import named_flag
 
 if TYPE_CHECKING:
     from ...quant_core.pipeline.report import LayerReport, RunReport
-    from ...quant_core.policy.general import Policy
-    from ...quant_core.policy.recipe import Recipe
+    from ...quant_core.pipeline.request import Request
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -85,10 +84,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.dry_run and args.report:
         args.parser.error("--report needs a conversion; a dry run has its plan with --json")
-    recipe, policy = _request(args)
+    request = _request(args)
     if args.dry_run:
-        return _dry_run(args, recipe, policy)
-    report = _convert(args, recipe, policy)
+        _dry_run(request, args.json)
+        return 0
+    if args.report:
+        _check_report(args.report, request)
+    report = _convert(request)
     if args.report:
         from ..shared.report_file import write_report
 
@@ -97,15 +99,17 @@ def run(args: argparse.Namespace) -> int:
         print_json(report.to_json())
     else:
         _print_report(report)
-        if args.residual_lora:
+        if request.residual_lora is not None:
             from ...quant_core.algorithms.residual import HOW_TO_LOAD
 
-            print(f"{args.residual_lora}: {HOW_TO_LOAD}")
+            print(f"{request.residual_lora}: {HOW_TO_LOAD}")
     return 0
 
 
-def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
+def _request(args: argparse.Namespace) -> Request:
+    """What the flags ask for. Raises QuantPressError; SystemExit(2) for flags that need another one."""
     from ...quant_core.formats import get_format
+    from ...quant_core.pipeline.request import Request
     from ...quant_core.policy.general import Policy
     from ...quant_core.policy.recipe import parse_recipe
 
@@ -117,10 +121,21 @@ def _request(args: argparse.Namespace) -> tuple[Recipe, Policy]:
     recipe = parse_recipe(fmt, scales, rounding, args.seed, options)
     with named_flag("--fallback"):
         fallback = parse_recipe(get_format(args.fallback), scales, rounding, args.seed) if args.fallback else None
-    return recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
+    recipe, policy = recipe_options.apply(args, recipe, Policy(tuple(args.keep), tuple(args.only), fallback))
+    return Request(
+        args.input,
+        args.output,
+        recipe,
+        policy,
+        device=args.device,
+        calibration=calibration_options.read(args),
+        residual_lora=args.residual_lora,
+        overwrite=args.overwrite,
+        allow_nonfinite=args.allow_nonfinite,
+    )
 
 
-def _dry_run(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> int:
+def _dry_run(request: Request, as_json: bool) -> None:
     from contextlib import ExitStack
 
     from ...quant_core.calibration.use import open_use
@@ -128,21 +143,19 @@ def _dry_run(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> int:
     from ...quant_core.pipeline.plan import make_plan
     from ..shared.plan_view import plan_json, plan_lines
 
-    use = calibration_options.read(args)
     with ExitStack() as stack:
-        src = stack.enter_context(open_source(args.input))
-        known = stack.enter_context(open_use(use)) if use is not None else None
-        plan = make_plan(src, recipe, policy, calibration=known)
-    if args.json:
-        print_json(plan_json(plan, args.input, args.output, recipe))
-    else:
-        print("\n".join(plan_lines(plan, args.input, args.output, recipe)))
-        if args.output.exists() and not args.overwrite:
-            print(f"{args.output} exists; the conversion will need --overwrite.")
-    return 0
+        src = stack.enter_context(open_source(request.source))
+        known = None if request.calibration is None else stack.enter_context(open_use(request.calibration))
+        plan = make_plan(src, request, known)
+    if as_json:
+        print_json(plan_json(plan, request))
+        return
+    print("\n".join(plan_lines(plan, request)))
+    if request.target.exists() and not request.overwrite:
+        print(f"{request.target} exists; the conversion will need --overwrite.")
 
 
-def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunReport:
+def _convert(request: Request) -> RunReport:
     import torch
 
     from ...quant_core.errors import RequestError
@@ -150,37 +163,22 @@ def _convert(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> RunRep
     from ..shared.heap import give_freed_weights_back
 
     give_freed_weights_back()
-    use = calibration_options.read(args)
-    if args.report:
-        _check_report(args)
     try:
         with stop_on_signal() as cancel, show_progress("quantizing") as progress:
-            return convert(
-                args.input,
-                args.output,
-                recipe,
-                policy,
-                device=args.device,
-                overwrite=args.overwrite,
-                allow_nonfinite=args.allow_nonfinite,
-                calibration=use,
-                residual_lora=args.residual_lora,
-                progress=progress,
-                cancel=cancel,
-            )
+            return convert(request, progress=progress, cancel=cancel)
     except torch.OutOfMemoryError as err:
         raise RequestError(
-            f"--device {args.device}: the GPU's memory is too small for a layer, or taken by something "
+            f"--device {request.device}: the GPU's memory is too small for a layer, or taken by something "
             "else. Free it, or use --device cpu. Nothing was written."
         ) from err
 
 
-def _check_report(args: argparse.Namespace) -> None:
+def _check_report(report: Path, request: Request) -> None:
     from ...quant_core.checkpoint.source import open_source
     from ..shared.report_file import check_report_path
 
-    with open_source(args.input) as src:
-        check_report_path(args.report, args.output, (src.path, *src.files), args.overwrite)
+    with open_source(request.source) as src:
+        check_report_path(report, request.target, (src.path, *src.files), request.overwrite)
 
 
 def _print_report(report: RunReport) -> None:

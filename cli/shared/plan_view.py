@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...quant_core.errors import counted
-from ...quant_core.pipeline.plan import LayerPlan, Plan
-from ...quant_core.policy.recipe import Recipe
+from ...quant_core.pipeline.layer_plan import Kept, Quantized
+from ...quant_core.pipeline.plan import Plan
+from ...quant_core.pipeline.request import Request
 from .console import size_text, table_lines
 from .groups import collapse
 
@@ -40,11 +40,11 @@ class Group:
         }
 
 
-def plan_groups(layers: Sequence[LayerPlan]) -> list[Group]:
+def plan_groups(layers: Sequence[Kept | Quantized]) -> list[Group]:
     """Groups of layers with the same name pattern, shape, source, format and reason, in file order."""
-    alike: dict[tuple, list[LayerPlan]] = {}
+    alike: dict[tuple, list[Kept | Quantized]] = {}
     for layer in layers:
-        fmt = layer.recipe.format.name if layer.recipe else None
+        fmt = layer.recipe.format.name if isinstance(layer, Quantized) else None
         alike.setdefault((layer.shape, layer.source, fmt, layer.reason, layer.bytes_in, layer.bytes_out), []).append(
             layer
         )
@@ -57,38 +57,38 @@ def plan_groups(layers: Sequence[LayerPlan]) -> list[Group]:
     return groups
 
 
-def plan_json(plan: Plan, source: Path, target: Path, recipe: Recipe) -> dict[str, Any]:
+def plan_json(plan: Plan, request: Request) -> dict[str, Any]:
     """The object that --dry-run --json prints; docs/json.md describes it."""
     return {
         "dry_run": True,
-        "source": str(source),
-        "target": str(target),
-        "target_exists": target.exists(),
-        "recipe": recipe.describe(),
+        "source": str(request.source),
+        "target": str(request.target),
+        "target_exists": request.target.exists(),
+        "recipe": request.recipe.describe(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "peak_bytes_estimate": plan.peak_bytes,
         "layers_quantized": len(plan.quantized),
-        "layers_kept": len(plan.layers) - len(plan.quantized),
+        "layers_kept": len(plan.kept),
         "tensors_copied": len(plan.copied),
         "warnings": list(plan.warnings),
         "groups": [group.to_json() for group in plan_groups(plan.layers)],
     }
 
 
-def plan_lines(plan: Plan, source: Path, target: Path, recipe: Recipe) -> list[str]:
+def plan_lines(plan: Plan, request: Request) -> list[str]:
     """What --dry-run prints."""
     groups = plan_groups(plan.layers)
-    settings = ", ".join(f"{key} {value}" for key, value in recipe.describe().items())
-    lines = [f"{source} -> {target} (dry run, nothing is written)", settings, ""]
+    settings = ", ".join(f"{key} {value}" for key, value in request.recipe.describe().items())
+    lines = [f"{request.source} -> {request.target} (dry run, nothing is written)", settings, ""]
     for title, chosen in (
         ("quantized", [g for g in groups if g.format]),
         ("kept", [g for g in groups if not g.format]),
     ):
         if chosen:
             lines += [
-                f"{title}: {counted(sum(g.count for g in chosen), 'layer')}, {size_text(sum(g.bytes_in for g in chosen))} -> "
-                f"{size_text(sum(g.bytes_out for g in chosen))}"
+                f"{title}: {counted(sum(g.count for g in chosen), 'layer')}, "
+                f"{size_text(sum(g.bytes_in for g in chosen))} -> {size_text(sum(g.bytes_out for g in chosen))}"
             ]
             lines += table_lines([_cells(group) for group in chosen], right=(1, 4), indent="  ")
             lines.append("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,12 @@ from comfy_api.latest import io
 from ...quant_core.algorithms.choosers import Chooser
 from ...quant_core.algorithms.rounders import Rounder
 from ...quant_core.calibration.use import CalibrationUse
-from ...quant_core.errors import RequestError
 from ...quant_core.formats import all_formats, get_format
 from ...quant_core.formats.base import Format
+from ...quant_core.pipeline.request import leaves_all_biases
 from ...quant_core.policy.general import Policy
 from ...quant_core.policy.layer_config import parse_layer_config
-from ...quant_core.policy.presets import PRESETS, keep_patterns
+from ...quant_core.policy.presets import PRESETS
 from ...quant_core.policy.recipe import AUTO, ROUNDING, SCALES, Recipe, parse_recipe
 from .folders import stamp
 from .handles import CalibrationType, spool_of
@@ -214,19 +214,6 @@ class Settings:
         """Whether a low-rank part is written beside the model."""
         return self.recipe.residual.rank > 0
 
-    def for_layers(self, layers: Iterable[str]) -> Settings:
-        """With the preset as patterns that keep some of these layers. RequestError when it is of another family."""
-        if self.preset == NO_PRESET or not PRESETS[self.preset].keep:
-            return replace(self, preset=NO_PRESET)
-        patterns = keep_patterns((self.preset,), layers)
-        if not patterns:
-            raise RequestError(
-                f"preset {self.preset} names none of this model's layers: it is for models of another family. "
-                f"Choose {NO_PRESET}, or the family of this model."
-            )
-        policy = replace(self.policy, keep=tuple(dict.fromkeys((*self.policy.keep, *patterns))))
-        return replace(self, policy=policy, preset=NO_PRESET)
-
     def describe(self) -> dict[str, Any]:
         """JSON values that decide the bytes of the result."""
         fallback = self.policy.fallback
@@ -262,8 +249,7 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
         config = parse_layer_config(values["layer_config"].encode("utf-8", "replace"), "layer_config", recipe)
         recipe, policy = config.default or recipe, replace(policy, rules=config.rules)
     handle = values.get("calibration")
-    # Bias and low-rank part would both give the mean error back: measured, that is too much.
-    bias = values.get("bias_correction", True) and not rank
+    bias = values.get("bias_correction", True) and not leaves_all_biases(recipe)
     use = None if handle is None else CalibrationUse(spool_of(handle), bias, values.get("input_scales", False))
     return Settings(recipe, policy, device_name(values.get("device", "auto")), use, values.get("preset", NO_PRESET))
 

@@ -31,7 +31,8 @@ def spool_folder() -> Path:
 
 def spool_path(label: str, key: dict[str, Any]) -> Path:
     """Where the result for this key belongs: the same key, the same file. key: JSON values that decide the bytes."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    versioned = {"version": __version__, **key}
+    digest = hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()[:20]
     return spool_folder() / f"{label[:80]}-{digest}.safetensors"
 
 
@@ -58,7 +59,7 @@ def spooled(label: str, key: dict[str, Any], make: Callable[[Path], dict[str, An
     file is needed and write none.
     Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.
     """
-    spool = spool_path(label, {"version": __version__, **key})
+    spool = spool_path(label, key)
     report = finished_report(spool)
     if report is None:
         sweep()

@@ -29,13 +29,11 @@ _SHOWN = 3
 class CalibrationUse:
     """path: the calibration's file. bias_correction: move the mean output error into the bias, where that helps on
     held-out rows. input_scales: write `input_scale` from the true absmax for the formats whose runtime uses it.
-    in_order: layers are quantized in order of execution, beside the running model (in_order.py); for the file's header.
     """
 
     path: Path
     bias_correction: bool = False
     input_scales: bool = False
-    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,8 @@ class OpenCalibration:
             ()
             if captured.fingerprint == model.fingerprint
             else (
-                f"{what} was captured from a model with other weights (another training, or LoRAs baked in): it fits as far as "
-                "the inputs are alike.",
+                f"{what} was captured from a model with other weights (another training, or LoRAs baked in): it fits "
+                "as far as the inputs are alike.",
             )
         )
 
@@ -126,8 +124,11 @@ class OpenCalibration:
         return LayerInputs(evidence, torch.tensor(rule.scale_for(largest), dtype=torch.float32, device="cpu"))
 
     def magnitude(self, layer: str, percent: float) -> float:
-        """The percentile of |x| of a captured layer; 100 is the true largest."""
-        return self._reader.statistics(self._names.resolve(layer)).percentile(percent)
+        """The percentile of |x| of a captured layer; 100 is the true largest. KeyError: it was not captured."""
+        name = self._names.resolve(layer)
+        if name is None:
+            raise KeyError(layer)
+        return self._reader.statistics(name).percentile(percent)
 
     def _note_saturation(self, layer: str, rule: InputScaleRule, largest: float) -> None:
         if rule.absent is Absent.ONE and largest > rule.largest:
@@ -140,12 +141,16 @@ class OpenCalibration:
         worst = sorted(self._saturated.items(), key=lambda item: -item[1][0])[:_SHOWN]
         named = ", ".join(f"{layer} ({largest:.4g})" for layer, (largest, _) in worst)
         return (
-            f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 multiplication "
-            f"saturates them without an input_scale: {named}. Write input scales (--write-input-scales).",
+            f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 "
+            f"multiplication saturates them without an input_scale: {named}. Write input scales "
+            "(--write-input-scales).",
         )
 
-    def describe(self, layers: int) -> dict[str, Any]:
-        """For the file's header. layers: how many of the quantized ones were captured."""
+    def describe(self, layers: int, in_order: bool) -> dict[str, Any]:
+        """JSON object for the file's header. layers: how many of the quantized ones were captured.
+
+        in_order: they are quantized in order of execution, beside the running model (pipeline/in_order).
+        """
         header = self._reader.header
         return {
             "file": self._source.path.name,
@@ -154,7 +159,7 @@ class OpenCalibration:
             "layers": layers,
             "bias_correction": self.use.bias_correction,
             "input_scales": self.use.input_scales,
-            "in_order": self.use.in_order,
+            "in_order": in_order,
         }
 
 
@@ -171,6 +176,9 @@ def open_use(use: CalibrationUse) -> Iterator[OpenCalibration]:
 
 
 def on_device(evidence: Evidence, device: torch.device) -> Evidence:
-    """The same evidence with its tensors there, but for the Hessian: quantize_layer moves that one and then owns the copy."""
+    """The same evidence with its tensors there, but for the Hessian.
+
+    quantize_layer moves the Hessian itself, and then owns the copy.
+    """
     moved = {field: getattr(evidence, field) for field in ("hessian_diagonal", "mean", "absmax", "rows")}
     return replace(evidence, **{field: tensor.to(device) for field, tensor in moved.items() if tensor is not None})

@@ -1,61 +1,39 @@
-"""The plan: what happens to every tensor, decided from headers alone. It is the dry run, the size and the memory preview."""
+"""The plan: what happens to every tensor, decided from headers alone.
+
+It is the dry run, and the preview of the size and of the memory needed.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from .._version import __version__
 from ..calibration.use import OpenCalibration
-from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE, OutputTensor, tensor_bytes
-from ..checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
+from ..checkpoint.header import OutputTensor, tensor_bytes
+from ..checkpoint.metadata import HEADER_KEY, build_header_metadata
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, counted, some_of
-from ..formats.base import Format
 from ..names.diffusers import diffusers_warning
 from ..policy.general import Policy
 from ..policy.recipe import Recipe
 from ..stored.foreign import refusal
-from ..stored.layers import StoredLayer, config_tensor_name, stored_layers
+from ..stored.layers import StoredLayer, stored_layers
+from .layer_plan import Kept, LayerPlanner, Quantized, linear_layers, weight_shape
+from .request import Request
 
 RECIPE_KEY = "quantpress"
 # Torch, Python and the libraries, before any weight is read; measured on Linux.
 _BASE_BYTES = 350_000_000
 # Float32 copies of one weight that exist at once: the weight, its prepared form, and slices of temporaries.
 _WORK_COPIES = 3
-# Rounding to nearest works through a few rows at a time (row_slices.py).
+# Rounding to nearest works through a few rows at a time (formats/streamed.py).
 _SLICE_BYTES = 32_000_000
 _READ_AHEAD_AND_UNWRITTEN = 3
 # Float32 copies of a Hessian: as read, the triangle on disk, damped, and factored.
 _HESSIAN_COPIES = 4
-_FLOAT_CODES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """One linear layer. recipe is None when it is kept, and reason says why.
-
-    source: what its weight is now, a dtype code or a format name. stored: how to decode it when it is quantized.
-    config: the comfy_quant object to be written, for quantized layers. consumed: source tensors that the output
-    replaces. outputs: the tensors written instead, in order. bias: the bias tensor, when it is to be corrected.
-    """
-
-    layer: str
-    shape: tuple[int, int]
-    source: str
-    recipe: Recipe | None
-    reason: str
-    stored: StoredLayer | None
-    config: Mapping[str, Any] | None
-    consumed: tuple[str, ...]
-    outputs: tuple[OutputTensor, ...]
-    bytes_in: int
-    bytes_out: int
-    bias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +43,7 @@ class Plan:
     outputs: every tensor of the new file in order. metadata: its header. warnings: sentences for the report.
     """
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[Kept | Quantized, ...]
     copied: tuple[str, ...]
     outputs: tuple[OutputTensor, ...]
     metadata: Mapping[str, str]
@@ -75,53 +53,79 @@ class Plan:
     peak_bytes: int
 
     @property
-    def quantized(self) -> tuple[LayerPlan, ...]:
-        return tuple(layer for layer in self.layers if layer.recipe is not None)
+    def quantized(self) -> tuple[Quantized, ...]:
+        return _quantized(self.layers)
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        return _kept(self.layers)
 
 
 def make_plan(
     src: Source,
-    recipe: Recipe,
-    policy: Policy = Policy(),
-    *,
-    never_pack: frozenset[str] = frozenset(),
-    keep_layers: Mapping[str, str] | None = None,
-    source_hash: str | None = None,
+    request: Request,
     calibration: OpenCalibration | None = None,
+    keep: Callable[[Quantized], str | None] | None = None,
 ) -> Plan:
     """Decide everything before a weight is read.
 
-    never_pack: layers whose weight must keep its stored shape (a loader reads it); they take the policy's fallback, or
-    stay. keep_layers: {layer: reason}, layers that stay for a reason found elsewhere (non-finite weights, say).
-    source_hash: recorded in the file; computed when None. calibration: refused here when it is of another model. Raises
-    PlanError with all problems, RequestError, InputFileError (another quantizer's file).
+    calibration: refused here when it is of another model. keep: asked of each layer that would be quantized; a reason
+    keeps it, and becomes a warning. Raises PlanError with all problems, RequestError, InputFileError (another
+    quantizer's file).
     """
     stored = stored_layers(src)
     foreign = refusal(src)
     if foreign is not None:
         raise InputFileError(foreign)
-    candidates = linear_layers(src, stored)
-    policy.check(candidates)
-    warnings = (
-        ()
-        if calibration is None
-        else calibration.require_match(
-            src,
-            {
-                layer: stored[layer].shape if layer in stored else src.tensors[f"{layer}.weight"].shape
-                for layer in candidates
-            },
-        )
-    )
-    layers = tuple(
-        _plan_layer(src, layer, stored.get(layer), recipe, policy, never_pack, keep_layers or {})
-        for layer in candidates
-    )
+    names = linear_layers(src, stored)
+    policy = request.policy_for(names)
+    policy.check(names)
+    warnings: tuple[str, ...] = ()
     if calibration is not None:
-        layers = tuple(_calibrated(src, layer, calibration) for layer in layers)
-    quantized = [layer for layer in layers if layer.recipe is not None]
+        warnings = calibration.require_match(src, {name: weight_shape(src, name, stored) for name in names})
+    planner = LayerPlanner(src, stored, request.recipe, policy, request.never_pack, calibration)
+    layers, remarks = _keeping(tuple(planner.plan(name) for name in names), keep)
+    quantized = _quantized(layers)
     if not quantized:
-        raise PlanError([_nothing_to_do(src, layers, recipe)])
+        raise PlanError([_nothing_to_do(src, _kept(layers), request.recipe)])
+    copied, outputs = _file_contents(src, quantized)
+    return Plan(
+        layers,
+        copied,
+        outputs,
+        _metadata(src, request, policy, layers, calibration),
+        warnings + _warnings(src, layers, calibration) + remarks,
+        src.nbytes,
+        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
+        _peak_bytes(quantized, calibration),
+    )
+
+
+def _quantized(layers: Sequence[Kept | Quantized]) -> tuple[Quantized, ...]:
+    return tuple(layer for layer in layers if isinstance(layer, Quantized))
+
+
+def _kept(layers: Sequence[Kept | Quantized]) -> tuple[Kept, ...]:
+    return tuple(layer for layer in layers if isinstance(layer, Kept))
+
+
+def _keeping(
+    layers: tuple[Kept | Quantized, ...], keep: Callable[[Quantized], str | None] | None
+) -> tuple[tuple[Kept | Quantized, ...], tuple[str, ...]]:
+    """The layers, those kept for which `keep` has a reason, and a sentence for each of these."""
+    if keep is None:
+        return layers, ()
+    reasons = {layer.layer: keep(layer) for layer in _quantized(layers)}
+    found = {name: reason for name, reason in reasons.items() if reason is not None}
+    decided = tuple(
+        layer.kept(found[layer.layer]) if isinstance(layer, Quantized) and layer.layer in found else layer
+        for layer in layers
+    )
+    return decided, tuple(f"{name}: kept: {reason}" for name, reason in found.items())
+
+
+def _file_contents(src: Source, quantized: Sequence[Quantized]) -> tuple[tuple[str, ...], tuple[OutputTensor, ...]]:
+    """The names of the tensors that are copied, and all tensors of the new file in order."""
     consumed = {name for layer in quantized for name in layer.consumed}
     by_weight = {f"{layer.layer}.weight": layer for layer in quantized}
     outputs: list[OutputTensor] = []
@@ -132,151 +136,48 @@ def make_plan(
         if name not in consumed:
             copied.append(name)
             outputs.append(OutputTensor(name, info.dtype, info.shape))
-    metadata = _metadata(src, recipe, policy, layers, stored, source_hash, calibration)
-    foreign_names = diffusers_warning(src.tensors)
-    warnings += _warnings(layers, calibration) + ((foreign_names,) if foreign_names else ())
-    return Plan(
-        layers,
-        tuple(copied),
-        tuple(outputs),
-        metadata,
-        warnings,
-        src.nbytes,
-        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
-        _peak_bytes(src, quantized, calibration),
-    )
+    return tuple(copied), tuple(outputs)
 
 
-def linear_layers(src: Source, stored: Mapping[str, StoredLayer]) -> list[str]:
-    """Names of all 2-D float weights and of the layers that are quantized already, in file order."""
-    layers = []
-    for name, info in src.tensors.items():
-        layer = name.removesuffix(".weight")
-        if layer != name and (layer in stored or (len(info.shape) == 2 and info.dtype in _FLOAT_CODES)):
-            layers.append(layer)
-    return layers
-
-
-def _plan_layer(
-    src: Source,
-    layer: str,
-    stored: StoredLayer | None,
-    recipe: Recipe,
-    policy: Policy,
-    never_pack: frozenset[str],
-    keep_layers: Mapping[str, str],
-) -> LayerPlan:
-    info = src.tensors[f"{layer}.weight"]
-    shape = stored.shape if stored else (info.shape[0], info.shape[1])
-    rule = policy.rule_for(layer)
-    recipe = rule.recipe if rule is not None and rule.recipe is not None else recipe
-    reason = keep_layers.get(layer) or policy.reason_to_keep(layer)
-    chosen = None
-    if reason is None:
-        reason = _misfit(recipe.format, shape, layer in never_pack)
-        chosen = recipe if reason is None else None
-        if reason is not None and policy.fallback is not None:
-            other = _misfit(policy.fallback.format, shape, layer in never_pack)
-            if other is None:
-                chosen, reason = policy.fallback, f"fallback: {reason}"
-            else:
-                reason = f"{reason}; fallback: {other}"
-    names = tuple(stored.names.values()) if stored else (info.name,)
-    bytes_in = sum(src.tensors[name].nbytes for name in names)
-    source = stored.format.name if stored else info.dtype
-    if chosen is None:
-        return LayerPlan(layer, shape, source, None, reason or "", stored, None, (), (), bytes_in, bytes_in)
-    fmt = chosen.format.for_shape(shape)
-    chosen = replace(chosen, format=fmt)
-    config = fmt.config(shape, CODE_TO_TORCH[info.dtype] if stored is None else torch.bfloat16)
-    config = {**config, **policy.config, **(rule.config if rule is not None else {})}
-    outputs = tuple(
-        OutputTensor(f"{layer}.{spec.suffix}", TORCH_TO_CODE[spec.dtype], spec.shape)
-        for spec in fmt.tensor_specs(shape)
-    )
-    outputs += (OutputTensor(config_tensor_name(layer), "U8", (encode_config(config).numel(),)),)
-    return LayerPlan(
-        layer,
-        shape,
-        source,
-        chosen,
-        reason or "",
-        stored,
-        config,
-        names,
-        outputs,
-        bytes_in,
-        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
-    )
-
-
-def _calibrated(src: Source, layer: LayerPlan, calibration: OpenCalibration) -> LayerPlan:
-    """With the input scale and the corrected bias that the calibration gives a quantized layer."""
-    if layer.recipe is None or not calibration.has(layer.layer):
-        return layer
-    if calibration.writes_input_scale(layer.layer, layer.recipe.format, layer.config):
-        scale = OutputTensor(f"{layer.layer}.input_scale", "F32", ())
-        layer = replace(layer, outputs=(*layer.outputs[:-1], scale, layer.outputs[-1]), bytes_out=layer.bytes_out + 4)
-    info = src.tensors.get(f"{layer.layer}.bias")
-    if (
-        not calibration.use.bias_correction
-        or info is None
-        or info.dtype not in _FLOAT_CODES[:4]
-        or info.shape != layer.shape[:1]
-    ):
-        return layer
-    return replace(
-        layer,
-        bias=info.name,
-        consumed=(*layer.consumed, info.name),
-        outputs=(*layer.outputs, OutputTensor(info.name, info.dtype, info.shape)),
-    )
-
-
-def _misfit(fmt: Format, shape: tuple[int, int], fixed_shape: bool) -> str | None:
-    """Why this weight cannot take the format; None when it can."""
-    problem = fmt.problem(shape)
-    if problem is None and fixed_shape and fmt.for_shape(shape).tensor_specs(shape)[0].shape != tuple(shape):
-        return f"ComfyUI's model detection reads its shape, and {fmt.name} packs or pads it"
-    return problem
-
-
-def _nothing_to_do(src: Source, layers: tuple[LayerPlan, ...], recipe: Recipe) -> str:
+def _nothing_to_do(src: Source, layers: Sequence[Kept], recipe: Recipe) -> str:
     if not layers:
         return (
-            f"{src.path}: there is no linear weight (2-D float `.weight`) among its {counted(len(src.tensors), 'tensor')}, which are called "
-            f"like {next(iter(src.tensors), '')!r}. Give a diffusion model or a text encoder; a VAE has only convolutions."
+            f"{src.path}: there is no linear weight (2-D float `.weight`) among its "
+            f"{counted(len(src.tensors), 'tensor')}, which are called like {next(iter(src.tensors), '')!r}. Give a "
+            "diffusion model or a text encoder; a VAE has only convolutions."
         )
     reasons: dict[str, int] = {}
     for layer in layers:
         reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     why = "; ".join(f"{count}x {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:4])
     return (
-        f"{src.path}: none of the {counted(len(layers), 'linear layer')} would be quantized to {recipe.format.name}: {why}. "
-        "Choose another format or group size, or name the layers in only."
+        f"{src.path}: none of the {counted(len(layers), 'linear layer')} would be quantized to {recipe.format.name}: "
+        f"{why}. Choose another format or group size, or name the layers in only."
     )
 
 
 def _metadata(
     src: Source,
-    recipe: Recipe,
+    request: Request,
     policy: Policy,
-    layers: tuple[LayerPlan, ...],
-    stored: Mapping[str, StoredLayer],
-    source_hash: str | None,
+    layers: Sequence[Kept | Quantized],
     calibration: OpenCalibration | None,
 ) -> dict[str, str]:
+    """The new file's header: the source's own entries, the layers' descriptions, and what was asked for.
+
+    policy: the request's, its preset expanded.
+    """
     configs: dict[str, Mapping[str, Any]] = {}
     for layer in layers:
-        if layer.config is not None:
+        if isinstance(layer, Quantized):
             configs[layer.layer] = layer.config
         elif layer.stored is not None and layer.stored.described:
             configs[layer.layer] = layer.stored.config
     record: dict[str, Any] = {
         "version": __version__,
-        "recipe": recipe.describe(),
+        "recipe": request.recipe.describe(),
         "source": src.path.name,
-        "source_hash": source_hash or src.identity_hash(),
+        "source_hash": src.identity_hash(),
         "policy": {"keep": list(policy.keep), "only": list(policy.only)},
     }
     if policy.rules:
@@ -284,49 +185,67 @@ def _metadata(
     if policy.fallback is not None:
         record["fallback"] = policy.fallback.describe()
     if calibration is not None:
-        record["calibration"] = calibration.describe(
-            sum(layer.recipe is not None and calibration.has(layer.layer) for layer in layers)
-        )
+        seen = sum(calibration.has(layer.layer) for layer in _quantized(layers))
+        record["calibration"] = calibration.describe(seen, request.in_order)
     return {**src.metadata, HEADER_KEY: build_header_metadata(configs), RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _warnings(layers: tuple[LayerPlan, ...], calibration: OpenCalibration | None) -> tuple[str, ...]:
-    warnings = []
-    if calibration is not None:
-        unseen = [layer.layer for layer in layers if layer.recipe is not None and not calibration.has(layer.layer)]
-        if unseen:
-            warnings.append(
-                f"{counted(len(unseen), 'layer has', 'layers have')} no data in the calibration, and go without: "
-                f"{some_of(unseen, shown=3)}."
-            )
-    again = [layer for layer in layers if layer.recipe is not None and layer.stored is not None]
-    if again:
-        kinds = ", ".join(sorted({layer.source for layer in again}))
-        warnings.append(
-            f"{counted(len(again), 'layer is', 'layers are')} quantized already ({kinds}): each is decoded with its own scales first. "
-            "Quantizing from the 16-bit model loses less."
-        )
-        if any("input_scale" in layer.stored.names for layer in again if layer.stored):
-            warnings.append("Their input_scale belonged to the old format and is dropped; calibrate again.")
-    foreign = sorted(
-        {
-            layer.stored.kind
-            for layer in layers
-            if layer.stored is not None and layer.recipe is None and not layer.stored.described
-        }
+def _warnings(src: Source, layers: Sequence[Kept | Quantized], calibration: OpenCalibration | None) -> tuple[str, ...]:
+    quantized = _quantized(layers)
+    found = (
+        None if calibration is None else _without_data(quantized, calibration),
+        *_quantized_again(quantized),
+        _mixed_forms(_kept(layers)),
+        _low_rank_on_gptq(quantized, calibration),
+        diffusers_warning(src.tensors),
     )
-    if foreign:
-        warnings.append(
-            f"Kept layers stay in the {' and '.join(foreign)} form, next to comfy_quant ones, and ComfyUI reads "
-            "only one form per file: migrate the source first, or quantize all its layers."
-        )
-    return tuple(warnings)
+    return tuple(warning for warning in found if warning)
 
 
-def _peak_bytes(src: Source, quantized: list[LayerPlan], calibration: OpenCalibration | None) -> int:
+def _without_data(quantized: Sequence[Quantized], calibration: OpenCalibration) -> str | None:
+    unseen = [layer.layer for layer in quantized if not calibration.has(layer.layer)]
+    if not unseen:
+        return None
+    return (
+        f"{counted(len(unseen), 'layer has', 'layers have')} no data in the calibration, and go without: "
+        f"{some_of(unseen, shown=3)}."
+    )
+
+
+def _quantized_again(quantized: Sequence[Quantized]) -> tuple[str, ...]:
+    stored: dict[str, StoredLayer] = {layer.layer: layer.stored for layer in quantized if layer.stored is not None}
+    if not stored:
+        return ()
+    kinds = ", ".join(sorted({layer.source for layer in quantized if layer.stored is not None}))
+    warning = (
+        f"{counted(len(stored), 'layer is', 'layers are')} quantized already ({kinds}): each is decoded with its own "
+        "scales first. Quantizing from the 16-bit model loses less."
+    )
+    if any("input_scale" in layer.names for layer in stored.values()):
+        return warning, "Their input_scale belonged to the old format and is dropped; calibrate again."
+    return (warning,)
+
+
+def _mixed_forms(kept: Sequence[Kept]) -> str | None:
+    forms = sorted({layer.stored.kind for layer in kept if layer.stored is not None and not layer.stored.described})
+    if not forms:
+        return None
+    return (
+        f"Kept layers stay in the {' and '.join(forms)} form, next to comfy_quant ones, and ComfyUI reads "
+        "only one form per file: migrate the source first, or quantize all its layers."
+    )
+
+
+def _low_rank_on_gptq(quantized: Sequence[Quantized], calibration: OpenCalibration | None) -> str | None:
+    if not any(layer.gets_low_rank_part and layer.uses_gptq(calibration) for layer in quantized):
+        return None
+    return "The residual LoRA stands on gptq, where it measured worse than none: take rounding nearest with it."
+
+
+def _peak_bytes(quantized: Sequence[Quantized], calibration: OpenCalibration | None) -> int:
     """Estimate of the process's peak memory in bytes, on the CPU."""
 
-    def cost(layer: LayerPlan) -> int:
+    def cost(layer: Quantized) -> int:
         n, k = layer.shape
         hessian = 0 if calibration is None else calibration.hessian_bytes(layer.layer)
         in_slices = layer.recipe.plain and layer.recipe.format.rows_are_independent and layer.stored is None

@@ -14,11 +14,12 @@ from .layer import Judgement
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """format: None for a kept layer, and reason says why. weight_error: relative Frobenius error of the decoded weight.
+    """format: None for a kept layer; reason says why it is kept.
 
-    seconds: compute only. judgement: the algorithms that were really used; they differ from the recipe where it says "auto"
-    and where an algorithm fell back. rows: how many captured inputs were known. bias_corrected: None where that was not
-    asked for. input_scale: as written, None where none is. residual_error: relative, with the low-rank part added.
+    weight_error: relative Frobenius error of the decoded weight. seconds: compute only.
+    judgement: the algorithms that were used. They differ from the recipe where it says "auto", and where an algorithm
+    fell back. rows: how many captured inputs were known. bias_corrected: None where that was not asked for.
+    input_scale: as written, None where none is. residual_error: relative, with the low-rank part added.
     """
 
     layer: str
@@ -66,8 +67,8 @@ class LayerReport:
         return row | ({"notes": list(self.notes)} if self.notes else {})
 
 
-# What Judgement.objective measures, for people. "projected" is the learned rounding's own: the weight's error along the
-# directions in which the weight itself is largest, for want of inputs.
+# What Judgement.objective measures, for people. "projected" is the learned rounding's own, where no inputs are known:
+# the weight's error along the directions in which the weight itself is largest.
 _MEASURED = {
     "output": "output error",
     "weighted": "output error by the inputs' mean squares",
@@ -77,9 +78,9 @@ _MEASURED = {
 
 
 def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """How the layers' errors compare with rounding to nearest, a sentence per kind of error; () where none was compared.
+    """How the layers' errors compare with rounding to nearest: a sentence for each kind of error.
 
-    rows: of LayerReport.to_json().
+    rows: of LayerReport.to_json(). Returns () where no layer was compared.
     """
     shares: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -90,8 +91,8 @@ def against_nearest(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     for objective, found in shares.items():
         worst = max(found, key=found.__getitem__)
         lines.append(
-            f"{_MEASURED.get(objective, objective)} against rounding to nearest: median {median(found.values()):.2f}x, worst "
-            f"{found[worst]:.2f}x ({worst})"
+            f"{_MEASURED.get(objective, objective)} against rounding to nearest: "
+            f"median {median(found.values()):.2f}x, worst {found[worst]:.2f}x ({worst})"
         )
     return tuple(lines)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from ..checkpoint.source import Source
 from ..errors import InputFileError, counted
-from ..pipeline.plan import linear_layers
+from ..pipeline.layer_plan import linear_layers
 from ..stored.foreign import refusal
 from ..stored.layers import stored_layers
 

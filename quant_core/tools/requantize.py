@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..checkpoint.source import Source, open_source
+from ..checkpoint.source import open_source
 from ..errors import RequestError
 from ..pipeline.report import RunReport
+from ..pipeline.request import Request
 from ..pipeline.run import convert
 from ..policy.general import Policy
-from ..policy.recipe import Recipe
 from ..progress import Progress
 from ..stored.layers import stored_layers
 
@@ -37,37 +35,29 @@ class RequantizeReport:
 
 
 def requantize(
-    source: str | Path,
-    target: str | Path,
-    recipe: Recipe,
-    policy: Policy | None = None,
+    request: Request,
     *,
-    device: str | torch.device = "auto",
-    overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> RequantizeReport:
-    """policy: None requantizes exactly the layers that are quantized now. Raises QuantPressError; RequestError when none is."""
-    with open_source(source) as src:
-        before, same = only_quantized(src)
-    report = convert(
-        source,
-        target,
-        recipe,
-        same if policy is None else policy,
-        device=device,
-        overwrite=overwrite,
-        progress=progress,
-        cancel=cancel,
-    )
+    """Exactly the layers that are quantized now, unless the request names others in only.
+
+    Raises QuantPressError; RequestError when nothing is quantized.
+    """
+    before, policy = only_quantized(request.source, request.policy)
+    report = convert(replace(request, policy=policy), progress=progress, cancel=cancel)
     return RequantizeReport(report, before)
 
 
-def only_quantized(src: Source) -> tuple[dict[str, int], Policy]:
-    """({format: layers}, the policy that names exactly these layers). RequestError: nothing in the file is quantized."""
-    stored = stored_layers(src)
-    if not stored:
-        raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it instead.")
-    return dict(Counter(entry.format.name for entry in stored.values())), Policy(
-        only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",)
-    )
+def only_quantized(path: Path, policy: Policy) -> tuple[dict[str, int], Policy]:
+    """({format: layers}, the policy, which names exactly these layers in only where it named none).
+
+    Raises RequestError: nothing in the file is quantized.
+    """
+    with open_source(path) as src:
+        stored = stored_layers(src)
+        if not stored:
+            raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it instead.")
+    if not policy.only:
+        policy = replace(policy, only=("^(" + "|".join(re.escape(layer) for layer in stored) + ")$",))
+    return dict(Counter(entry.format.name for entry in stored.values())), policy

@@ -10,6 +10,7 @@ from comfyui_quantpress.quant_core.calibration.capture.budget import Budget, pla
 from comfyui_quantpress.quant_core.calibration.capture.collector import Collector
 from comfyui_quantpress.quant_core.calibration.storage import load_calibration, save_calibration
 from comfyui_quantpress.quant_core.formats import get_format
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,9 @@ def files(tmp_path_factory):
     }
     save_file(model, folder / "model.safetensors")
     convert(
-        folder / "model.safetensors", folder / "fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu"
+        Request(
+            folder / "model.safetensors", folder / "fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu"
+        )
     )
     for seed in (1, 2):
         capture(folder / f"cal{seed}.safetensors", seed)
@@ -126,7 +129,12 @@ def test_the_other_sources_cover_both_layers(files, tmp_path, capsys, source, sa
 
 def test_a_model_without_a_use_for_it_and_another_models_calibration_are_refused(files, tmp_path, capsys):
     convert(
-        files / "model.safetensors", tmp_path / "int8.safetensors", Recipe(get_format("int8_rowwise")), device="cpu"
+        Request(
+            files / "model.safetensors",
+            tmp_path / "int8.safetensors",
+            Recipe(get_format("int8_rowwise")),
+            device="cpu",
+        )
     )
     assert main(["calibrate", str(tmp_path / "int8.safetensors"), str(tmp_path / "o.safetensors"), "--simulate"]) == 1
     assert "no layer of it can have an input scale" in capsys.readouterr().err

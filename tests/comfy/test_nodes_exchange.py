@@ -9,6 +9,7 @@ import torch
 from comfy_server import Graph, WorkflowError, relative_error
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.general import Policy
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
@@ -109,7 +110,12 @@ def packed_flux(server):
     """A Flux with every matrix packed, those that ComfyUI looks at too, as other tools write them."""
     target = folder(server) / "packed_flux.safetensors"
     convert(
-        folder(server) / "random_flux.safetensors", target, Recipe(get_format("bnb_nf4")), Policy(only=("blocks|_in",))
+        Request(
+            folder(server) / "random_flux.safetensors",
+            target,
+            Recipe(get_format("bnb_nf4")),
+            Policy(only=("blocks|_in",)),
+        )
     )
     return target.name
 

@@ -20,6 +20,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.names.prefixes import MODEL_PREFIX
 from comfyui_quantpress.quant_core.pipeline.report import RunReport
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.tools.lora import bake
@@ -96,7 +97,7 @@ def write_checkpoint(folder: Path, fmt: str) -> Path:
         with open_source(whole) as src:
             extract(src).apply(model)
     with ExitStack() as stack:
-        convert(model, folder / f"alone-{fmt}.safetensors", Recipe(get_format(fmt)), device="cpu")
+        convert(Request(model, folder / f"alone-{fmt}.safetensors", Recipe(get_format(fmt)), device="cpu"))
         parts = [stack.enter_context(open_source(path)) for path in (whole, folder / f"alone-{fmt}.safetensors")]
         insert(*parts).apply(quantized)
     return quantized
@@ -123,9 +124,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         residual = folder / f"{fmt}-residual.safetensors" if fmt in RESIDUAL else None
         options = {"residual_rank": RANK} if residual else {}
         reports[fmt] = convert(
-            MODEL, before, parse_recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual
+            Request(
+                MODEL, before, parse_recipe(get_format(fmt), options=options), device="cpu", residual_lora=residual
+            )
         )
-        convert(baked, after, Recipe(get_format(fmt)), device="cpu")
+        convert(Request(baked, after, Recipe(get_format(fmt)), device="cpu"))
         jobs += [
             {"id": fmt, "file": before},
             {"id": f"{fmt} of baked", "file": after},
@@ -148,10 +151,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         ]
     jobs += [{"id": path.stem, "file": path, "checkpoint": True} for path in write_legacy_checkpoints(folder)]
     requantize(
-        folder / "int8_blockwise.safetensors",
-        folder / "requantized.safetensors",
-        Recipe(get_format("nvfp4")),
-        device="cpu",
+        Request(
+            folder / "int8_blockwise.safetensors",
+            folder / "requantized.safetensors",
+            Recipe(get_format("nvfp4")),
+            device="cpu",
+        )
     )
     with open_source(folder / "nvfp4.safetensors") as src:
         assert len(split(src, folder / "nvfp4.safetensors.index.json", 4_000_000)) > 2
@@ -165,7 +170,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         timeout=120,
     )
     reports["diffusers"] = convert(
-        named, folder / "diffusers-fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu"
+        Request(named, folder / "diffusers-fp8.safetensors", Recipe(get_format("float8_e4m3fn")), device="cpu")
     )
     names = ("requantized", "joined", "diffusers", "diffusers-fp8")
     jobs += [{"id": name, "file": folder / f"{name}.safetensors"} for name in names]

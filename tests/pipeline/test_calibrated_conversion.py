@@ -15,6 +15,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import verify_file
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
@@ -103,13 +104,15 @@ def output_error(made, target):
 def test_auto_with_data_lowers_the_output_error_of_every_seen_layer(made, tmp_path, name):
     _, source, calibration = made
     fmt = get_format(name)
-    convert(source, tmp_path / "plain.safetensors", Recipe(fmt), device="cpu")
+    convert(Request(source, tmp_path / "plain.safetensors", Recipe(fmt), device="cpu"))
     report = convert(
-        source,
-        tmp_path / "data.safetensors",
-        parse_recipe(fmt, "auto", "auto"),
-        device="cpu",
-        calibration=CalibrationUse(calibration),
+        Request(
+            source,
+            tmp_path / "data.safetensors",
+            parse_recipe(fmt, "auto", "auto"),
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+        )
     )
     plain, data = output_error(made, tmp_path / "plain.safetensors"), output_error(made, tmp_path / "data.safetensors")
     assert len(data) == 4 and all(data[layer] < 0.75 * plain[layer] for layer in data), (plain, data)
@@ -128,9 +131,9 @@ def test_auto_with_data_lowers_the_output_error_of_every_seen_layer(made, tmp_pa
 def test_bias_correction_helps_is_recorded_and_does_not_fail_verification(made, tmp_path):
     _, source, calibration = made
     recipe, target = Recipe(get_format("nvfp4")), tmp_path / "b.safetensors"
-    convert(source, tmp_path / "plain.safetensors", recipe, device="cpu")
+    convert(Request(source, tmp_path / "plain.safetensors", recipe, device="cpu"))
     report = convert(
-        source, target, recipe, device="cpu", calibration=CalibrationUse(calibration, bias_correction=True)
+        Request(source, target, recipe, device="cpu", calibration=CalibrationUse(calibration, bias_correction=True))
     )
     before, after = output_error(made, tmp_path / "plain.safetensors"), output_error(made, target)
     original, found = load_file(source), load_file(target)
@@ -156,7 +159,7 @@ def test_bias_correction_helps_is_recorded_and_does_not_fail_verification(made, 
 def test_verification_still_finds_a_bias_that_no_record_allows(made, tmp_path):
     _, source, _ = made
     target = tmp_path / "b.safetensors"
-    convert(source, target, Recipe(get_format("nvfp4")), device="cpu")
+    convert(Request(source, target, Recipe(get_format("nvfp4")), device="cpu"))
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(target)
@@ -171,7 +174,13 @@ def test_input_scales_are_the_true_absmax_and_only_where_the_runtime_reads_them(
     for name in ("float8_e4m3fn", "nvfp4", "int8_rowwise"):
         target = tmp_path / f"{name}.safetensors"
         report = convert(
-            source, target, Recipe(get_format(name)), device="cpu", calibration=CalibrationUse(path, input_scales=True)
+            Request(
+                source,
+                target,
+                Recipe(get_format(name)),
+                device="cpu",
+                calibration=CalibrationUse(path, input_scales=True),
+            )
         )
         rule = get_format(name).runtime.input_scale
         found = {key: t for key, t in load_file(target).items() if key.endswith(".input_scale")}
@@ -190,19 +199,23 @@ def test_fp8_inputs_that_would_saturate_are_named(made, tmp_path):
     save_calibration(loud, tmp_path / "loud.safetensors")
     recipe = Recipe(get_format("float8_e4m3fn"))
     report = convert(
-        source,
-        tmp_path / "a.safetensors",
-        recipe,
-        device="cpu",
-        calibration=CalibrationUse(tmp_path / "loud.safetensors"),
+        Request(
+            source,
+            tmp_path / "a.safetensors",
+            recipe,
+            device="cpu",
+            calibration=CalibrationUse(tmp_path / "loud.safetensors"),
+        )
     )
     assert [w for w in report.warnings if "beyond 448" in w and "blocks.1.fc2 (900)" in w and "1 layers" in w]
     report = convert(
-        source,
-        tmp_path / "b.safetensors",
-        recipe,
-        device="cpu",
-        calibration=CalibrationUse(tmp_path / "loud.safetensors", input_scales=True),
+        Request(
+            source,
+            tmp_path / "b.safetensors",
+            recipe,
+            device="cpu",
+            calibration=CalibrationUse(tmp_path / "loud.safetensors", input_scales=True),
+        )
     )
     assert not [w for w in report.warnings if "beyond" in w]
 
@@ -219,23 +232,31 @@ def test_another_models_calibration_is_refused_and_a_fine_tunes_is_named(made, t
     ):
         with pytest.raises(RequestError, match=said):
             convert(
-                tmp_path / f"{name}.safetensors",
-                tmp_path / "out.safetensors",
-                Recipe(get_format("nvfp4")),
-                calibration=CalibrationUse(calibration),
+                Request(
+                    tmp_path / f"{name}.safetensors",
+                    tmp_path / "out.safetensors",
+                    Recipe(get_format("nvfp4")),
+                    calibration=CalibrationUse(calibration),
+                )
             )
     tuned = {**tensors, PREFIX + "blocks.0.fc1.weight": tensors[PREFIX + "blocks.0.fc1.weight"] * 1.5}
     save_file(tuned, tmp_path / "tuned.safetensors")
     report = convert(
-        tmp_path / "tuned.safetensors",
-        tmp_path / "out.safetensors",
-        Recipe(get_format("nvfp4")),
-        device="cpu",
-        calibration=CalibrationUse(calibration),
+        Request(
+            tmp_path / "tuned.safetensors",
+            tmp_path / "out.safetensors",
+            Recipe(get_format("nvfp4")),
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+        )
     )
     assert any("other weights" in text for text in report.warnings)
     with pytest.raises(InputFileError, match="this is not a calibration"):
-        convert(source, tmp_path / "no.safetensors", Recipe(get_format("nvfp4")), calibration=CalibrationUse(source))
+        convert(
+            Request(
+                source, tmp_path / "no.safetensors", Recipe(get_format("nvfp4")), calibration=CalibrationUse(source)
+            )
+        )
     assert not (tmp_path / "no.safetensors").exists()
 
 
@@ -249,11 +270,13 @@ def test_split_projections_share_the_statistics_of_the_joined_layer(tmp_path):
     names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
     save_file({f"{name}.weight": torch.randn(WIDTH, WIDTH).bfloat16() for name in names}, tmp_path / "m.safetensors")
     report = convert(
-        tmp_path / "m.safetensors",
-        tmp_path / "o.safetensors",
-        parse_recipe(get_format("nvfp4"), "auto", "auto"),
-        device="cpu",
-        calibration=CalibrationUse(path),
+        Request(
+            tmp_path / "m.safetensors",
+            tmp_path / "o.safetensors",
+            parse_recipe(get_format("nvfp4"), "auto", "auto"),
+            device="cpu",
+            calibration=CalibrationUse(path),
+        )
     )
     assert sorted(row.layer for row in report.quantized if row.rows) == sorted(names)
 
@@ -300,6 +323,20 @@ def test_the_command_takes_the_calibration_and_says_what_it_did(made, tmp_path, 
     assert "2 layers have no data" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rounding, warned", [("auto", True), ("gptq", True), ("nearest", False)])
+def test_a_low_rank_part_on_gptq_is_warned_of_before_and_after(made, tmp_path, capsys, rounding, warned):
+    _, source, calibration = made
+    arguments = ["quantize", str(source), str(tmp_path / "out.safetensors"), "--format", "nvfp4", "--device", "cpu"]
+    arguments += ["--rounding", rounding, "--calibration", str(calibration), "--json"]
+    low_rank = ["--residual-lora", str(tmp_path / "lora.safetensors"), "--residual-rank", "4"]
+    for more in (["--dry-run"], []):
+        assert main([*arguments, *low_rank, *more]) == 0
+        warnings = json.loads(capsys.readouterr().out)["warnings"]
+        assert any("The residual LoRA stands on gptq" in warning for warning in warnings) is warned
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "stands on gptq" not in capsys.readouterr().out
+
+
 def test_requests_that_miss_something_are_refused_before_anything_is_written(made, tmp_path, capsys):
     _, source, _ = made
     base = ["quantize", str(source), str(tmp_path / "out.safetensors"), "--format", "nvfp4"]
@@ -308,12 +345,18 @@ def test_requests_that_miss_something_are_refused_before_anything_is_written(mad
             main([*base, *more])
         assert "needs --" in capsys.readouterr().err
     with pytest.raises(RequestError, match="both a rank and a file"):
-        convert(source, tmp_path / "out.safetensors", parse_recipe(get_format("nvfp4"), options={"residual_rank": 4}))
+        convert(
+            Request(
+                source, tmp_path / "out.safetensors", parse_recipe(get_format("nvfp4"), options={"residual_rank": 4})
+            )
+        )
     with pytest.raises(OutputError, match="name of its own"):
         convert(
-            source,
-            tmp_path / "out.safetensors",
-            parse_recipe(get_format("nvfp4"), options={"residual_rank": 4}),
-            residual_lora=tmp_path / "out.safetensors",
+            Request(
+                source,
+                tmp_path / "out.safetensors",
+                parse_recipe(get_format("nvfp4"), options={"residual_rank": 4}),
+                residual_lora=tmp_path / "out.safetensors",
+            )
         )
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from comfyui_quantpress.quant_core.numerics.footprint import following_bytes
 from comfyui_quantpress.quant_core.pipeline.in_order.jobs import LiveModel, enough_calls, room, spread
 from comfyui_quantpress.quant_core.pipeline.in_order.lockstep import Lockstep, Visits, visits
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.tools.dequantize import dequantize
@@ -347,7 +348,15 @@ def test_few_calls_of_many_are_chosen_across_the_pictures(deep, tmp_path, monkey
     )
     live = live_model(model, draw, 40, groups=[call // 10 for call in range(40)], most_calls=8)
     report = convert(
-        source, tmp_path / "q.safetensors", RECIPE, device="cpu", calibration=CalibrationUse(calibration), live=live
+        Request(
+            source,
+            tmp_path / "q.safetensors",
+            RECIPE,
+            device="cpu",
+            calibration=CalibrationUse(calibration),
+            in_order=live is not None,
+        ),
+        live=live,
     )
     assert set(held) == {2} and min(layer.judgement.inputs_left or 1 for layer in report.quantized) < 1
 
@@ -408,12 +417,15 @@ def test_in_order_ends_closer_to_the_model(deep, tmp_path, name, bias):
     errors, recipe = [], parse_recipe(get_format(name), "search", "gptq")
     for live in (None, live_model(model, draw)):
         report = convert(
-            source,
-            tmp_path / "q.safetensors",
-            recipe,
-            device="cpu",
-            overwrite=True,
-            calibration=CalibrationUse(calibration, bias),
+            Request(
+                source,
+                tmp_path / "q.safetensors",
+                recipe,
+                device="cpu",
+                overwrite=True,
+                calibration=CalibrationUse(calibration, bias),
+                in_order=live is not None,
+            ),
             live=live,
         )
         errors.append(error_of(model, draw, tmp_path / "q.safetensors", tmp_path)[0])
@@ -437,12 +449,15 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
     monkeypatch.setattr(layer_module, "_follow", watching)
     lora = tmp_path / "lora.safetensors" if rank else None
     convert(
-        source,
-        tmp_path / "q.safetensors",
-        parse_recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}),
-        device="cpu",
-        calibration=CalibrationUse(calibration, True),
-        residual_lora=lora,
+        Request(
+            source,
+            tmp_path / "q.safetensors",
+            parse_recipe(NVFP4, "search", "gptq", options={"residual_rank": rank}),
+            device="cpu",
+            calibration=CalibrationUse(calibration, True),
+            residual_lora=lora,
+            in_order=True,
+        ),
         live=live_model(model, draw, 6),
     )
     _, finished = error_of(model, draw, tmp_path / "q.safetensors", tmp_path)
@@ -467,11 +482,14 @@ def test_the_same_calls_give_the_same_bytes(deep, tmp_path):
     model, source, calibration, draw = deep
     for name in ("one", "two"):
         convert(
-            source,
-            tmp_path / f"{name}.safetensors",
-            RECIPE,
-            device="cpu",
-            calibration=CalibrationUse(calibration),
+            Request(
+                source,
+                tmp_path / f"{name}.safetensors",
+                RECIPE,
+                device="cpu",
+                calibration=CalibrationUse(calibration),
+                in_order=True,
+            ),
             live=live_model(model, draw, 8),
         )
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
@@ -487,27 +505,36 @@ def test_what_is_missing_is_named(deep, tmp_path):
     with pytest.raises(RequestError, match="the calibration holds 24 calls of 2. Capture more"):
         live_model(model, draw, groups=[call % 2 for call in range(24)])
     with pytest.raises(RequestError, match="needs the calibration"):
-        convert(source, tmp_path / "q.safetensors", RECIPE, device="cpu", live=live_model(model, draw))
+        convert(
+            Request(source, tmp_path / "q.safetensors", RECIPE, device="cpu", in_order=True),
+            live=live_model(model, draw),
+        )
     other = Deep(blocks=2)
     with pytest.raises(
         RequestError, match=r"blocks\.2\.0: the model has no layer of this name and of shape \[128, 64\]"
     ):
         convert(
-            source,
-            tmp_path / "q.safetensors",
-            RECIPE,
-            device="cpu",
-            calibration=CalibrationUse(calibration),
+            Request(
+                source,
+                tmp_path / "q.safetensors",
+                RECIPE,
+                device="cpu",
+                calibration=CalibrationUse(calibration),
+                in_order=True,
+            ),
             live=live_model(other, draw),
         )
     unused = LiveModel(linear_modules(model), [nothing] * 4)
     with pytest.raises(RequestError, match="use none of the layers"):
         convert(
-            source,
-            tmp_path / "q.safetensors",
-            RECIPE,
-            device="cpu",
-            calibration=CalibrationUse(calibration),
+            Request(
+                source,
+                tmp_path / "q.safetensors",
+                RECIPE,
+                device="cpu",
+                calibration=CalibrationUse(calibration),
+                in_order=True,
+            ),
             live=unused,
         )
     assert not list(tmp_path.iterdir())
@@ -525,11 +552,14 @@ def test_cancel_ends_it_within_a_second_and_leaves_nothing(deep, tmp_path):
     live = LiveModel(linear_modules(model), [lambda seed=seed: slow(seed) for seed in range(200)], most_calls=200)
     with pytest.raises(Cancelled):
         convert(
-            source,
-            tmp_path / "q.safetensors",
-            RECIPE,
-            device="cpu",
-            calibration=CalibrationUse(calibration),
+            Request(
+                source,
+                tmp_path / "q.safetensors",
+                RECIPE,
+                device="cpu",
+                calibration=CalibrationUse(calibration),
+                in_order=live is not None,
+            ),
             live=live,
             cancel=lambda: len(began) > 3,
         )

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
+from comfyui_quantpress.quant_core.pipeline.feed import count_nonfinite
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY, make_plan
-from comfyui_quantpress.quant_core.pipeline.run import convert, count_nonfinite, pick_device
+from comfyui_quantpress.quant_core.pipeline.request import Request, pick_device
+from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file
 from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
@@ -63,8 +66,8 @@ def test_plan_run_and_verify_agree(fmt, source, tmp_path):
     target = tmp_path / "out.safetensors"
     before = digest(source)
     with open_source(source) as src:
-        plan = make_plan(src, Recipe(fmt))
-    report = convert(source, target, Recipe(fmt))
+        plan = make_plan(src, Request(src.path, Path("planned"), Recipe(fmt)))
+    report = convert(Request(source, target, Recipe(fmt)))
     assert digest(source) == before
     with open_source(target) as out:
         assert {(t.name, t.dtype, t.shape) for t in out.tensors.values()} == {
@@ -83,14 +86,14 @@ def test_plan_run_and_verify_agree(fmt, source, tmp_path):
 @every_format
 def test_same_input_recipe_and_seed_give_the_same_bytes(fmt, source, tmp_path):
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    convert(source, one, Recipe(fmt, seed=3))
-    convert(source, two, Recipe(fmt, seed=3))
+    convert(Request(source, one, Recipe(fmt, seed=3)))
+    convert(Request(source, two, Recipe(fmt, seed=3)))
     assert digest(one) == digest(two)
 
 
 def test_untouched_tensors_and_metadata_are_kept(source, tmp_path):
     target = tmp_path / "out.safetensors"
-    convert(source, target, Recipe(get_format("nvfp4")))
+    convert(Request(source, target, Recipe(get_format("nvfp4"))))
     before, after = load_file(source), load_file(target)
     for name, tensor in before.items():
         if name in (
@@ -136,7 +139,7 @@ def test_every_safetensors_dtype_is_copied_untouched(tmp_path):
     }
     path, target = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
     save_file(model, path)
-    convert(path, target, Recipe(get_format("int8_rowwise")))
+    convert(Request(path, target, Recipe(get_format("int8_rowwise"))))
     with open_source(path) as a, open_source(target) as b:
         extras = [name for name in a.tensors if name.startswith("extra.")]
         assert len(extras) == 15
@@ -156,8 +159,8 @@ def test_a_sharded_source_gives_the_same_layers(source, tmp_path):
     index = {"weight_map": {n: f"m-{i % 2}.safetensors" for i, n in enumerate(names)}}
     (folder / "m.safetensors.index.json").write_text(json.dumps(index))
     whole, sharded = tmp_path / "whole.safetensors", tmp_path / "sharded.safetensors"
-    convert(source, whole, Recipe(get_format("bnb_nf4")))
-    convert(folder, sharded, Recipe(get_format("bnb_nf4")))
+    convert(Request(source, whole, Recipe(get_format("bnb_nf4"))))
+    convert(Request(folder, sharded, Recipe(get_format("bnb_nf4"))))
     a, b = load_file(whole), load_file(sharded)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8)) for n in a)
@@ -166,8 +169,8 @@ def test_a_sharded_source_gives_the_same_layers(source, tmp_path):
 @pytest.mark.parametrize("first", [f.name for f in all_formats()])
 def test_a_quantized_source_is_decoded_with_its_own_scales_first(first, source, tmp_path):
     middle, target = tmp_path / "q1.safetensors", tmp_path / "q2.safetensors"
-    convert(source, middle, Recipe(get_format(first)))
-    report = convert(middle, target, Recipe(get_format("int8_rowwise")))
+    convert(Request(source, middle, Recipe(get_format(first))))
+    report = convert(Request(middle, target, Recipe(get_format("int8_rowwise"))))
     assert any("decoded with its own scales" in w for w in report.warnings)
     assert all(row.source == first for row in report.quantized)
     against_middle = verify_file(target, against=middle)
@@ -179,8 +182,8 @@ def test_a_quantized_source_is_decoded_with_its_own_scales_first(first, source, 
 
 def test_a_kept_quantized_layer_is_copied_as_it_is(source, tmp_path):
     middle, target = tmp_path / "q1.safetensors", tmp_path / "q2.safetensors"
-    convert(source, middle, Recipe(get_format("nvfp4")))
-    convert(middle, target, Recipe(get_format("int8_rowwise")), Policy(keep=("attn",)))
+    convert(Request(source, middle, Recipe(get_format("nvfp4"))))
+    convert(Request(middle, target, Recipe(get_format("int8_rowwise")), Policy(keep=("attn",))))
     before, after = load_file(middle), load_file(target)
     for suffix in ("weight", "weight_scale", "weight_scale_2", "comfy_quant"):
         name = f"blocks.0.attn.qkv.{suffix}"
@@ -192,7 +195,11 @@ def test_a_kept_quantized_layer_is_copied_as_it_is(source, tmp_path):
 def test_policy_options(source, tmp_path):
     with open_source(source) as src:
         recipe = Recipe(get_format("int8_rowwise"))
-        chosen = lambda policy: {layer.layer for layer in make_plan(src, recipe, policy).quantized}  # noqa: E731
+
+        def chosen(policy):
+            plan = make_plan(src, Request(src.path, Path("planned"), recipe, policy))
+            return {layer.layer for layer in plan.quantized}
+
         assert chosen(Policy(only=(r"blocks\.0\.",))) == {
             "blocks.0.attn.qkv",
             "blocks.0.mlp.fc2",
@@ -200,7 +207,8 @@ def test_policy_options(source, tmp_path):
         }
         assert chosen(Policy(keep=("fc2",))) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
         assert chosen(Policy(only=("blocks",), keep=("adaLN", "attn"))) == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
-        reasons = {layer.layer: layer.reason for layer in make_plan(src, recipe).layers if layer.recipe is None}
+        plan = make_plan(src, Request(src.path, Path("planned"), recipe))
+        reasons = {layer.layer: layer.reason for layer in plan.kept}
         assert reasons == {
             "blocks.0.adaLN_modulation.1": "modulation",
             "blocks.1.adaLN_modulation.1": "modulation",
@@ -219,7 +227,7 @@ def test_policy_options(source, tmp_path):
 )
 def test_policies_that_cannot_be_meant_are_refused(policy, words, source):
     with open_source(source) as src, pytest.raises(PlanError, match=words):
-        make_plan(src, Recipe(get_format("int8_rowwise")), policy)
+        make_plan(src, Request(src.path, Path("planned"), Recipe(get_format("int8_rowwise")), policy))
 
 
 def test_fallback_takes_what_the_main_format_cannot(source):
@@ -227,13 +235,17 @@ def test_fallback_takes_what_the_main_format_cannot(source):
         recipe = Recipe(get_format("bnb_nf4"))
         plan = make_plan(
             src,
-            recipe,
-            Policy(fallback=Recipe(get_format("int8_rowwise"))),
-            never_pack=frozenset({"blocks.0.attn.qkv"}),
+            Request(
+                src.path,
+                Path("planned"),
+                recipe,
+                Policy(fallback=Recipe(get_format("int8_rowwise"))),
+                never_pack=frozenset({"blocks.0.attn.qkv"}),
+            ),
         )
         formats = {layer.layer: layer.recipe.format.name for layer in plan.quantized}
         assert formats["blocks.0.attn.qkv"] == "int8_rowwise" and formats["blocks.1.attn.qkv"] == "bnb_nf4"
-        kept = make_plan(src, recipe, never_pack=frozenset({"blocks.0.attn.qkv"}))
+        kept = make_plan(src, Request(src.path, Path("planned"), recipe, never_pack=frozenset({"blocks.0.attn.qkv"})))
         assert next(x for x in kept.layers if x.layer == "blocks.0.attn.qkv").reason.startswith(
             "ComfyUI's model detection"
         )
@@ -242,7 +254,7 @@ def test_fallback_takes_what_the_main_format_cannot(source):
 def test_block_formats_keep_what_does_not_divide(tmp_path):
     path, target = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
     save_file({"blocks.0.a.weight": torch.randn(128, 128), "blocks.0.b.weight": torch.randn(100, 128)}, path)
-    report = convert(path, target, Recipe(get_format("int8_blockwise")))
+    report = convert(Request(path, target, Recipe(get_format("int8_blockwise"))))
     assert [r.layer for r in report.quantized] == ["blocks.0.a"]
     assert "out_features=100 is not a multiple of group_size 128" in report.layers[0].reason + report.layers[1].reason
 
@@ -255,9 +267,9 @@ def test_nonfinite_weights_are_refused_by_name_and_count_or_kept(source, tmp_pat
     path = tmp_path / "bad.safetensors"
     save_file(model, path)
     with pytest.raises(InputFileError, match=r"blocks.1.mlp.fc2.weight: 6 of 131072 values are NaN or Inf"):
-        convert(path, target, Recipe(get_format("float8_e4m3fn")))
+        convert(Request(path, target, Recipe(get_format("float8_e4m3fn"))))
     assert not target.exists()
-    report = convert(path, target, Recipe(get_format("float8_e4m3fn")), allow_nonfinite=True)
+    report = convert(Request(path, target, Recipe(get_format("float8_e4m3fn")), allow_nonfinite=True))
     kept = next(r for r in report.layers if r.layer == "blocks.1.mlp.fc2")
     assert kept.format is None and "6 values are NaN or Inf" in kept.reason
     assert any("blocks.1.mlp.fc2" in w for w in report.warnings)
@@ -287,7 +299,7 @@ def test_cancel_leaves_nothing_and_is_fast(source, tmp_path):
     timer = threading.Timer(0.3, press)
     timer.start()
     with pytest.raises(Cancelled):
-        convert(path, target, Recipe(get_format("asym_w4a8_int8")), cancel=pressed.is_set)
+        convert(Request(path, target, Recipe(get_format("asym_w4a8_int8"))), cancel=pressed.is_set)
     assert time.monotonic() - when[0] < 1.0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.safetensors", "model.safetensors"]
 
@@ -298,13 +310,13 @@ def test_an_error_in_the_callback_leaves_nothing(source, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), progress=progress)
+        convert(Request(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4"))), progress=progress)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_progress_reaches_its_total_and_never_falls(source, tmp_path):
     states = []
-    convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), progress=states.append)
+    convert(Request(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4"))), progress=states.append)
     done = [s.done_bytes for s in states]
     assert done == sorted(done) and done[-1] == states[-1].total_bytes == open_source(source).nbytes
     assert states[-1].done_layers == states[-1].total_layers == 4 and states[-1].eta_s == 0
@@ -313,30 +325,30 @@ def test_progress_reaches_its_total_and_never_falls(source, tmp_path):
 def test_targets_that_must_not_be_written(source, tmp_path):
     recipe = Recipe(get_format("nvfp4"))
     with pytest.raises(OutputError, match="model.safetensors"):
-        convert(source, source, recipe, overwrite=True)
+        convert(Request(source, source, recipe, overwrite=True))
     target = tmp_path / "o.safetensors"
     target.write_text("mine")
     with pytest.raises(OutputError, match="exists"):
-        convert(source, target, recipe)
+        convert(Request(source, target, recipe))
     assert target.read_text() == "mine"
     with pytest.raises(OutputError):
-        convert(source, tmp_path / "no" / "o.safetensors", recipe)
-    convert(source, target, recipe, overwrite=True)
+        convert(Request(source, tmp_path / "no" / "o.safetensors", recipe))
+    convert(Request(source, target, recipe, overwrite=True))
     assert check_file(target).layers
 
 
 def test_unknown_devices_and_methods_are_refused(source, tmp_path):
     with pytest.raises(RequestError, match="--device"):
-        convert(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), device="nosuch")
+        convert(Request(source, tmp_path / "o.safetensors", Recipe(get_format("nvfp4")), device="nosuch"))
     with pytest.raises(RequestError, match="rounding"):
-        convert(source, tmp_path / "o.safetensors", parse_recipe(get_format("nvfp4"), rounding="nosuch"))
+        convert(Request(source, tmp_path / "o.safetensors", parse_recipe(get_format("nvfp4"), rounding="nosuch")))
     assert not (tmp_path / "o.safetensors").exists()
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
 def broken(source, tmp_path, change, fmt="nvfp4"):
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
-    convert(source, good, Recipe(get_format(fmt)))
+    convert(Request(source, good, Recipe(get_format(fmt))))
     with safe_open(good, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(good)
@@ -397,10 +409,12 @@ MEMORY_SCRIPT = """
 from comfyui_quantpress.cli.shared.heap import give_freed_weights_back
 give_freed_weights_back()
 import sys
+from pathlib import Path
+from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.formats import get_format
-convert(sys.argv[1], sys.argv[2], Recipe(get_format(sys.argv[3])))
+convert(Request(Path(sys.argv[1]), Path(sys.argv[2]), Recipe(get_format(sys.argv[3]))))
 # Not ru_maxrss: a child inherits its parent's there.
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -431,7 +445,7 @@ def test_the_plan_estimates_the_peak(tmp_path):
     path = tmp_path / "m.safetensors"
     save_file({f"blocks.{i}.w.weight": torch.randn(4096, 2048).bfloat16() for i in range(3)}, path)
     with open_source(path) as src:
-        estimate = make_plan(src, Recipe(get_format("nvfp4"))).peak_bytes
+        estimate = make_plan(src, Request(src.path, Path("planned"), Recipe(get_format("nvfp4")))).peak_bytes
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, path, tmp_path / "o.safetensors", "nvfp4"],
         capture_output=True,

@@ -14,7 +14,9 @@ sys.path.insert(
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.layer_plan import Quantized  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.request import Request  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.run import convert  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.policy.general import Policy, Rule  # noqa: E402
@@ -33,8 +35,8 @@ def model(path: Path) -> Path:
 
 def formats(path: Path, policy: Policy, recipe: Recipe = BASE) -> dict[str, str | None]:
     with open_source(path) as src:
-        plan = make_plan(src, recipe, policy)
-    return {layer.layer: layer.recipe.format.name if layer.recipe else None for layer in plan.layers}
+        plan = make_plan(src, Request(src.path, Path("planned"), recipe, policy))
+    return {layer.layer: layer.recipe.format.name if isinstance(layer, Quantized) else None for layer in plan.layers}
 
 
 def test_the_first_rule_wins_over_keep_only_and_name_rules(tmp_path):
@@ -55,7 +57,7 @@ def test_the_first_rule_wins_over_keep_only_and_name_rules(tmp_path):
 def test_a_rule_s_recipe_and_keys_reach_the_file(tmp_path):
     source, target = model(tmp_path / "m.safetensors"), tmp_path / "q.safetensors"
     rule = Rule(r"\.0\.attn", Recipe(get_format("float8_e4m3fn")), {"full_precision_matrix_mult": True})
-    convert(source, target, BASE, Policy(rules=(rule,)), device="cpu")
+    convert(Request(source, target, BASE, Policy(rules=(rule,)), device="cpu"))
     assert config_of(target, LAYERS[0]) == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     assert config_of(target, LAYERS[2])["format"] == "int8_tensorwise"
     assert not check_file(target).findings

@@ -16,6 +16,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa:
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.request import Request  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.policy.recipe import Recipe  # noqa: E402
 from comfyui_quantpress.quant_core.tools.bitsandbytes import dynamic_map, export_bitsandbytes, quantize_absmax  # noqa: E402
@@ -161,14 +162,14 @@ def test_blocks_that_run_over_rows_are_decoded_and_requantized_but_not_renamed(t
     assert all(torch.equal(w, expected[layer]) for layer, w in decoded(source).items())
     with open_source(source) as src, pytest.raises(InputFileError, match="blocks.0.*run over the ends"):
         migrate(src).apply(tmp_path / "a.safetensors")
-    report = requantize(source, tmp_path / "b.safetensors", Recipe(get_format("int8_rowwise")), device="cpu")
+    report = requantize(Request(source, tmp_path / "b.safetensors", Recipe(get_format("int8_rowwise")), device="cpu"))
     assert report.formats_before == {"bnb_nf4": 2} and 0 < report.run.weight_error < 0.02
     assert not check_file(tmp_path / "b.safetensors").errors
 
 
 def test_requantizing_to_the_same_format_loses_nothing(tmp_path):
     source, target = canonical_file(tmp_path / "a.safetensors", "int8_rowwise"), tmp_path / "b.safetensors"
-    report = requantize(source, target, Recipe(get_format("int8_rowwise")), device="cpu")
+    report = requantize(Request(source, target, Recipe(get_format("int8_rowwise")), device="cpu"))
     assert report.run.weight_error < 1e-6
     assert_untouched(source, target, header={"_quantization_metadata", "quantpress"})
 
@@ -195,7 +196,10 @@ def test_other_families_are_named_with_what_to_do(tmp_path, names, family):
         tmp_path / "a.safetensors", {**bystanders(), **{name: torch.zeros(4, dtype=torch.int32) for name in names}}
     )
     with open_source(source) as src:
-        for use in (migrate, lambda src: make_plan(src, Recipe(get_format("nvfp4")))):
+        for use in (
+            migrate,
+            lambda src: make_plan(src, Request(src.path, Path("planned"), Recipe(get_format("nvfp4")))),
+        ):
             with pytest.raises(InputFileError, match=f"this file is {family}.*[Tt]ake the 16-bit"):
                 use(src)
     assert [f["code"] for f in summarize(source)["findings"]] == ["foreign"]

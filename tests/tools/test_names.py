@@ -10,6 +10,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa:
 from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.names.diffusers import diffusers_warning  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.plan import make_plan  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.request import Request  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.run import convert  # noqa: E402
 from comfyui_quantpress.quant_core.policy.general import Policy  # noqa: E402
 from comfyui_quantpress.quant_core.policy.recipe import Recipe  # noqa: E402
@@ -29,9 +30,13 @@ def test_planning_migrating_and_diagnosing_warn(tmp_path, model):
     plain = save(tmp_path / "plain.safetensors", {name: weight(i) for i, name in enumerate(SIGNS[model])})
     recipe = Recipe(get_format("float8_e4m3fn"))
     with open_source(plain) as src:
-        assert [w for w in make_plan(src, recipe, Policy(only=(".",))).warnings if f"diffusers' names ({model})" in w]
+        assert [
+            w
+            for w in make_plan(src, Request(src.path, Path("planned"), recipe, Policy(only=(".",)))).warnings
+            if f"diffusers' names ({model})" in w
+        ]
         assert migrate(src).notes == ()  # nothing is quantized: it loads
-    report = convert(plain, tmp_path / "q.safetensors", recipe, Policy(only=(".",)), device="cpu")
+    report = convert(Request(plain, tmp_path / "q.safetensors", recipe, Policy(only=(".",)), device="cpu"))
     assert any("diffusers' names" in warning for warning in report.warnings)
     with open_source(tmp_path / "q.safetensors") as src:
         assert any("diffusers' names" in note for note in migrate(src).notes)

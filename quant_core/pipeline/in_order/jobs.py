@@ -1,8 +1,9 @@
-"""Quantizing in order of execution, beside the running model: every layer sees what the quantized ones before it deliver.
+"""Quantizing in order of execution, beside the running model.
 
-Each recorded call of the model runs twice, side by side and layer by layer (lockstep.py): once as it is, once with the
-layers that are quantized so far. So each layer gets its inputs before and after, for the price of two calls of the model
-per recorded one, and never more than one layer's decoded weight beside the model.
+Every layer sees what the quantized layers before it deliver. For that each recorded call of the model runs twice, side
+by side and layer by layer (lockstep.py): once as it is, once with the layers that are quantized so far. So each layer
+gets its inputs before and after. The price is two calls of the model for each recorded one. Beside the model there is
+never more than one layer's decoded weight.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ...algorithms.asymmetric import LEAST_GROUPS, InputPairs
 from ...algorithms.rounders.gptq import Gptq
 from ...errors import RequestError, counted
 from ...numerics.footprint import following_bytes, needed_bytes
-from ..plan import LayerPlan
+from ..layer_plan import Quantized
 from .lockstep import Lockstep, Stop, Visits, visits
 
 _ENOUGH_ROWS, _ENOUGH_CALLS, _MOST_CALLS = 1 << 15, 8, 64
@@ -28,8 +30,8 @@ _INPUTS_HELD = 4
 class LiveModel:
     """modules: the linear layers of the unquantized model, by name. calls: each runs one recorded call to its end.
 
-    They are called under inference mode, side by side. groups: which calls are of one picture or prompt, and so alike; one number
-    per call, () where that is not known. most_calls: None for as many as pay.
+    The calls run under inference mode, side by side. groups: one number per call. Calls of one picture or prompt are
+    alike and have the same number; () where that is not known. most_calls: None for as many as pay.
     """
 
     modules: Mapping[str, nn.Module]
@@ -41,9 +43,9 @@ class LiveModel:
         groups = len(set(self.groups or range(len(self.calls))))
         if groups < LEAST_GROUPS:
             raise RequestError(
-                f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of twenty; the "
-                f"calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, with `calls` of "
-                f"{_MOST_CALLS}, or quantize without a model."
+                f"quantizing in order needs recorded calls of at least {LEAST_GROUPS} pictures or prompts, better of "
+                f"twenty; the calibration holds {counted(len(self.calls), 'call')} of {groups}. Capture more of them, "
+                f"with `calls` of {_MOST_CALLS}, or quantize without a model."
             )
 
 
@@ -51,7 +53,7 @@ class LiveModel:
 class OrderedJob:
     """pairs: None for a layer that no call used."""
 
-    job: LayerPlan
+    job: Quantized
     pairs: InputPairs | None
 
 
@@ -63,8 +65,8 @@ class InOrder:
 
     def __init__(
         self,
-        jobs: Sequence[LayerPlan],
-        by_name: Mapping[str, LayerPlan],
+        jobs: Sequence[Quantized],
+        by_name: Mapping[str, Quantized],
         stops: Iterator[Stop],
         lockstep: Lockstep,
         calls: int,
@@ -109,16 +111,19 @@ class InOrder:
 
 
 @contextmanager
-def in_order(jobs: Sequence[LayerPlan], name_of: Callable[[str], str | None], live: LiveModel) -> Iterator[InOrder]:
-    """name_of: the model's name of a file's layer. RequestError: the model and the file do not have the same layers."""
-    by_name: dict[str, LayerPlan] = {}
+def in_order(jobs: Sequence[Quantized], name_of: Callable[[str], str | None], live: LiveModel) -> Iterator[InOrder]:
+    """name_of: gives the model's name of a file's layer.
+
+    Raises RequestError: the model and the file do not have the same layers.
+    """
+    by_name: dict[str, Quantized] = {}
     for job in jobs:
         name = name_of(job.layer)
-        module = live.modules.get(name)
-        if module is None or name in by_name or (module.out_features, module.in_features) != job.shape:
+        module = None if name is None else live.modules.get(name)
+        if name is None or module is None or name in by_name or _shape(module) != job.shape:
             raise RequestError(
-                f"{job.layer}: the model has no layer of this name and of shape {list(job.shape)}. Connect the model that "
-                "ComfyUI loads from this very file, or quantize without a model."
+                f"{job.layer}: the model has no layer of this name and of shape {list(job.shape)}. Connect the model "
+                "that ComfyUI loads from this very file, or quantize without a model."
             )
         by_name[name] = job
     modules = {name: live.modules[name] for name in by_name}
@@ -135,7 +140,10 @@ def in_order(jobs: Sequence[LayerPlan], name_of: Callable[[str], str | None], li
 
 
 def spread(groups: Sequence[int]) -> list[int]:
-    """The calls' numbers, one of every group first, then a second of every group, and so on: the first few are of many groups."""
+    """The calls' numbers: first one call of every group, then a second of every group, and so on.
+
+    So the first few calls are of many groups.
+    """
     seen: dict[int, int] = {}
     turns = []
     for group in groups:
@@ -155,19 +163,28 @@ def enough_calls(visited: Visits, recorded: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """calls: how many fit. nbytes: what they and the largest layer's arithmetic take on the device, beside the model."""
+    """calls: how many fit. nbytes: what they and the largest layer's arithmetic take on the device."""
 
     calls: int
     nbytes: int
 
 
 def room(live: LiveModel, most_bytes: int) -> Room:
-    """Runs one call to see how large it is. most_bytes: what may be taken; at least _ENOUGH_CALLS calls are used in any case."""
+    """Runs one call to see how large it is.
+
+    most_bytes: what may be taken. At least _ENOUGH_CALLS calls are used in any case.
+    """
     visited = visits(live.modules, live.calls[0])
-    shapes = [(module.out_features, module.in_features) for module in live.modules.values()]
+    shapes = [_shape(module) for module in live.modules.values()]
     layer = max(max(needed_bytes(shape, Gptq.weight_copies, True), following_bytes(shape)) for shape in shapes)
     # What a waiting call holds is about a few inputs of a layer; each runs twice.
     waiting = 2 * _INPUTS_HELD * visited.nbytes // max(1, len(visited.order))
     fitting = max(_ENOUGH_CALLS, (most_bytes - layer) // max(1, waiting))
     calls = min(enough_calls(visited, len(live.calls)), fitting)
     return Room(calls, calls * waiting + layer)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """[N, K] of a linear layer."""
+    linear = cast(nn.Linear, module)  # ComfyUI's own linear layers are not derived from it, but have the same fields
+    return linear.out_features, linear.in_features

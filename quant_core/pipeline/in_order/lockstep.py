@@ -1,17 +1,18 @@
-"""Many calls of one model, side by side: all wait before a layer until it has been dealt with.
+"""Many calls of one model, side by side. All of them wait before a layer until that layer has been quantized.
 
-A model is a function, which cannot be left in the middle and gone on with, except as a greenlet: a call stack of its own in
-the same thread. Threads would do too, but each would take a cuBLAS handle for the life of the process (measured on an H200:
-64 MB, and a workspace of 32 MB). Where calls wait, their activations stay alive: about a hundred megabytes per call of a
-large model.
+A model is a function. It can be left in the middle and gone on with only as a greenlet, which has a call stack of its
+own in the same thread. Threads would do too, but each would take a cuBLAS handle for the life of the process (measured
+on an H200: 64 MB, and a workspace of 32 MB). While a call waits its activations stay alive: about a hundred megabytes
+for one call of a large model.
 """
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class _Call:
 
 
 def visits(modules: Mapping[str, nn.Module], call: Callable[[], None]) -> Visits:
-    """Runs one call and looks. modules: the layers to be dealt with, by name."""
+    """Runs one call and looks. modules: the layers to be quantized, by name."""
     seen: dict[str, int] = {}
     sizes = [0, 0]
 
@@ -91,8 +92,10 @@ def visits(modules: Mapping[str, nn.Module], call: Callable[[], None]) -> Visits
 
 
 class Lockstep:
-    """modules: by name. calls: run one call of the model each, to its end, under inference mode. quantized: the numbers of those
-    calls for which `replace` puts another weight in place; the others run the model as it is. visited: of the same modules.
+    """modules: by name. calls: each runs one call of the model to its end, under inference mode.
+
+    quantized: the numbers of those calls for which `replace` puts another weight in place. The others run the model as
+    it is. visited: of the same modules.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Lockstep:
         self._calls: list[_Call] = []
         self._running: _Call | None = None
         self._leaving = False
+        self._greenlet = _greenlet()
 
     @contextmanager
     def stops(self) -> Iterator[Iterator[Stop]]:
@@ -124,25 +128,25 @@ class Lockstep:
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             stack.callback(self._leave)
-            yield self._walk(_greenlet())
+            yield self._walk()
 
     def replace(self, layer: str, weight: Tensor, bias: Tensor | None) -> None:
         """Where the quantized calls go on with this layer. In the dtype and on the device of its inputs."""
         self._replaced[layer] = Replacement(weight, bias)
 
-    def _walk(self, greenlet: Any) -> Iterator[Stop]:
+    def _walk(self) -> Iterator[Stop]:
         for number, run in enumerate(self._runs):
             poll()
-            self._calls.append(_Call(number, greenlet(run)))
+            self._calls.append(_Call(number, self._greenlet.greenlet(run)))
             self._calls[-1].stack.gr_context = contextvars.copy_context()
             self._go_on(self._calls[-1])
         while True:
-            waiting = [call for call in self._calls if not call.done]
-            if not waiting:
+            waits = {call.layer for call in self._calls if not call.done and call.layer is not None}
+            if not waits:
                 return
-            layer = min((call.layer for call in waiting), key=self._rank.__getitem__)
-            here = [call for call in waiting if call.layer == layer]
-            stop = Stop(layer, {call.number: call.input for call in here})
+            layer = min(waits, key=self._rank.__getitem__)
+            here = [call for call in self._calls if not call.done and call.layer == layer]
+            stop = Stop(layer, {call.number: call.input for call in here if call.input is not None})
             yield stop
             stop.inputs.clear()
             self._passed.add(layer)
@@ -155,9 +159,7 @@ class Lockstep:
 
     def _go_on(self, call: _Call) -> None:
         """Until it waits again, or ends; an error in it is raised here."""
-        from greenlet import getcurrent
-
-        call.stack.parent = getcurrent()
+        call.stack.parent = self._greenlet.getcurrent()
         before = _autocast()
         _set_autocast(call.autocast or before)
         self._running = call
@@ -172,16 +174,12 @@ class Lockstep:
             _set_autocast(before)
 
     def _leave(self) -> None:
-        from greenlet import getcurrent
-
         self._leaving = True
         for call in self._calls:
-            call.stack.parent = getcurrent()
+            call.stack.parent = self._greenlet.getcurrent()
             while call.stack and not call.done:
-                try:
+                with suppress(_Left):
                     call.stack.throw(_Left)
-                except _Left:
-                    pass
 
     # ---- inside the calls ------------------------------------------------------------------------------------------
     def _wait(self, name: str) -> Callable[[nn.Module, tuple, dict], None]:
@@ -220,9 +218,10 @@ class Lockstep:
         return after
 
 
-def _greenlet() -> Any:
+def _greenlet() -> ModuleType:
+    # Only quantizing in order needs it, and it is compiled code that a computer may lack.
     try:
-        from greenlet import greenlet
+        import greenlet  # type: ignore[import-untyped]  # it comes without type stubs
     except ImportError as err:
         raise RequestError(
             "quantizing in order needs the Python package greenlet, which is missing. Install the pack's "
