@@ -10,6 +10,7 @@ from .jobs.calibrate_input_scales import (
     NAME,
     NONE,
     SIMULATED,
+    ScaleInputs,
     lora_file,
     plan,
     read_settings,
@@ -17,7 +18,7 @@ from .jobs.calibrate_input_scales import (
     scale_files,
 )
 from .shared.folders import LORAS, list_models, stamp
-from .shared.handles import CATEGORY, CalibrationHandle, CalibrationType, QuantizedHandle, QuantizedType
+from .shared.handles import CATEGORY, CalibrationType, QuantizedHandle, QuantizedType
 from .shared.progress import NodeProgress
 from .shared.run_tool import Tool, run_tool
 from .shared.schema import rare, schema
@@ -145,10 +146,8 @@ class CalibrateInputScales(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, quantized: QuantizedHandle, preview: bool, calibration: CalibrationHandle | None = None, **values: Any
-    ) -> io.NodeOutput:
-        settings = read_settings(**values, calibration=calibration)
+    def execute(cls, quantized: QuantizedHandle, preview: bool, **values: Any) -> io.NodeOutput:
+        settings = read_settings(ScaleInputs(**values))
         progress = NodeProgress(cls.hidden.unique_id, "Input scales")
         outcome = run_tool(
             quantized, Tool(NAME, settings.describe(), preview), progress, lambda src: plan(src, settings, progress)

@@ -5,14 +5,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..quant_core.calibration.capture.budget import GIB, Budget
-from ..quant_core.calibration.capture.collector import CaptureSettings
-from .jobs.capture_activations import device_bytes, watch
+from .jobs.capture_activations import ACCUMULATE, CALLS, START_OVER, CaptureInputs, start_capture
 from .shared.handles import CATEGORY, CaptureType
 from .shared.schema import schema
-
-ACCUMULATE, START_OVER = "accumulate", "start over"
-CALLS = 64
 
 
 class CaptureActivations(io.ComfyNode):
@@ -119,21 +114,8 @@ class CaptureActivations(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        runs: str,
-        hessians: bool,
-        device_gb: float,
-        ram_gb: float,
-        rows_per_step: int,
-        layers: str,
-        seed: int,
-        calls: int = CALLS,
-    ) -> io.NodeOutput:
-        budget = Budget(int(device_gb * GIB) or device_bytes(), int(ram_gb * GIB), hessians=hessians)
-        settings = CaptureSettings(seed, rows_per_step)
-        return io.NodeOutput(*watch(model, layers.strip(), budget, settings, calls, runs == ACCUMULATE))
+    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(*start_capture(model, CaptureInputs(**values)))
 
     @classmethod
     def fingerprint_inputs(cls, runs: str, **_: Any) -> str:

@@ -1,8 +1,40 @@
-"""The nodes, one file each. This module is the list of them; ids never change."""
+"""The list of the nodes. Ids never change; the order is the one in which ComfyUI hears of them."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from comfy_api.latest import ComfyExtension, io
+
+# One file each, named here and nowhere else.
+NODES = (
+    "load_source",
+    "model_source",
+    "quantize_model",
+    "load_quantized_in_graph",
+    "save_quantized",
+    "load_quantized_file",
+    "inspect_quantization",
+    "try_conditioning",
+    "capture_activations",
+    "collect_calibration",
+    "save_calibration",
+    "load_calibration",
+    "open_quantized_file",
+    "repair_file",
+    "migrate_file",
+    "edit_metadata",
+    "calibrate_input_scales",
+    "requantize_model",
+    "dequantize_model",
+    "convert_bitsandbytes",
+    "bake_lora",
+    "extract_model",
+    "replace_model",
+    "split_shards",
+    "save_source",
+)
 
 
 class QuantPressExtension(ComfyExtension):
@@ -14,56 +46,14 @@ class QuantPressExtension(ComfyExtension):
         add_calibrations_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from .bake_lora import BakeLora
-        from .calibrate_input_scales import CalibrateInputScales
-        from .capture_activations import CaptureActivations
-        from .collect_calibration import CollectCalibration
-        from .convert_bitsandbytes import ConvertBitsandbytes
-        from .dequantize_model import DequantizeModel
-        from .edit_metadata import EditMetadata
-        from .extract_model import ExtractModel
-        from .inspect_quantization import InspectQuantization
-        from .load_calibration import LoadCalibration
-        from .load_quantized_file import LoadQuantizedFile
-        from .load_quantized_in_graph import LoadQuantizedInGraph
-        from .load_source import LoadSource
-        from .migrate_file import MigrateFile
-        from .model_source import ModelSource
-        from .open_quantized_file import OpenQuantizedFile
-        from .quantize_model import QuantizeModel
-        from .repair_file import Repair
-        from .replace_model import ReplaceModel
-        from .requantize_model import RequantizeModel
-        from .save_calibration import SaveCalibration
-        from .save_quantized import SaveQuantized
-        from .save_source import SaveSource
-        from .split_shards import SplitShards
-        from .try_conditioning import TestConditioning
+        return [_node_in(import_module(f".{name}", __package__)) for name in NODES]
 
-        return [
-            LoadSource,
-            ModelSource,
-            QuantizeModel,
-            LoadQuantizedInGraph,
-            SaveQuantized,
-            LoadQuantizedFile,
-            InspectQuantization,
-            TestConditioning,
-            CaptureActivations,
-            CollectCalibration,
-            SaveCalibration,
-            LoadCalibration,
-            OpenQuantizedFile,
-            Repair,
-            MigrateFile,
-            EditMetadata,
-            CalibrateInputScales,
-            RequantizeModel,
-            DequantizeModel,
-            ConvertBitsandbytes,
-            BakeLora,
-            ExtractModel,
-            ReplaceModel,
-            SplitShards,
-            SaveSource,
-        ]
+
+def _node_in(module: ModuleType) -> type[io.ComfyNode]:
+    """The one node that a file defines."""
+    (node,) = (
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, io.ComfyNode) and thing.__module__ == module.__name__
+    )
+    return node

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..quant_core.tools.canonicalize import InputScale
@@ -87,17 +89,8 @@ class MigrateFile(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        quantized: QuantizedHandle,
-        target: str,
-        full_precision: str,
-        input_scale: str,
-        hp_filter: str,
-        header: bool,
-        preview: bool,
-    ) -> io.NodeOutput:
-        settings = MigrateSettings(target, full_precision, input_scale, hp_filter.strip(), header)
+    def execute(cls, quantized: QuantizedHandle, preview: bool, **values: Any) -> io.NodeOutput:
+        settings = MigrateSettings(**values)
         outcome = run_tool(
             quantized,
             Tool(NAME, settings.describe(), preview),

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import all_formats
 from ..quant_core.tools.diagnose import MODELOPT
 from .jobs.repair_file import AUTOMATIC, NAME, ONLY_INPUTS, REPAIR, TIDY, RepairSettings, repaired
-from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceHandle, SourceType
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, SourceType
 from .shared.progress import NodeProgress
 from .shared.schema import rare, schema
 
@@ -109,28 +110,9 @@ class Repair(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        quantized: QuantizedHandle,
-        only_diagnose: bool,
-        assume: str,
-        unswizzled: bool,
-        mode: str,
-        marker: str,
-        add_scale_input: bool,
-        keep_shapes: bool,
-        original: SourceHandle | None = None,
-    ) -> io.NodeOutput:
-        settings = RepairSettings(
-            None if assume == AUTOMATIC else assume,
-            unswizzled,
-            mode,
-            int(marker),
-            add_scale_input,
-            keep_shapes,
-            None if original is None else original.path,
-        )
-        outcome = repaired(quantized, settings, only_diagnose, NodeProgress(cls.hidden.unique_id, NAME))
+    def execute(cls, quantized: QuantizedHandle, only_diagnose: bool, **values: Any) -> io.NodeOutput:
+        progress = NodeProgress(cls.hidden.unique_id, NAME)
+        outcome = repaired(quantized, RepairSettings(**values), only_diagnose, progress)
         return io.NodeOutput(
             outcome.quantized, outcome.text, json.dumps(outcome.data, indent=1), ui=ui.PreviewText(outcome.text)
         )

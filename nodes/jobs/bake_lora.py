@@ -49,7 +49,9 @@ def bake_lora(
 
     def build(sources: Sequence[Source]) -> Rewrite:
         model, *files = sources
-        return bake(model, [(file, weight) for file, (_, weight) in zip(files, loras)], skip_unmatched=skip)
+        return bake(
+            model, [(file, weight) for file, (_, weight) in zip(files, loras, strict=True)], skip_unmatched=skip
+        )
 
     spool, report = combine(
         source.label,

@@ -48,7 +48,7 @@ def lora_file(name: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """The widgets' values, with paths in place of names. RequestError when the method's own input is missing."""
+    """The inputs that the method uses, with paths in place of names. RequestError when the method's own input is missing."""
 
     method: str
     simulation: SimulationSettings
@@ -81,25 +81,32 @@ class ScaleSettings:
         }
 
 
-def read_settings(
-    method: str,
-    samples: int,
-    percentile: float,
-    seed: int,
-    captured_percentile: float,
-    lora: str,
-    file: str,
-    calibration: CalibrationHandle | None,
-) -> ScaleSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleInputs:
+    """The node's inputs, by their names."""
+
+    method: str
+    samples: int
+    percentile: float
+    seed: int
+    captured_percentile: float
+    lora: str
+    file: str
+    calibration: CalibrationHandle | None = None
+
+
+def read_settings(values: ScaleInputs) -> ScaleSettings:
     """Only what the method uses, so that changing another widget makes no new file. The calibration always warns."""
-    simulation = SimulationSettings(samples, percentile, seed) if method in (SIMULATED, LORA) else SimulationSettings()
+    method, simulation = values.method, SimulationSettings()
+    if method in (SIMULATED, LORA):
+        simulation = SimulationSettings(values.samples, values.percentile, values.seed)
     return ScaleSettings(
         method,
         simulation,
-        captured_percentile if method == CAPTURED else 100.0,
-        lora_file(lora) if method == LORA else None,
-        scale_file(file) if method == FILE else None,
-        None if calibration is None else spool_of(calibration),
+        values.captured_percentile if method == CAPTURED else 100.0,
+        lora_file(values.lora) if method == LORA else None,
+        scale_file(values.file) if method == FILE else None,
+        None if values.calibration is None else spool_of(values.calibration),
     )
 
 

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from comfy import model_management
 from comfy.patcher_extension import WrappersMP
 
-from ...quant_core.calibration.capture.budget import Budget
+from ...quant_core.calibration.capture.budget import GIB, Budget
 from ...quant_core.calibration.capture.collector import CaptureSettings
 from ..shared.capture import Capture
 from ..shared.model_state import COMPILE_KEY, KEY, compiled
+
+ACCUMULATE, START_OVER = "accumulate", "start over"
+CALLS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureInputs:
+    """The node's inputs, by their names. calls: a saved workflow may lack it."""
+
+    runs: str
+    hessians: bool
+    device_gb: float
+    ram_gb: float
+    rows_per_step: int
+    layers: str
+    seed: int
+    calls: int = CALLS
+
+
+def start_capture(model: Any, inputs: CaptureInputs) -> tuple[Any, Capture]:
+    """As `watch`, from the node's inputs."""
+    device = int(inputs.device_gb * GIB) or device_bytes()
+    budget = Budget(device, int(inputs.ram_gb * GIB), hessians=inputs.hessians)
+    settings = CaptureSettings(inputs.seed, inputs.rows_per_step)
+    return watch(model, inputs.layers.strip(), budget, settings, inputs.calls, inputs.runs == ACCUMULATE)
 
 
 def watch(

@@ -109,14 +109,14 @@ def _rows(groups: list[dict[str, Any]]) -> list[str]:
         (f"{row['count']}x", "x".join(map(str, row["shape"])) or "scalar", f"{row['bytes'] / 1e6:.2f} MB")
         for row in groups
     ]
-    count, shape, size = (max(map(len, column)) for column in zip(*cells))
+    count, shape, size = (max(map(len, column)) for column in zip(*cells, strict=True))
     limit = max(_MIN_NAME, _WIDTH - count - shape - size - 4)
     names = [shortened(row["layers"].removesuffix(".weight"), limit) for row in groups]
     width = max(map(len, names))
     return [
         *(
             f" {name:<{width}} {many:>{count}} {form:<{shape}} {mb:>{size}}"
-            for name, (many, form, mb) in zip(names, cells)
+            for name, (many, form, mb) in zip(names, cells, strict=True)
         ),
         *rest,
     ]
@@ -128,4 +128,6 @@ def shortened(name: str, limit: int) -> str:
     keep = [len(part) for part in parts]
     while sum(keep) + len(keep) - 1 > limit and max(keep) > _MIN_PART:
         keep[keep.index(max(keep))] -= 1
-    return ".".join(part if length == len(part) else part[: length - 1] + "~" for part, length in zip(parts, keep))
+    return ".".join(
+        part if length == len(part) else part[: length - 1] + "~" for part, length in zip(parts, keep, strict=True)
+    )

@@ -20,9 +20,9 @@ FULL_PRECISION = {"as it is": None, "set": True, "remove": False}
 INPUT_SCALES = {"keep": InputScale.KEEP, "1.0": InputScale.UNIT, "weight scale": InputScale.WEIGHT}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrateSettings:
-    """The widgets' values."""
+    """The node's inputs, by their names."""
 
     target: str
     full_precision: str
@@ -36,7 +36,7 @@ class MigrateSettings:
 
 def plan(src: Source, settings: MigrateSettings) -> Proposal:
     """Raises QuantPressError; RequestError for a setting that the target does not have."""
-    pattern = settings.hp_filter or None
+    pattern = settings.hp_filter.strip() or None
     if settings.target == NATIVE:
         rewrite = migrate(
             src,

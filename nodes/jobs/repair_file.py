@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...quant_core.checkpoint.source import Source, open_source
@@ -14,7 +13,7 @@ from ...quant_core.tools.against import find_layout
 from ...quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 from ...quant_core.tools.repair import repair
 from ..shared.folders import stamp
-from ..shared.handles import QuantizedHandle
+from ..shared.handles import QuantizedHandle, SourceHandle
 from ..shared.progress import NodeProgress
 from ..shared.run_tool import Outcome, Proposal, Tool, run_tool
 
@@ -23,28 +22,35 @@ AUTOMATIC = "automatic"
 REPAIR, TIDY, ONLY_INPUTS = "repair", "tidy legacy", "legacy scale_input"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RepairSettings:
-    """The widgets' values. assume: None for automatic. original: the model that the file was made from."""
+    """The node's inputs, by their names. original: the model that the file was made from."""
 
-    assume: str | None
+    assume: str
     unswizzled: bool
     mode: str
-    marker: int
+    marker: str
     add_scale_input: bool
     keep_shapes: bool
-    original: Path | None
+    original: SourceHandle | None = None
+
+    @property
+    def layout(self) -> str | None:
+        """The one that the user names; None where the tool finds it."""
+        return None if self.assume == AUTOMATIC else self.assume
 
     def describe(self) -> dict[str, Any]:
-        original = None if self.original is None else [str(self.original), stamp(self.original)]
-        return {**asdict(self), "original": original}
+        """JSON values that decide the result."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        original = None if self.original is None else [str(self.original.path), stamp(self.original.path)]
+        return {**values, "original": original}
 
 
 def repaired(
     handle: QuantizedHandle, settings: RepairSettings, only_diagnose: bool, progress: NodeProgress
 ) -> Outcome:
     """Outcome.data: every finding as JSON. Raises QuantPressError."""
-    if settings.original is not None and (settings.assume is not None or settings.unswizzled):
+    if settings.original is not None and (settings.layout is not None or settings.unswizzled):
         raise RequestError(
             "The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
             "disconnect it."
@@ -64,13 +70,16 @@ def _plan(src: Source, settings: RepairSettings, word: str) -> Proposal:
     if settings.mode == TIDY:
         return Proposal(
             cleanup_legacy(
-                src, marker=settings.marker, scale_input=settings.add_scale_input, normalise=not settings.keep_shapes
+                src,
+                marker=int(settings.marker),
+                scale_input=settings.add_scale_input,
+                normalise=not settings.keep_shapes,
             ),
             data=[],
         )
-    assume, unswizzled, lines = settings.assume, settings.unswizzled, []
+    assume, unswizzled, lines = settings.layout, settings.unswizzled, []
     if settings.original is not None:
-        with open_source(settings.original) as reference:
+        with open_source(settings.original.path) as reference:
             layout = find_layout(src, reference)
         assume, unswizzled = layout.assume, layout.unswizzled
         found = [f"assume {assume}"] * (assume is not None) + ["unswizzled"] * unswizzled

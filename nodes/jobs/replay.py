@@ -86,7 +86,7 @@ def replay(model: Any, call: RecordedCall, device: torch.device) -> None:
     what an earlier call worked out (HiDream-O1) they see the whole input again.
     """
     arguments = _moved(call.arguments, device)
-    options = {**_own_options(model), **arguments.pop("transformer_options", {})}
+    options = {**own_options(model), **arguments.pop("transformer_options", {})}
     _forget_calls(model)
     with model_management.cuda_device_context(device):  # a new thread begins on the first device
         model.model.apply_model(**arguments, transformer_options=options)
@@ -99,7 +99,7 @@ def _forget_calls(model: Any) -> None:
         forget()
 
 
-def _own_options(model: Any) -> dict[str, Any]:
+def own_options(model: Any) -> dict[str, Any]:
     """The transformer_options that a sampler would begin with, without our capture."""
     options = create_model_options_clone(model.model_options).get("transformer_options", {})
     for name in ("wrappers", "callbacks"):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy import model_management
@@ -33,9 +33,31 @@ from .spool import spool_folder, sweep
 _LABELS = {0: "cond", 1: "uncond"}
 _PARAMETERS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
 _PATCHES = ("patches", "patches_replace")
-_NO_DATA = frozenset(
-    {*_PATCHES, "wrappers", "callbacks", "uuids"}
-)  # the model brings its own; uuids name conditions of a run
+# The model brings its own of these; uuids name conditions of a run.
+_NO_DATA = frozenset({*_PATCHES, "wrappers", "callbacks", "uuids"})
+_SEED = 7  # place among the arguments of outer_sample
+_OPTIONS = 3  # place of transformer_options among those that follow x and t in apply_model
+
+
+@dataclass(slots=True)
+class _Sampling:
+    """One sampling that is watched. run: its number. calls: how many it has made.
+
+    counted: predict_noise tells the steps. A guider of another pack may not come by it: its steps are told by sigma.
+    """
+
+    run: int
+    note: str
+    context: CallContext = field(default_factory=lambda: CallContext(step=-1))
+    counted: bool = False
+    calls: int = 0
+
+    def note_call(self, sigma: float | None, options: Mapping[str, Any]) -> None:
+        """sigma: None where the steps are counted."""
+        if sigma is not None:
+            self.context = CallContext(self.context.step + (sigma != self.context.sigma), sigma)
+        labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
+        self.context = replace(self.context, labels=labels)
 
 
 class Capture:
@@ -50,11 +72,11 @@ class Capture:
             {name: module.in_features for name, module in modules.items()}, budget, settings.statistics
         )
         self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
-        self._calls = CallSample(calls)
-        self._run, self._call, self._note, self._sampling = 0, 0, "", False
+        self.calls = CallSample(calls)
+        self._runs = 0
         self._seed, self._accumulate = settings.seed, accumulate
+        self._sampling: _Sampling | None = None
         self._lock = threading.Lock()
-        self._context, self._counted = CallContext(), False
         self._collected: tuple[CalibrationHandle, list[LayerSummary]] | None = None
         self._label = type(model.model.model_config).__name__.lower()
 
@@ -77,17 +99,20 @@ class Capture:
             )
         if not self._lock.acquire(blocking=False):  # a sampling inside a sampling: the outer one's hooks see it
             return executor(*args, **kwargs)
-        seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+        seed = kwargs.get("seed", args[_SEED] if len(args) > _SEED else None)
         patched = len(guider.model_patcher.patches)
         loras = (f"{patched} patched weights",) if patched else ()
+        self._runs += 1
+        sampling = _Sampling(self._runs, "" if seed is None else f"seed {seed}")
         try:
-            self._context, self._counted, self._collected = CallContext(step=-1), False, None
-            self._run, self._call, self._sampling = self._run + 1, 0, True
-            self._note = "" if seed is None else f"seed {seed}"
-            with model_compiler_off(), self._collector.capture(self._root, lambda: self._context, self._note, loras):
+            self._sampling, self._collected = sampling, None
+            with (
+                model_compiler_off(),
+                self._collector.capture(self._root, lambda: sampling.context, sampling.note, loras),
+            ):
                 return executor(*args, **kwargs)
         finally:
-            self._sampling = False
+            self._sampling = None
             self._lock.release()
 
     def prepare_sampling(self, executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,10 +122,11 @@ class Capture:
 
     def predict_noise(self, executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of one look at the noise, of all conditions: (x, timestep, model_options, seed). Counts steps."""
-        self._counted = True
-        self._context = CallContext(
-            self._context.step + 1, timestep.flatten()[0].clone()
-        )  # its value would wait for the GPU
+        sampling = self._sampling
+        if sampling is not None:
+            sampling.counted = True
+            # The value of the sigma would wait for the GPU.
+            sampling.context = CallContext(sampling.context.step + 1, timestep.flatten()[0].clone())
         return executor(x, timestep, *args, **kwargs)
 
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,21 +134,16 @@ class Capture:
 
         Of the calls inside a captured sampling some are kept whole.
         """
-        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        labels = tuple(_LABELS.get(index, str(index)) for index in options.get("cond_or_uncond", ()))
-        if (
-            not self._counted
-        ):  # a guider of another pack, which does not come by predict_noise: its steps are told by sigma
-            sigma = float(t.flatten()[0])
-            self._context = CallContext(self._context.step + (sigma != self._context.sigma), sigma)
-        self._context = replace(self._context, labels=labels)
-        if self._sampling:
-            self._calls.offer(
+        sampling = self._sampling
+        if sampling is not None:
+            options = kwargs.get("transformer_options") or (args[_OPTIONS] if len(args) > _OPTIONS else {})
+            sampling.note_call(float(t.flatten()[0]) if not sampling.counted else None, options)
+            self.calls.offer(
                 lambda: call_arguments(executor.class_obj, x, t, args, kwargs),
-                call_key(self._seed, self._run, self._call),
-                call_group(self._seed, self._run, self._note),
+                call_key(self._seed, sampling.run, sampling.calls),
+                call_group(self._seed, sampling.run, sampling.note),
             )
-            self._call += 1
+            sampling.calls += 1
         return executor(x, t, *args, **kwargs)
 
     # ---- afterwards --------------------------------------------------------------------------------------------
@@ -143,7 +164,7 @@ class Capture:
         if self._collected is None or not self._collected[0].path.is_file():
             calibration = self._collector.result()
             calibration.require_captured()
-            calibration.calls = self._calls
+            calibration.calls = self.calls
             sweep()
             rows = calibration.table()
             path = spool_folder() / f"calibration-{self._label}-{secrets.token_hex(6)}.safetensors"
@@ -151,8 +172,8 @@ class Capture:
             self._collected = CalibrationHandle(path, self._label), rows
             if not self._accumulate:
                 self._collector.reset()
-                self._calls.reset()
-                self._run = 0
+                self.calls.reset()
+                self._runs = 0
         return self._collected
 
 
@@ -161,7 +182,7 @@ def call_arguments(base: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dic
 
     None when a replay on the model alone would differ: this call's conditioning, or the sampling, brought weights or patches.
     """
-    arguments = {**dict(zip(_PARAMETERS, (x, t, *args))), **kwargs}
+    arguments = {**dict(zip(_PARAMETERS, (x, t, *args), strict=False)), **kwargs}
     options, patcher = arguments.pop("transformer_options", None) or {}, base.current_patcher
     if patcher is None or patcher.current_hooks is not None:
         return None

@@ -40,10 +40,10 @@ class RecordingDict(dict[str, Any]):
         return self._tensor(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (this is that method)
 
     def pop(self, key: str, *default: Any) -> Any:
-        value = self[key] if key in self else None
+        value = self.get(key)
         super().pop(key, *default)
         return value if value is not None else default[0]
 

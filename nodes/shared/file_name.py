@@ -30,7 +30,7 @@ def expand(pattern: str, handle: QuantizedHandle) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
             raise RequestError(
-                f"{match[0]} is not a token. Known tokens: {', '.join('{%s}' % name for name in values)}."
+                f"{match[0]} is not a token. Known tokens: {', '.join(f'{{{name}}}' for name in values)}."
             )
         return values[match[1]]
 

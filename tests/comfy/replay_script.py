@@ -72,6 +72,10 @@ def sample(model, steps=2, seed=0, change=lambda positive: None, **options):
     )
 
 
+def rows_seen(capture):
+    return {layer: statistics.seen for layer, statistics in capture._collector.result().statistics.items()}
+
+
 def collected(capture):
     """The recorded calls as Quantize Model gets them: from the file."""
     handle, rows = capture.collect(pack("nodes.shared.progress").NodeProgress(None, "Collecting"))
@@ -143,7 +147,7 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
         assert f"model calls kept: {len(by_call)} of {len(by_call)}, " in text and "could not" not in text, text
         place = {key(run, call): at for at, (run, call) in enumerate([(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])}
         assert len(by_call) == 5 and calls.keys() == place.keys()
-        replay, context = pack("nodes.jobs.replay"), capture._context
+        replay, before = pack("nodes.jobs.replay"), rows_seen(capture)
         for given in (model, observed):  # the capture's own output does as well: it adds nothing to the record
             replay.replayable(given)
             with replay.loaded(given, 10**6) as (root, device):
@@ -152,8 +156,8 @@ def check_replays_give_the_layers_their_inputs_to_the_bit():
                     assert_same(by_call[place[number]], replayed_inputs(given, call, device))
             assert model.model.current_patcher is None
         assert (
-            capture._context is context
-            and capture._calls.offered == 5
+            rows_seen(capture) == before
+            and capture.calls.offered == 5
             and calls[key(1, 0)].arguments["transformer_options"]["cond_or_uncond"] == [1, 0]
         )
 
@@ -279,13 +283,13 @@ def check_calls_that_a_replay_would_not_repeat_are_not_kept_but_counted():
         return clone
 
     sample(with_more("of a run", {"scale": 0.5, "tensor": torch.ones(2)}))
-    assert len(capture._calls.kept) == 4 and capture._calls.refused == 0
-    kept = list(capture._calls.calls())
+    assert len(capture.calls.kept) == 4 and capture.calls.refused == 0
+    kept = list(capture.calls.calls())
     assert sum("of a run" in call.arguments["transformer_options"] for call in kept) == 2
     assert not any("of the model" in call.arguments["transformer_options"] for call in kept)
     for name, value in (("of a run", {"an object": object()}), ("patches", {"middle_patch": [lambda args: args]})):
         sample(with_more(name, value))
-    assert len(capture._calls.kept) == 4 and (capture._calls.refused, capture._calls.offered) == (4, 8)
+    assert len(capture.calls.kept) == 4 and (capture.calls.refused, capture.calls.offered) == (4, 8)
     assert "model calls kept: 4 of 8, " in (text := collected(capture)[1]) and "; 4 could not be kept" in text, text
 
 
@@ -293,12 +297,12 @@ def check_only_calls_of_a_captured_sampling_are_kept_and_as_many_as_asked_for():
     model = load()
     observed, capture = watched(model, calls=3)
     sample(model)
-    assert capture._calls.offered == 0
+    assert capture.calls.offered == 0
     sample(observed, steps=6)
     first = list(collected(capture)[0])
     assert first == sorted(key(1, call) for call in range(6))[:3]
     call = collected(capture)[0][first[0]]
-    options = pack("nodes.jobs.replay")._own_options(observed)
+    options = pack("nodes.jobs.replay").own_options(observed)
     with pack("nodes.jobs.replay").loaded(observed, 0):
         options["wrappers"][WrappersMP.APPLY_MODEL] = {
             "x": observed.get_wrappers(WrappersMP.APPLY_MODEL, pack("nodes.shared.model_state").KEY)
@@ -310,7 +314,7 @@ def check_only_calls_of_a_captured_sampling_are_kept_and_as_many_as_asked_for():
             y=call.arguments["y"],
             transformer_options=options,
         )
-    assert capture._calls.offered == 6
+    assert capture.calls.offered == 6
     none, capture = watched(model, calls=0)
     sample(none)
     calls, text = collected(capture)
@@ -323,7 +327,7 @@ def check_start_over_forgets_the_calls_once_they_are_collected():
     for _ in range(2):
         sample(observed)
         runs.append(collected(capture)[0])
-        assert not capture._calls.kept
+        assert not capture.calls.kept
     assert runs[0].keys() == runs[1].keys() == {key(1, 0), key(1, 1)}
     assert all(torch.equal(call.arguments["x"], runs[1][number].arguments["x"]) for number, call in runs[0].items())
 
@@ -366,7 +370,7 @@ def check_what_a_model_keeps_from_call_to_call_is_forgotten():
     model.model.diffusion_model.clear_kv_cache = lambda: cleared.append(1)
     with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
         for _ in range(2):
-            pack("nodes.jobs.replay").replay(model, next(capture._calls.calls()), device)
+            pack("nodes.jobs.replay").replay(model, next(capture.calls.calls()), device)
         assert len(cleared) == 2
     assert len(cleared) == 3
 
@@ -384,7 +388,7 @@ def check_the_compiler_of_newer_versions_is_off_while_hooks_must_see_every_call(
     sample(observed)
     sample(model)
     with pack("nodes.jobs.replay").loaded(model, 0) as (_, device):
-        pack("nodes.jobs.replay").replay(model, next(capture._calls.calls()), device)
+        pack("nodes.jobs.replay").replay(model, next(capture.calls.calls()), device)
     begin.remove()
     before = args.disable_comfy_compiler
     del args.disable_comfy_compiler
