@@ -47,7 +47,8 @@ class DemoSettings:
 class DemoProgress:
     """Sent when a stage begins, and once more when a format is done, with its row.
 
-    stage: "original", "quantize", "verify", "sample", "row", "write". index: formats done. format: None outside formats.
+    stage: "original", "quantize", "verify", "sample", "row", "write". index: formats done.
+    format: None outside formats.
     """
 
     stage: str
@@ -104,9 +105,11 @@ def run_demo(
     reference = make_reference(tuple(seeds), settings)
     rows, pictures = [], []
     for index, fmt in enumerate(chosen):
-        row, drawn = _one_format(
-            fmt, out_dir, reference, lambda stage: progress(DemoProgress(stage, fmt.name, index, len(chosen)))
-        )
+
+        def tell(stage: str, name: str = fmt.name, index: int = index) -> None:
+            progress(DemoProgress(stage, name, index, len(chosen)))
+
+        row, drawn = _one_format(fmt, out_dir, reference, tell)
         rows.append(row)
         pictures.append(drawn)
         progress(DemoProgress("row", fmt.name, index + 1, len(chosen), row))
@@ -211,7 +214,8 @@ def make_sheet(
         )
 
     ordered = sorted(
-        zip(chosen, rows, pictures), key=lambda one: (one[1].bits_per_weight < FEW_BITS, -one[1].output_snr_db)
+        zip(chosen, rows, pictures, strict=True),
+        key=lambda one: (one[1].bits_per_weight < FEW_BITS, -one[1].output_snr_db),
     )
     settings = reference.settings
     return Sheet(

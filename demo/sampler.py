@@ -1,10 +1,14 @@
-"""Euler sampling as ComfyUI does it for SD3 (sampler euler, scheduler simple), float32, the noise from a CPU generator."""
+"""Euler sampling as ComfyUI does it for SD3 (sampler euler, scheduler simple).
+
+float32; the noise comes from a CPU generator.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +24,10 @@ LATENT_SIDE = 16  # pictures of 128 x 128
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What stands in for a text encoder. pooled [R, 128], context [R, 8, 128]; names: one per class; the last row is null."""
+    """What stands in for a text encoder.
+
+    pooled [R, 128], context [R, 8, 128]. names: one per class. The last row is null.
+    """
 
     pooled: Tensor
     context: Tensor
@@ -71,7 +78,7 @@ def sample(
     rows = torch.tensor([*labels, *[conditioning.null_row] * batch])
     sigmas = simple_sigmas(steps)
     path = [noise]
-    for sigma, following in zip(sigmas, sigmas[1:]):
+    for sigma, following in pairwise(sigmas):
         both = velocity(model, conditioning, path[-1].repeat(2, 1, 1, 1), torch.full((2 * batch,), sigma), rows)
         wanted, unwanted = both.chunk(2)
         path.append(path[-1] + (following - sigma) * (unwanted + cfg * (wanted - unwanted)))

@@ -23,7 +23,10 @@ _GOOD, _FAIR, _POOR = (94, 205, 140), (236, 190, 84), (236, 110, 100)
 
 @dataclass(frozen=True, slots=True)
 class SheetRow:
-    """group: the heading that it stands under; rows of one group are neighbours. pictures: float [C, 3, H, W] in [0, 1]."""
+    """group: the heading that it stands under; rows of one group are neighbours.
+
+    pictures: float [C, 3, H, W] in [0, 1].
+    """
 
     group: str
     name: str
@@ -35,7 +38,10 @@ class SheetRow:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """title, subtitle: what is shown, and how it was sampled. columns: the pictures' names. original: pictures as above."""
+    """title, subtitle: what is shown, and how it was sampled. columns: the pictures' names.
+
+    original: pictures as above.
+    """
 
     title: str
     subtitle: str
@@ -94,7 +100,7 @@ def _columns(start: int, count: int) -> Iterator[int]:
 
 
 def _paste(image: Image.Image, pictures: Tensor, x: int, y: int) -> None:
-    for left, picture in zip(_columns(x, len(pictures)), pictures):
+    for left, picture in zip(_columns(x, len(pictures)), pictures, strict=True):
         pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         image.paste(Image.fromarray(pixels).resize((_THUMB, _THUMB), Image.Resampling.LANCZOS), (left, y))
 
@@ -121,7 +127,7 @@ def _draw_header(pen: ImageDraw.ImageDraw, sheet: Sheet, pictures_x: int, differ
         (differences_x, f"difference from the original, {AMPLIFICATION} times"),
     ):
         _write(pen, (x, 84), heading, 15, _TEXT, bold=True)
-        for left, name in zip(_columns(x, len(sheet.columns)), sheet.columns):
+        for left, name in zip(_columns(x, len(sheet.columns)), sheet.columns, strict=True):
             _write(pen, (left, 105), name, 13, _SOFT)
 
 

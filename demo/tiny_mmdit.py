@@ -94,7 +94,7 @@ class JointBlock(nn.Module):
         m_x = self.x_block.adaLN_modulation(c).chunk(self.x_block.modulations, 1)
         of_context = self.context_block.attn.query_key_value(modulate(context, m_context[0], m_context[1]))
         of_x = self.x_block.attn.query_key_value(modulate(x, m_x[0], m_x[1]))
-        attended = attend(*(torch.cat(pair, 1) for pair in zip(of_context, of_x)))
+        attended = attend(*(torch.cat(pair, 1) for pair in zip(of_context, of_x, strict=True)))
         tokens = context.shape[1]
         x = self.x_block.finish(x, attended[:, tokens:], m_x)
         if not self.last:

@@ -17,8 +17,8 @@ class BakeLora(io.ComfyNode):
             display_name="Bake LoRA",
             category=CATEGORY,
             description=(
-                "Merges a LoRA into a model before it is quantized, from file to file. That rounds once; a LoRA applied to "
-                "quantized weights rounds twice, up to 3 dB worse. Chain the node for several LoRAs."
+                "Merges a LoRA into a model before it is quantized, from file to file. That rounds once; a LoRA "
+                "applied to quantized weights rounds twice, up to 3 dB worse. Chain the node for several LoRAs."
             ),
             has_intermediate_output=True,
             search_aliases=["merge lora", "fuse lora", "lycoris", "kohya"],
@@ -30,8 +30,8 @@ class BakeLora(io.ComfyNode):
                     "lora_name",
                     options=list_loras(),
                     tooltip=(
-                        "A file of the loras folder, with kohya, diffusers, peft or LyCORIS-LoRA names. LoHa, LoKr and DoRA are refused; "
-                        "parts for text encoders are left out."
+                        "A file of the loras folder, with kohya, diffusers, peft or LyCORIS-LoRA names. LoHa, LoKr "
+                        "and DoRA are refused; parts for text encoders are left out."
                     ),
                 ),
                 io.Float.Input(
@@ -41,16 +41,16 @@ class BakeLora(io.ComfyNode):
                     max=20.0,
                     step=0.01,
                     tooltip=(
-                        "How strongly the LoRA changes the weights. It is fixed once baked; 1 is what it was trained for, negative takes "
-                        "it away."
+                        "How strongly the LoRA changes the weights. It is fixed once baked; 1 is what it was trained "
+                        "for, negative takes it away."
                     ),
                 ),
                 io.Boolean.Input(
                     "skip_unmatched",
                     default=False,
                     tooltip=(
-                        "Off: layers of the LoRA that the model has not are an error, as it is mostly a LoRA for another model. On: they "
-                        "are left out and counted."
+                        "Off: layers of the LoRA that the model has not are an error, as it is mostly a LoRA for "
+                        "another model. On: they are left out and counted."
                     ),
                 ),
             ],

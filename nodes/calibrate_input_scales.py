@@ -41,8 +41,8 @@ class CalibrateInputScales(io.ComfyNode):
                 QuantizedType.Input(
                     "quantized",
                     tooltip=(
-                        "From Quantize Model, Open Quantized File, or any tool behind them. FP8 with one scale per weight, and "
-                        "NVFP4: other formats do not use input scales."
+                        "From Quantize Model, Open Quantized File, or any tool behind them. FP8 with one scale per "
+                        "weight, and NVFP4: other formats do not use input scales."
                     ),
                 ),
                 io.Combo.Input(
@@ -50,9 +50,9 @@ class CalibrateInputScales(io.ComfyNode):
                     options=list(METHODS),
                     default=SIMULATED,
                     tooltip=(
-                        "calibration: what really flows, by far the best. LoRA and simulated: guesses from the weights, for when the "
-                        "model cannot be run; a bad guess costs quality. file: scales that someone else found. weight scales: as "
-                        "some FP8 text encoder files have it."
+                        "calibration: what really flows, by far the best. LoRA and simulated: guesses from the "
+                        "weights, for when the model cannot be run; a bad guess costs quality. file: scales that "
+                        "someone else found. weight scales: as some FP8 text encoder files have it."
                     ),
                 ),
                 io.Int.Input(
@@ -73,8 +73,8 @@ class CalibrateInputScales(io.ComfyNode):
                     step=0.01,
                     **rare(io.Float.Input),
                     tooltip=(
-                        "simulated, LoRA: which of the magnitudes still fits, 100 for the largest. Lower: finer steps, but more "
-                        "inputs are cut off."
+                        "simulated, LoRA: which of the magnitudes still fits, 100 for the largest. Lower: finer "
+                        "steps, but more inputs are cut off."
                     ),
                 ),
                 io.Int.Input(
@@ -94,8 +94,8 @@ class CalibrateInputScales(io.ComfyNode):
                     step=0.01,
                     **rare(io.Float.Input),
                     tooltip=(
-                        "calibration: which of the captured magnitudes still fits. 100, the largest, was best wherever we measured; "
-                        "less cuts off outliers, which costs more than finer steps gain."
+                        "calibration: which of the captured magnitudes still fits. 100, the largest, was best "
+                        "wherever we measured; less cuts off outliers, which costs more than finer steps gain."
                     ),
                 ),
                 io.Combo.Input(
@@ -103,8 +103,8 @@ class CalibrateInputScales(io.ComfyNode):
                     options=[NONE, *list_models(LORAS, shards=False)],
                     default=NONE,
                     tooltip=(
-                        "LoRA: a LoRA of this very model. Its directions are taken as inputs of the layers that it changes; all "
-                        "other layers get random inputs."
+                        "LoRA: a LoRA of this very model. Its directions are taken as inputs of the layers that it "
+                        "changes; all other layers get random inputs."
                     ),
                 ),
                 io.Combo.Input(
@@ -112,24 +112,24 @@ class CalibrateInputScales(io.ComfyNode):
                     options=scale_files(),
                     default=NONE,
                     tooltip=(
-                        "file: another quantized model with input scales, or a JSON object {layer: number} in models/calibrations. "
-                        "Layers are found by any common spelling of their names."
+                        "file: another quantized model with input scales, or a JSON object {layer: number} in "
+                        "models/calibrations. Layers are found by any common spelling of their names."
                     ),
                 ),
                 io.Boolean.Input(
                     "preview",
                     default=False,
                     tooltip=(
-                        "On: show the scales, write nothing, and let the nodes behind this one wait. Off: write a new file, which "
-                        "takes disk space of the model's size."
+                        "On: show the scales, write nothing, and let the nodes behind this one wait. Off: write a new "
+                        "file, which takes disk space of the model's size."
                     ),
                 ),
                 CalibrationType.Input(
                     "calibration",
                     optional=True,
                     tooltip=(
-                        "From Collect Calibration or Load Calibration, of this model. Whatever the method: layers whose captured "
-                        "inputs the new scales cut off are named."
+                        "From Collect Calibration or Load Calibration, of this model. Whatever the method: layers "
+                        "whose captured inputs the new scales cut off are named."
                     ),
                 ),
             ],

@@ -26,7 +26,8 @@ class CaptureActivations(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The 16-bit model, with the LoRAs that you always use. A compiled model is refused: it cannot be watched."
+                        "The 16-bit model, with the LoRAs that you always use. A compiled model is refused: it cannot "
+                        "be watched."
                     ),
                 ),
                 io.Combo.Input(
@@ -34,16 +35,16 @@ class CaptureActivations(io.ComfyNode):
                     options=[ACCUMULATE, START_OVER],
                     default=ACCUMULATE,
                     tooltip=(
-                        "accumulate: every run adds to the record, until an input of this node changes. "
-                        "start over: each queued prompt begins with an empty record, and its memory is freed when it is collected."
+                        "accumulate: every run adds to the record, until an input of this node changes. start over: "
+                        "each queued prompt begins with an empty record, and its memory is freed when it is collected."
                     ),
                 ),
                 io.Boolean.Input(
                     "hessians",
                     default=True,
                     tooltip=(
-                        "On: also which inputs go together, which gptq needs; takes memory. Off: only sizes and means, for input "
-                        "scales and bias correction."
+                        "On: also which inputs go together, which gptq needs; takes memory. Off: only sizes and "
+                        "means, for input scales and bias correction."
                     ),
                 ),
                 io.Float.Input(
@@ -53,8 +54,9 @@ class CaptureActivations(io.ComfyNode):
                     max=512.0,
                     step=0.5,
                     tooltip=(
-                        "Most memory for the record on the device that runs the model; ComfyUI is told to leave it free. 0: a quarter of "
-                        "the GPU's. More: faster, as the widest layers' part need not move to RAM. Less: more of the model stays there."
+                        "Most memory for the record on the device that runs the model; ComfyUI is told to leave it "
+                        "free. 0: a quarter of the GPU's. More: faster, as the widest layers' part need not move to "
+                        "RAM. Less: more of the model stays there."
                     ),
                 ),
                 io.Float.Input(
@@ -64,7 +66,8 @@ class CaptureActivations(io.ComfyNode):
                     max=4096.0,
                     step=1.0,
                     tooltip=(
-                        "Most RAM for what finds no room on the device. Layers that find none keep a sketch, or their diagonal only."
+                        "Most RAM for what finds no room on the device. Layers that find none keep a sketch, or their "
+                        "diagonal only."
                     ),
                 ),
                 io.Int.Input(
@@ -73,15 +76,16 @@ class CaptureActivations(io.ComfyNode):
                     min=1,
                     max=65536,
                     tooltip=(
-                        "Most inputs that a layer gives per step, for the prompt and for the negative each; with hessians off, a quarter "
-                        "of that. More: slower, and a little less chance in the result."
+                        "Most inputs that a layer gives per step, for the prompt and for the negative each; with "
+                        "hessians off, a quarter of that. More: slower, and a little less chance in the result."
                     ),
                 ),
                 io.String.Input(
                     "layers",
                     default="",
                     tooltip=(
-                        "Regular expression: only layers whose name matches are recorded. Empty: all. Fewer layers take less memory."
+                        "Regular expression: only layers whose name matches are recorded. Empty: all. Fewer layers "
+                        "take less memory."
                     ),
                 ),
                 io.Int.Input(
@@ -102,8 +106,9 @@ class CaptureActivations(io.ComfyNode):
                     max=4096,
                     optional=True,
                     tooltip=(
-                        "How many of the model's calls are kept whole, for quantizing in order. They are chosen evenly over all runs. "
-                        "More: a little better, but slower to quantize, and more RAM and disk (2 GB at most); beyond 64 none is used. 0: none."
+                        "How many of the model's calls are kept whole, for quantizing in order. They are chosen "
+                        "evenly over all runs. More: a little better, but slower to quantize, and more RAM and disk "
+                        "(2 GB at most); beyond 64 none is used. 0: none."
                     ),
                 ),
             ],

@@ -24,7 +24,8 @@ class CollectCalibration(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "From the sampler that ran the captured model: it makes this node wait. Of several samplers, the last."
+                        "From the sampler that ran the captured model: it makes this node wait. Of several samplers, "
+                        "the last."
                     ),
                 ),
                 CaptureType.Input("capture", tooltip="From Capture Activations."),

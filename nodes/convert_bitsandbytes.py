@@ -16,8 +16,8 @@ class ConvertBitsandbytes(io.ComfyNode):
             display_name="Convert bitsandbytes",
             category=CATEGORY,
             description=(
-                "Between bitsandbytes' way to store NF4 and FP4 layers and ComfyUI's. The codes stay as they are: nothing is "
-                "rounded again, except for nested scales."
+                "Between bitsandbytes' way to store NF4 and FP4 layers and ComfyUI's. The codes stay as they are: "
+                "nothing is rounded again, except for nested scales."
             ),
             has_intermediate_output=True,
             search_aliases=["nf4", "fp4", "bnb", "quant_state", "absmax"],
@@ -30,16 +30,17 @@ class ConvertBitsandbytes(io.ComfyNode):
                     options=[IMPORT, EXPORT],
                     default=IMPORT,
                     tooltip=(
-                        "import: a file that bitsandbytes or diffusers wrote, to be loaded by ComfyUI with QuantPress. export: NF4, FP4 "
-                        "and AF4 layers as bitsandbytes itself writes them, for other programs; ComfyUI does not load that file."
+                        "import: a file that bitsandbytes or diffusers wrote, to be loaded by ComfyUI with "
+                        "QuantPress. export: NF4, FP4 and AF4 layers as bitsandbytes itself writes them, for other "
+                        "programs; ComfyUI does not load that file."
                     ),
                 ),
                 io.Boolean.Input(
                     "nested",
                     default=False,
                     tooltip=(
-                        "For export: the scales are quantized to 8 bits as well (double quantization). Saves about 0.4 bits per weight, "
-                        "and adds a little error. Import reads both kinds."
+                        "For export: the scales are quantized to 8 bits as well (double quantization). Saves about "
+                        "0.4 bits per weight, and adds a little error. Import reads both kinds."
                     ),
                 ),
             ],

@@ -17,8 +17,8 @@ class DequantizeModel(io.ComfyNode):
             node_id="QuantPressDequantize",
             display_name="Dequantize",
             category=CATEGORY,
-            description="Decodes every quantized layer with its own scales into a plain 16- or 32-bit model, for tools that read "
-            "nothing else. What rounding lost stays lost.",
+            description="Decodes every quantized layer with its own scales into a plain 16- or 32-bit model, for "
+            "tools that read nothing else. What rounding lost stays lost.",
             has_intermediate_output=True,
             search_aliases=["decode", "bf16", "fp16", "unquantize"],
             inputs=[
@@ -28,8 +28,8 @@ class DequantizeModel(io.ComfyNode):
                     options=list(DTYPES),
                     default=DTYPES[0],
                     tooltip=(
-                        "Of the decoded weights. bf16: right for nearly all models. fp16: finer, but weights above 65504 are refused. "
-                        "fp32: decoded exactly, twice the size. All other tensors stay as they are."
+                        "Of the decoded weights. bf16: right for nearly all models. fp16: finer, but weights above "
+                        "65504 are refused. fp32: decoded exactly, twice the size. All other tensors stay as they are."
                     ),
                 ),
             ],

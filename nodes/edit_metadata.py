@@ -37,23 +37,25 @@ class EditMetadata(io.ComfyNode):
                     multiline=True,
                     placeholder="'full_precision_matrix_mult': true",
                     tooltip=(
-                        "Keys to set: a JSON object, or pairs such as 'full_precision_matrix_mult': true. That key makes FP8 layers "
-                        "multiply in 16 bits: nearer to the original, slower, and no less memory for the weights."
+                        "Keys to set: a JSON object, or pairs such as 'full_precision_matrix_mult': true. That key "
+                        "makes FP8 layers multiply in 16 bits: nearer to the original, slower, and no less memory for "
+                        "the weights."
                     ),
                 ),
                 io.String.Input(
                     "remove",
                     default="",
                     tooltip=(
-                        "Keys to take out, with commas between. Without full_precision_matrix_mult FP8 layers multiply in FP8 "
-                        "again: faster, a little less exact."
+                        "Keys to take out, with commas between. Without full_precision_matrix_mult FP8 layers "
+                        "multiply in FP8 again: faster, a little less exact."
                     ),
                 ),
                 io.String.Input(
                     "layers",
                     default="",
                     tooltip=(
-                        "Only layers whose name this regular expression finds, for example blocks\\.0\\. . Empty: all of them."
+                        "Only layers whose name this regular expression finds, for example blocks\\.0\\. . Empty: all "
+                        "of them."
                     ),
                 ),
                 io.Combo.Input(
@@ -61,9 +63,9 @@ class EditMetadata(io.ComfyNode):
                     options=list(_HEADER),
                     default="update",
                     tooltip=(
-                        "The copy of the metadata in the file's header, which some tools read. update: keep it in step where there "
-                        "is one. build: write it from the tensors, and tensors for layers that it alone describes. remove: take it "
-                        "out; ComfyUI itself needs only the tensors."
+                        "The copy of the metadata in the file's header, which some tools read. update: keep it in "
+                        "step where there is one. build: write it from the tensors, and tensors for layers that it "
+                        "alone describes. remove: take it out; ComfyUI itself needs only the tensors."
                     ),
                 ),
                 io.Boolean.Input(
@@ -71,16 +73,16 @@ class EditMetadata(io.ComfyNode):
                     default=False,
                     **rare(io.Boolean.Input),
                     tooltip=(
-                        "Off: a change after which the file would not load is refused. On: it is made, and saving only warns. "
-                        "For other loaders than ComfyUI's."
+                        "Off: a change after which the file would not load is refused. On: it is made, and saving "
+                        "only warns. For other loaders than ComfyUI's."
                     ),
                 ),
                 io.Boolean.Input(
                     "preview",
                     default=False,
                     tooltip=(
-                        "On: show what would change, write nothing, and let the nodes behind this one wait. Off: write a new file, "
-                        "which takes disk space of the model's size."
+                        "On: show what would change, write nothing, and let the nodes behind this one wait. Off: "
+                        "write a new file, which takes disk space of the model's size."
                     ),
                 ),
             ],

@@ -17,8 +17,8 @@ class ExtractModel(io.ComfyNode):
             display_name="Extract Diffusion Model",
             category=CATEGORY,
             description=(
-                "Takes the diffusion model out of a full checkpoint, without its text encoders and VAE. Every tensor is copied "
-                "byte for byte; quantized ones stay quantized."
+                "Takes the diffusion model out of a full checkpoint, without its text encoders and VAE. Every tensor "
+                "is copied byte for byte; quantized ones stay quantized."
             ),
             has_intermediate_output=True,
             search_aliases=["checkpoint", "unet", "split checkpoint", "prefix"],

@@ -21,7 +21,8 @@ class InspectQuantization(io.ComfyNode):
             display_name="Inspect Quantization",
             category=CATEGORY,
             is_output_node=True,
-            description="Shows what is inside a file: layer groups, formats, sizes, and what a loader would stumble over.",
+            description="Shows what is inside a file: layer groups, formats, sizes, and what a loader would stumble "
+            "over.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -33,7 +34,8 @@ class InspectQuantization(io.ComfyNode):
                     "quantized",
                     optional=True,
                     tooltip=(
-                        "A model from Quantize Model, Open Quantized File or a tool, before it is saved. Used when no file is chosen."
+                        "A model from Quantize Model, Open Quantized File or a tool, before it is saved. Used when no "
+                        "file is chosen."
                     ),
                 ),
             ],

@@ -22,7 +22,8 @@ class LoadCalibration(io.ComfyNode):
                     "file",
                     options=list_models(CALIBRATIONS),
                     tooltip=(
-                        "A file of Save Calibration, or of `quantpress calibration merge`. It must belong to the model that you quantize."
+                        "A file of Save Calibration, or of `quantpress calibration merge`. It must belong to the "
+                        "model that you quantize."
                     ),
                 )
             ],

@@ -26,8 +26,8 @@ class LoadQuantizedFile(io.ComfyNode):
                     "file",
                     options=list_models(*_FOLDERS, shards=False),
                     tooltip=(
-                        "A quantized file. Stock Load Diffusion Model does the same in a current ComfyUI; take this node when that "
-                        "one fails, or when you share a workflow with people whose ComfyUI is older."
+                        "A quantized file. Stock Load Diffusion Model does the same in a current ComfyUI; take this "
+                        "node when that one fails, or when you share a workflow with people whose ComfyUI is older."
                     ),
                 )
             ],

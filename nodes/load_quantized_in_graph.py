@@ -14,13 +14,14 @@ class LoadQuantizedInGraph(io.ComfyNode):
             node_id="QuantPressLoadQuantized",
             display_name="Load Quantized Model (in graph)",
             category=CATEGORY,
-            description="Loads the quantized model as a MODEL without saving it first, exactly as its file would load.",
+            description="Loads the quantized model as a MODEL without saving it first, exactly as its file would "
+            "load.",
             inputs=[
                 QuantizedType.Input(
                     "quantized",
                     tooltip=(
-                        "From Quantize Model, Open Quantized File, or any tool behind them. Try settings this way, and save once you like "
-                        "the pictures."
+                        "From Quantize Model, Open Quantized File, or any tool behind them. Try settings this way, "
+                        "and save once you like the pictures."
                     ),
                 )
             ],

@@ -16,7 +16,8 @@ class LoadSource(io.ComfyNode):
             node_id="QuantPressLoadSource",
             display_name="Load Model to Quantize",
             category=CATEGORY,
-            description="Names a model file to be quantized. Only its header is read, so this takes no time and no memory.",
+            description="Names a model file to be quantized. Only its header is read, so this takes no time and no "
+            "memory.",
             has_intermediate_output=True,
             search_aliases=["quantize", "convert", "fp8", "nvfp4", "int8"],
             inputs=[
@@ -24,8 +25,9 @@ class LoadSource(io.ComfyNode):
                     "file",
                     options=list_models(*SOURCE_FOLDERS),
                     tooltip=(
-                        "A .safetensors file, or the index of a model in shards, from diffusion_models, checkpoints or text_encoders. "
-                        "Take the 16-bit model where you can: quantizing a quantized file again loses more."
+                        "A .safetensors file, or the index of a model in shards, from diffusion_models, checkpoints "
+                        "or text_encoders. Take the 16-bit model where you can: quantizing a quantized file again "
+                        "loses more."
                     ),
                 )
             ],

@@ -21,8 +21,8 @@ class MigrateFile(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             description=(
-                "Turns older and foreign quantized files into the form that ComfyUI writes today: legacy fp8_scaled and "
-                "INT8, bitsandbytes, ModelOpt. Nothing is requantized: the weights decode to the same values."
+                "Turns older and foreign quantized files into the form that ComfyUI writes today: legacy fp8_scaled "
+                "and INT8, bitsandbytes, ModelOpt. Nothing is requantized: the weights decode to the same values."
             ),
             search_aliases=["fp8_scaled", "scaled_fp8", "bitsandbytes", "modelopt", "convert"],
             inputs=[
@@ -32,8 +32,8 @@ class MigrateFile(io.ComfyNode):
                     options=[NATIVE, LEGACY],
                     default=NATIVE,
                     tooltip=(
-                        "comfy_quant: ComfyUI's own form, for every format. legacy fp8_scaled: for loaders that know only that one; "
-                        "FP8 with one scale per weight alone has it. Quality is the same."
+                        "comfy_quant: ComfyUI's own form, for every format. legacy fp8_scaled: for loaders that know "
+                        "only that one; FP8 with one scale per weight alone has it. Quality is the same."
                     ),
                 ),
                 io.Combo.Input(
@@ -41,8 +41,9 @@ class MigrateFile(io.ComfyNode):
                     options=list(FULL_PRECISION),
                     default="as it is",
                     tooltip=(
-                        "For comfy_quant: whether FP8 layers multiply in 16 bits. set: nearer to the original, slower. remove: "
-                        "faster. as it is: what the file says, and what a legacy marker of two elements says."
+                        "For comfy_quant: whether FP8 layers multiply in 16 bits. set: nearer to the original, "
+                        "slower. remove: faster. as it is: what the file says, and what a legacy marker of two "
+                        "elements says."
                     ),
                 ),
                 io.Combo.Input(
@@ -50,8 +51,9 @@ class MigrateFile(io.ComfyNode):
                     options=list(INPUT_SCALES),
                     default=InputScale.KEEP.value,
                     tooltip=(
-                        "What FP8 layers without an input scale get. keep: none, ComfyUI takes 1.0. 1.0: the same, written out, for "
-                        "other loaders. weight scale: as some text encoder files have it; for those only, others lose quality."
+                        "What FP8 layers without an input scale get. keep: none, ComfyUI takes 1.0. 1.0: the same, "
+                        "written out, for other loaders. weight scale: as some text encoder files have it; for those "
+                        "only, others lose quality."
                     ),
                 ),
                 io.String.Input(
@@ -59,8 +61,8 @@ class MigrateFile(io.ComfyNode):
                     default="",
                     **rare(io.String.Input),
                     tooltip=(
-                        "Regular expression: weights that must be in 16 bits, for example final_layer. If one is quantized, the "
-                        "node stops and names it: a check on files of others. Empty: no check."
+                        "Regular expression: weights that must be in 16 bits, for example final_layer. If one is "
+                        "quantized, the node stops and names it: a check on files of others. Empty: no check."
                     ),
                 ),
                 io.Boolean.Input(
@@ -68,16 +70,16 @@ class MigrateFile(io.ComfyNode):
                     default=True,
                     **rare(io.Boolean.Input),
                     tooltip=(
-                        "For comfy_quant: also write the metadata into the file's header, for tools that read it there. ComfyUI needs "
-                        "only the tensors."
+                        "For comfy_quant: also write the metadata into the file's header, for tools that read it "
+                        "there. ComfyUI needs only the tensors."
                     ),
                 ),
                 io.Boolean.Input(
                     "preview",
                     default=False,
                     tooltip=(
-                        "On: show what would change, write nothing, and let the nodes behind this one wait. Off: write a new file, "
-                        "which takes disk space of the model's size."
+                        "On: show what would change, write nothing, and let the nodes behind this one wait. Off: "
+                        "write a new file, which takes disk space of the model's size."
                     ),
                 ),
             ],

@@ -23,8 +23,8 @@ class ModelSource(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The model to quantize, after any LoRA or merge node. It is written to a temporary file first, "
-                        "which takes disk space of its full size."
+                        "The model to quantize, after any LoRA or merge node. It is written to a temporary file "
+                        "first, which takes disk space of its full size."
                     ),
                 ),
                 io.Boolean.Input(

@@ -27,9 +27,9 @@ class OpenQuantizedFile(io.ComfyNode):
                     "file",
                     options=list_models(*SOURCE_FOLDERS),
                     tooltip=(
-                        "A quantized .safetensors file, or the index of one in shards, from diffusion_models, checkpoints or "
-                        "text_encoders. Opening reads the header and the scales: quick for any size. Shards are joined first, which "
-                        "takes disk space of the model's size."
+                        "A quantized .safetensors file, or the index of one in shards, from diffusion_models, "
+                        "checkpoints or text_encoders. Opening reads the header and the scales: quick for any size. "
+                        "Shards are joined first, which takes disk space of the model's size."
                     ),
                 )
             ],

@@ -32,9 +32,9 @@ class QuantizeModel(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip=(
-                        "With a calibration that holds calls: the unquantized model itself, without LoRAs, as Capture Activations got it. "
-                        "Then every layer also makes up for the errors of the layers before it. Closer to the original; takes the time "
-                        "of 16 to 128 calls of the model, and its memory."
+                        "With a calibration that holds calls: the unquantized model itself, without LoRAs, as Capture "
+                        "Activations got it. Then every layer also makes up for the errors of the layers before it. "
+                        "Closer to the original; takes the time of 16 to 128 calls of the model, and its memory."
                     ),
                 ),
             ],

@@ -34,8 +34,9 @@ class Repair(io.ComfyNode):
                     "only_diagnose",
                     default=False,
                     tooltip=(
-                        "On: list what is wrong, write nothing, and let the nodes behind this one wait. Off: write the repaired "
-                        "file, which takes disk space of the model's size; a file without faults goes on as it is."
+                        "On: list what is wrong, write nothing, and let the nodes behind this one wait. Off: write "
+                        "the repaired file, which takes disk space of the model's size; a file without faults goes on "
+                        "as it is."
                     ),
                 ),
                 io.Combo.Input(
@@ -43,8 +44,8 @@ class Repair(io.ComfyNode):
                     options=[AUTOMATIC, *(fmt.name for fmt in all_formats()), MODELOPT],
                     default=AUTOMATIC,
                     tooltip=(
-                        "What layers without metadata are, where their tensors fit several formats: a wrong choice draws noise. "
-                        "automatic: such layers are only named. Connecting the original finds it out."
+                        "What layers without metadata are, where their tensors fit several formats: a wrong choice "
+                        "draws noise. automatic: such layers are only named. Connecting the original finds it out."
                     ),
                 ),
                 io.Boolean.Input(
@@ -52,8 +53,8 @@ class Repair(io.ComfyNode):
                     default=False,
                     **rare(io.Boolean.Input),
                     tooltip=(
-                        "On: the block scales of NVFP4 and MXFP8 lie in row order and are reordered. Only where the pictures are "
-                        "noise although everything loads: on a sound file it makes noise."
+                        "On: the block scales of NVFP4 and MXFP8 lie in row order and are reordered. Only where the "
+                        "pictures are noise although everything loads: on a sound file it makes noise."
                     ),
                 ),
                 io.Combo.Input(
@@ -61,8 +62,9 @@ class Repair(io.ComfyNode):
                     options=[REPAIR, TIDY, ONLY_INPUTS],
                     default=REPAIR,
                     tooltip=(
-                        "repair: everything but legacy fp8_scaled, which Migrate Legacy File converts. tidy legacy: keep that form, "
-                        "without scales that serve nothing. legacy scale_input: only add scale_input 1.0, which some loaders want."
+                        "repair: everything but legacy fp8_scaled, which Migrate Legacy File converts. tidy legacy: "
+                        "keep that form, without scales that serve nothing. legacy scale_input: only add scale_input "
+                        "1.0, which some loaders want."
                     ),
                 ),
                 io.Combo.Input(
@@ -71,8 +73,8 @@ class Repair(io.ComfyNode):
                     default="0",
                     **rare(io.Combo.Input),
                     tooltip=(
-                        "tidy legacy: elements of the scaled_fp8 marker. 0: FP8 layers multiply in FP8, fast. 2: ComfyUI multiplies "
-                        "in 16 bits: slower, a little nearer to the original."
+                        "tidy legacy: elements of the scaled_fp8 marker. 0: FP8 layers multiply in FP8, fast. 2: "
+                        "ComfyUI multiplies in 16 bits: slower, a little nearer to the original."
                     ),
                 ),
                 io.Boolean.Input(
@@ -80,7 +82,8 @@ class Repair(io.ComfyNode):
                     default=False,
                     **rare(io.Boolean.Input),
                     tooltip=(
-                        "tidy legacy: write scale_input 1.0 where a layer has none. ComfyUI takes 1.0 anyway: for other loaders."
+                        "tidy legacy: write scale_input 1.0 where a layer has none. ComfyUI takes 1.0 anyway: for "
+                        "other loaders."
                     ),
                 ),
                 io.Boolean.Input(
@@ -88,16 +91,16 @@ class Repair(io.ComfyNode):
                     default=False,
                     **rare(io.Boolean.Input),
                     tooltip=(
-                        "tidy legacy: leave scales of one element in the shape they have, instead of making plain numbers of them. "
-                        "The values are the same; for loaders that look at the shape."
+                        "tidy legacy: leave scales of one element in the shape they have, instead of making plain "
+                        "numbers of them. The values are the same; for loaders that look at the shape."
                     ),
                 ),
                 SourceType.Input(
                     "original",
                     optional=True,
                     tooltip=(
-                        "The 16-bit model that the file was made from, from Load Model to Quantize: a layer is decoded each way and "
-                        "compared, which tells what assume and unswizzled must be."
+                        "The 16-bit model that the file was made from, from Load Model to Quantize: a layer is "
+                        "decoded each way and compared, which tells what assume and unswizzled must be."
                     ),
                 ),
             ],

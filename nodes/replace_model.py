@@ -18,8 +18,9 @@ class ReplaceModel(io.ComfyNode):
             display_name="Put Back into Checkpoint",
             category=CATEGORY,
             description=(
-                "Puts a diffusion model in the place of the one in a full checkpoint, whose text encoders and VAE stay byte for "
-                "byte. The checkpoint's own file is not changed: save the result under a name of its own."
+                "Puts a diffusion model in the place of the one in a full checkpoint, whose text encoders and VAE "
+                "stay byte for byte. The checkpoint's own file is not changed: save the result under a name of its "
+                "own."
             ),
             has_intermediate_output=True,
             search_aliases=["checkpoint", "merge", "insert", "unet"],
@@ -31,7 +32,8 @@ class ReplaceModel(io.ComfyNode):
                     "checkpoint",
                     options=list_models(CHECKPOINTS),
                     tooltip=(
-                        "The full checkpoint of the same model. The result is as large as it is, less what quantizing saves."
+                        "The full checkpoint of the same model. The result is as large as it is, less what quantizing "
+                        "saves."
                     ),
                 ),
                 io.String.Input(
@@ -41,8 +43,8 @@ class ReplaceModel(io.ComfyNode):
                     "allow_differences",
                     default=False,
                     tooltip=(
-                        "Off: weights that only one of the two has are an error, as they are mostly two different models. On: the "
-                        "checkpoint gets the model's weights as they are, and may no longer load."
+                        "Off: weights that only one of the two has are an error, as they are mostly two different "
+                        "models. On: the checkpoint gets the model's weights as they are, and may no longer load."
                     ),
                 ),
             ],

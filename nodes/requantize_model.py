@@ -20,8 +20,9 @@ class RequantizeModel(io.ComfyNode):
             display_name="Requantize",
             category=CATEGORY,
             description=(
-                "Turns a quantized file into another format: each layer is decoded with its own scales and quantized again. "
-                "What this adds to the error is shown. Take the 16-bit model where you have it: that loses less."
+                "Turns a quantized file into another format: each layer is decoded with its own scales and quantized "
+                "again. What this adds to the error is shown. Take the 16-bit model where you have it: that loses "
+                "less."
             ),
             has_intermediate_output=True,
             search_aliases=["convert", "fp8", "nf4", "bitsandbytes", "int8", "nvfp4"],

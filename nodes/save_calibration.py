@@ -28,7 +28,8 @@ class SaveCalibration(io.ComfyNode):
                     "overwrite",
                     default=False,
                     tooltip=(
-                        "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step."
+                        "Off: an existing file is never touched, and the node stops with an error. On: it is "
+                        "replaced, in one step."
                     ),
                 ),
             ],

@@ -38,15 +38,16 @@ class SaveQuantized(io.ComfyNode):
                     "name",
                     default=DEFAULT_PATTERN,
                     tooltip=(
-                        "File name; / makes a subfolder. Tokens: {model} {format} {group_size} {rounding} {seed} {bits} {date} "
-                        "{time}. With {time} every run makes a new file."
+                        "File name; / makes a subfolder. Tokens: {model} {format} {group_size} {rounding} {seed} "
+                        "{bits} {date} {time}. With {time} every run makes a new file."
                     ),
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
                     tooltip=(
-                        "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step."
+                        "Off: an existing file is never touched, and the node stops with an error. On: it is "
+                        "replaced, in one step."
                     ),
                 ),
             ],
@@ -54,14 +55,15 @@ class SaveQuantized(io.ComfyNode):
                 io.AnyType.Output(
                     "file_name",
                     tooltip=(
-                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."
+                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the "
+                        "same run."
                     ),
                 ),
                 io.AnyType.Output(
                     "lora_name",
                     tooltip=(
-                        "With residual_lora in Quantize Model: its LoRA as the loaders list it. Connect it to Load LoRA (Bypass, Model "
-                        "Only). Without: nothing comes out."
+                        "With residual_lora in Quantize Model: its LoRA as the loaders list it. Connect it to Load "
+                        "LoRA (Bypass, Model Only). Without: nothing comes out."
                     ),
                 ),
             ],

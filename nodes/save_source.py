@@ -20,8 +20,9 @@ class SaveSource(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             description=(
-                "Saves a model that is not quantized as one file: a dequantized one, one with baked LoRAs, a diffusion model out "
-                "of a checkpoint. Shards become one file. It is checked before it appears under its name."
+                "Saves a model that is not quantized as one file: a dequantized one, one with baked LoRAs, a "
+                "diffusion model out of a checkpoint. Shards become one file. It is checked before it appears under "
+                "its name."
             ),
             search_aliases=["join shards", "save"],
             inputs=[
@@ -40,15 +41,16 @@ class SaveSource(io.ComfyNode):
                     "name",
                     default="{model}",
                     tooltip=(
-                        "File name; / makes a subfolder. {model} is the source's name with what was done to it; {date} and {time} are "
-                        "those of the run."
+                        "File name; / makes a subfolder. {model} is the source's name with what was done to it; "
+                        "{date} and {time} are those of the run."
                     ),
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
                     tooltip=(
-                        "Off: an existing file is never touched, and the node stops with an error. On: it is replaced, in one step."
+                        "Off: an existing file is never touched, and the node stops with an error. On: it is "
+                        "replaced, in one step."
                     ),
                 ),
             ],
@@ -56,7 +58,8 @@ class SaveSource(io.ComfyNode):
                 io.AnyType.Output(
                     "file_name",
                     tooltip=(
-                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the same run."
+                        "The saved file as the loaders list it. Connect it to Load Diffusion Model to load it in the "
+                        "same run."
                     ),
                 )
             ],

@@ -19,8 +19,9 @@ class SplitShards(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             description=(
-                "Saves a model as several files and an index, as large models are shared. Every layer stays in one shard. "
-                "Load Model to Quantize and Open Quantized File read shards by their index; ComfyUI's own loaders do not."
+                "Saves a model as several files and an index, as large models are shared. Every layer stays in one "
+                "shard. Load Model to Quantize and Open Quantized File read shards by their index; ComfyUI's own "
+                "loaders do not."
             ),
             search_aliases=["split", "shard", "index", "huggingface"],
             inputs=[
@@ -30,15 +31,16 @@ class SplitShards(io.ComfyNode):
                     options=[OUTPUT, *SOURCE_FOLDERS],
                     default=OUTPUT,
                     tooltip=(
-                        "'output': beside your pictures, for sharing. A models folder: the index is then listed by Load Model to Quantize."
+                        "'output': beside your pictures, for sharing. A models folder: the index is then listed by "
+                        "Load Model to Quantize."
                     ),
                 ),
                 io.String.Input(
                     "name",
                     default="{model}/model",
                     tooltip=(
-                        "Name of the shards without number; / makes a subfolder. Tokens as in Save Quantized Model. Existing files "
-                        "are never touched: with {time} every run makes new ones."
+                        "Name of the shards without number; / makes a subfolder. Tokens as in Save Quantized Model. "
+                        "Existing files are never touched: with {time} every run makes new ones."
                     ),
                 ),
                 io.Float.Input(
@@ -49,8 +51,8 @@ class SplitShards(io.ComfyNode):
                     step=0.1,
                     round=0.001,
                     tooltip=(
-                        "Size of a shard at most, in GB of 10^9 bytes. Smaller ones make more files and are easier to upload again; "
-                        "speed and quality do not change."
+                        "Size of a shard at most, in GB of 10^9 bytes. Smaller ones make more files and are easier to "
+                        "upload again; speed and quality do not change."
                     ),
                 ),
             ],

@@ -29,8 +29,8 @@ class TestConditioning(io.ComfyNode):
                     options=list(KINDS),
                     default="noise",
                     tooltip=(
-                        "'noise': exercises the text layers as a prompt would, so the comparison is strict. "
-                        "'zeros': no prompt at all, and a good negative. 'demo shapes': what the demo model was trained on."
+                        "'noise': exercises the text layers as a prompt would, so the comparison is strict. 'zeros': "
+                        "no prompt at all, and a good negative. 'demo shapes': what the demo model was trained on."
                     ),
                 ),
                 io.Int.Input(
@@ -40,8 +40,8 @@ class TestConditioning(io.ComfyNode):
                     max=2**31 - 1,
                     control_after_generate=False,
                     tooltip=(
-                        "Of the noise; compare several before trusting one. Of 'demo shapes': 0 to 9, circle to ring in warm and "
-                        "in cool colours."
+                        "Of the noise; compare several before trusting one. Of 'demo shapes': 0 to 9, circle to ring "
+                        "in warm and in cool colours."
                     ),
                 ),
             ],

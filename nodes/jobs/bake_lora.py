@@ -19,8 +19,9 @@ NAME = "Bake LoRA"
 
 @dataclass(frozen=True, eq=False)
 class BakedHandle(SourceHandle):
-    """origin: the source before the first LoRA; a further one is baked from there, so that all are rounded together once.
+    """A model with LoRAs baked in.
 
+    origin: the source before the first LoRA. A further one is baked from there: all are rounded once, together.
     loras: (path, strength), in order. skip: some of them has layers that the model has not.
     """
 

@@ -48,7 +48,10 @@ def lora_file(name: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """The inputs that the method uses, with paths in place of names. RequestError when the method's own input is missing."""
+    """The inputs that the method uses, with paths in place of names.
+
+    RequestError when the method's own input is missing.
+    """
 
     method: str
     simulation: SimulationSettings
@@ -156,7 +159,8 @@ def _table(
     method: str, scales: Mapping[str, float], before: Mapping[str, float], report: PatchReport, saturated: list[str]
 ) -> list[str]:
     lines = [
-        f"input scales from {method}: {len(report.added)} added, {len(report.changed)} changed, {len(report.kept)} as they were"
+        f"input scales from {method}: {len(report.added)} added, {len(report.changed)} changed, {len(report.kept)} as "
+        "they were"
     ]
     if report.skipped:
         why = [f"{name} ({reason})" for name, reason in report.skipped.items()]

@@ -42,7 +42,10 @@ def start_capture(model: Any, inputs: CaptureInputs) -> tuple[Any, Capture]:
 def watch(
     model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
 ) -> tuple[Any, Capture]:
-    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture). RequestError: it is compiled."""
+    """(a clone of the ModelPatcher that fills the capture when it is sampled, the capture).
+
+    RequestError: the model is compiled.
+    """
     if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise compiled()
     capture, watched = Capture(model, pattern, budget, settings, calls, accumulate), model.clone()
@@ -58,6 +61,9 @@ def watch(
 
 
 def device_bytes() -> int:
-    """What a capture may take when nothing is said: a quarter of the GPU's memory; without a GPU the engine's default."""
+    """What a capture may take when nothing is said: a quarter of the GPU's memory.
+
+    Without a GPU it is the engine's default.
+    """
     device = model_management.get_torch_device()
     return Budget().device_bytes if device.type == "cpu" else model_management.get_total_memory(device) // 4

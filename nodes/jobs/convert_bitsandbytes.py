@@ -21,8 +21,9 @@ IMPORT, EXPORT = "import", "export"
 def convert_structure(quantized: QuantizedHandle, direction: str, nested: bool, progress: NodeProgress) -> Outcome:
     """Raises QuantPressError: an export of layers that bitsandbytes has not, a file that is not a model.
 
-    A file with nothing to import goes on as it is: behind the node ComfyUI's form is wanted, and a graph that opens one file
-    today and another tomorrow should not break. An export cannot pass a file on: another program would not read it.
+    A file with nothing to import goes on as it is: behind the node ComfyUI's form is wanted, and a graph that opens
+    one file today and another tomorrow should not break. An export cannot pass a file on: another program would not
+    read it.
     """
 
     def build(src: Source) -> Proposal:
@@ -46,6 +47,7 @@ def unloadable(src: Source) -> list[str]:
     if not packed:
         return []
     return [
-        f"warning: ComfyUI will not recognise the result as {wanted.model}: {counted(len(packed), 'layer is', 'layers are')} packed whose shape it reads "
-        f"({some_of(packed)}). Put Requantize behind it, with an 8-bit fallback: that stores them unpacked."
+        f"warning: ComfyUI will not recognise the result as {wanted.model}: "
+        f"{counted(len(packed), 'layer is', 'layers are')} packed whose shape it reads ({some_of(packed)}). Put "
+        "Requantize behind it, with an 8-bit fallback: that stores them unpacked."
     ]

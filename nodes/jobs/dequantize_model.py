@@ -17,7 +17,10 @@ NAME = "Dequantize"
 
 
 def dequantized(quantized: QuantizedHandle, dtype: str, progress: NodeProgress) -> tuple[SourceHandle, str]:
-    """The decoded model in a spool file, and what was done. Raises QuantPressError; neither it nor Cancel leaves a file."""
+    """The decoded model in a spool file, and what was done.
+
+    Raises QuantPressError; neither it nor Cancel leaves a file.
+    """
     path = spool_of(quantized)
 
     def make(spool: Path) -> dict[str, Any]:
@@ -34,7 +37,8 @@ def _text(report: dict[str, Any]) -> str:
     before, after = report["source_bytes"], report["output_bytes"]
     formats = ", ".join(f"{count} x {name}" for name, count in report["layers"].items())
     lines = [
-        f"{report['architecture'] or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB in {duration(report['seconds'])}",
+        f"{report['architecture'] or 'unknown model'}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB in "
+        f"{duration(report['seconds'])}",
         f"decoded to {report['dtype']}: {formats}",
     ]
     if report["dropped"]:

@@ -26,8 +26,10 @@ _SHARE = 2  # of the device's memory, that the waiting calls may take
 
 
 def require_fit(model: Any, source: Path, calibration: Path) -> None:
-    """RequestError: the ModelPatcher would not show its own inputs (see replayable), has other weights than the file that is
-    quantized, or the calibration is of another model."""
+    """RequestError: the model does not fit the file that is quantized, or not the calibration.
+
+    A model fits if it shows its own inputs (see replayable) and has the weights of that file.
+    """
     replayable(model)
     layers = linear_modules(model.get_model_object("diffusion_model"))
     with open_calibration(calibration) as reader:
@@ -65,8 +67,8 @@ def require_same_weights(model: Any, modules: dict[str, Any], source: Path) -> N
         found = identity_of_source(src, tensors).fingerprint
     if found != model_fingerprint(model, {name: modules[name] for name in tensors}):
         raise RequestError(
-            f"The model that is connected has other weights than {source.name}. Connect the model that ComfyUI loads from "
-            "the very file that is quantized, or none."
+            f"The model that is connected has other weights than {source.name}. Connect the model that ComfyUI loads "
+            "from the very file that is quantized, or none."
         )
 
 

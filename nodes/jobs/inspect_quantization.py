@@ -123,7 +123,7 @@ def _rows(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def shortened(name: str, limit: int) -> str:
-    """The name in at most `limit` characters where that can be: its longest dotted parts are cut, and end in ~ then."""
+    """The name in at most `limit` characters where that can be. Its longest dotted parts are cut and end in ~."""
     parts = name.split(".")
     keep = [len(part) for part in parts]
     while sum(keep) + len(keep) - 1 > limit and max(keep) > _MIN_PART:

@@ -22,7 +22,8 @@ def describe_source(path: Path, detection: Detection) -> str:
         lines = [
             f"{path.name}{shards}",
             f"architecture: {detection.model or 'not known to this ComfyUI'}",
-            f"size: {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}, {counted(matrices, 'matrix', 'matrices')}",
+            f"size: {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}, "
+            f"{counted(matrices, 'matrix', 'matrices')}",
             "dtypes: "
             + ", ".join(f"{name} {size / max(1, source.nbytes):.0%}" for name, size in dtypes.most_common(4)),
         ]

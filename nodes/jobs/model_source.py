@@ -1,4 +1,7 @@
-"""A MODEL of the graph, written to a spool file with the keys of a saved checkpoint, so that it is a source like a file."""
+"""A MODEL of the graph, written to a spool file: a source like any file.
+
+The keys are those of a saved checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from ..shared.spool import spool_folder, sweep
 def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> SourceHandle:
     """model: a ModelPatcher. bake_patches: with its LoRAs, merged in float32 and rounded to the weight's dtype.
 
-    One weight is in memory at a time beside the model. A quantized weight is written as it is (requantized where a LoRA
-    changes it); the engine decodes it with its own scales.
+    One weight is in memory at a time beside the model. A quantized weight is written as it is (requantized where a
+    LoRA changes it); the engine decodes it with its own scales.
     """
     if not bake_patches:
         model = model.clone()

@@ -48,7 +48,8 @@ def describe(path: Path, name: str) -> str:
             kinds, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
         foreign = refusal(source)
         lines = [
-            f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, {counted(len(source.tensors), 'tensor')}"
+            f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, "
+            f"{counted(len(source.tensors), 'tensor')}"
         ]
     lines += [
         f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form")

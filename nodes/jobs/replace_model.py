@@ -33,8 +33,8 @@ def replace_model(
     with open_source(checkpoint) as src:
         before = src.nbytes
     text = (
-        f"{detect(spool).model or 'unknown model'}: {model.label} in the place of the diffusion model in {checkpoint.name}, "
-        f"{before / 1e9:.3f} GB -> {report['bytes'] / 1e9:.3f} GB"
+        f"{detect(spool).model or 'unknown model'}: {model.label} in the place of the diffusion model in "
+        f"{checkpoint.name}, {before / 1e9:.3f} GB -> {report['bytes'] / 1e9:.3f} GB"
     )
     lora = model.lora if isinstance(model, QuantizedHandle) else None
     return QuantizedHandle(spool, label, NAME, lenient=True, lora=lora), text

@@ -1,7 +1,8 @@
 """Replaying recorded model calls on a loaded MODEL, so that its layers see again what they saw while sampling.
 
-Several threads may replay, one running at a time; a thread may wait inside a linear layer's forward pre-hook while another
-runs. What ComfyUI keeps for the whole process must then hold nothing of one call across such a wait: see `loaded`.
+Several threads may replay, one running at a time; a thread may wait inside a linear layer's forward pre-hook while
+another runs. What ComfyUI keeps for the whole process must then hold nothing of one call across such a wait: see
+`loaded`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SKIPPING = "easycache"  # ComfyUI's key of the wrapper that leaves out calls th
 
 
 def replayable(model: Any) -> None:
-    """RequestError when replays on this ModelPatcher would not show its own layers' inputs, or not those of its file."""
+    """RequestError when replays on this ModelPatcher would show other inputs than those of its file's own layers."""
     root = model.get_model_object("diffusion_model")
     if model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
         raise compiled()
@@ -53,7 +54,10 @@ def replayable(model: Any) -> None:
 
 
 def call_bytes(model: Any, shapes: Mapping[str, Sequence[int]]) -> int:
-    """What ComfyUI reckons that a call takes on the device, beside the weights: see `loaded`. shapes: of its tensors, by path."""
+    """What ComfyUI reckons that a call takes on the device, beside the weights: see `loaded`.
+
+    shapes: of its tensors, by path.
+    """
     conditions = {path: [list(shape)] for path, shape in shapes.items() if "." not in path}
     return int(model.model.memory_required(list(shapes["x"]), cond_shapes=conditions))
 
@@ -62,16 +66,17 @@ def call_bytes(model: Any, shapes: Mapping[str, Sequence[int]]) -> int:
 def loaded(model: Any, extra_bytes: int) -> Iterator[tuple[nn.Module, torch.device]]:
     """Load a ModelPatcher as a sampler would; yields (its diffusion model, the device that calls run on).
 
-    extra_bytes: to be left free on that device, for a call (call_bytes) times the number that run at once, and for whatever the
-    caller keeps there. Where the rest is too small for the weights, ComfyUI moves each layer's to the device when it is called.
+    extra_bytes: to be left free on that device, for a call (call_bytes) times the number that run at once, and for
+    whatever the caller keeps there. Where the rest is too small for the weights, ComfyUI moves each layer's to the
+    device when it is called.
     """
     device = model.load_device
     with model_compiler_off(), model_management.cuda_device_context(device):
         model_management.load_models_gpu([model, *model.get_nested_additional_models()], memory_required=extra_bytes)
         try:
             model.pre_run()
-            # Dynamic VRAM fetches the weights of a whole block ahead, into buffers that another thread's call would write over.
-            # It does so only for a model that knows its patcher.
+            # Dynamic VRAM fetches the weights of a whole block ahead, into buffers that another thread's call would
+            # write over. It does so only for a model that knows its patcher.
             model.model.current_patcher = None
             yield model.model.diffusion_model, device
         finally:
@@ -80,10 +85,10 @@ def loaded(model: Any, extra_bytes: int) -> Iterator[tuple[nn.Module, torch.devi
 
 
 def replay(model: Any, call: RecordedCall, device: torch.device) -> None:
-    """Run the call inside `loaded`, under torch.inference_mode, which each thread has for itself. The result is thrown away.
+    """Run the call inside `loaded`, under torch.inference_mode, which each thread has for itself.
 
-    Layers see, bit for bit, the inputs of the recorded call, if model, device and ComfyUI are the same. Of a model that reuses
-    what an earlier call worked out (HiDream-O1) they see the whole input again.
+    The result is thrown away. Layers see, bit for bit, the inputs of the recorded call, if model, device and ComfyUI
+    are the same. Of a model that reuses what an earlier call worked out (HiDream-O1) they see the whole input again.
     """
     arguments = _moved(call.arguments, device)
     options = {**own_options(model), **arguments.pop("transformer_options", {})}
@@ -93,7 +98,10 @@ def replay(model: Any, call: RecordedCall, device: torch.device) -> None:
 
 
 def _forget_calls(model: Any) -> None:
-    """HiDream-O1 keeps a prompt's keys and values for later calls; those of layers under quantization must not get there."""
+    """HiDream-O1 keeps a prompt's keys and values for later calls.
+
+    Those of layers under quantization must not get there.
+    """
     forget = getattr(model.model.diffusion_model, "clear_kv_cache", None)
     if forget is not None:
         forget()

@@ -20,7 +20,7 @@ _TEXT_INPUTS = (
     "caption_projection",
     "cond_proj",
 )
-# Keys of ComfyUI's model config that hold the text's width, for models whose input layer is found by none of the names.
+# Keys of ComfyUI's model config that hold the text's width, for models whose input layer has none of these names.
 _TEXT_KEYS = (
     "context_in_dim",
     "text_dim",

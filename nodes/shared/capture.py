@@ -61,7 +61,7 @@ class _Sampling:
 
 
 class Capture:
-    """Made by `watch`. calls: most model calls kept whole. accumulate: False forgets everything once it was collected."""
+    """Made by `watch`. calls: most model calls kept whole. accumulate: False forgets all once it was collected."""
 
     def __init__(
         self, model: Any, pattern: str, budget: Budget, settings: CaptureSettings, calls: int, accumulate: bool
@@ -86,7 +86,10 @@ class Capture:
 
     # ---- while sampling ----------------------------------------------------------------------------------------
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of a whole sampling: (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)."""
+        """Wrapper of a whole sampling.
+
+        Its arguments: (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed).
+        """
         guider = executor.class_obj
         if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
             raise compiled()
@@ -130,9 +133,9 @@ class Capture:
         return executor(x, timestep, *args, **kwargs)
 
     def apply_model(self, executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options). Notes the conditions' labels.
+        """Wrapper of one call: (x, t, c_concat, c_crossattn, control, transformer_options).
 
-        Of the calls inside a captured sampling some are kept whole.
+        Notes the conditions' labels. Of the calls inside a captured sampling some are kept whole.
         """
         sampling = self._sampling
         if sampling is not None:
@@ -150,8 +153,8 @@ class Capture:
     def collect(self, progress: NodeProgress) -> tuple[CalibrationHandle, list[LayerSummary]]:
         """Everything captured so far, as a file in the spool folder, and its table.
 
-        Raises RequestError when that is nothing, and ComfyUI's InterruptProcessingException after Cancel: the capture stays
-        as it was, and no file.
+        Raises RequestError when that is nothing, and ComfyUI's InterruptProcessingException after Cancel: the capture
+        stays as it was, and no file.
         """
         try:
             with self._lock, cancel_scope(progress.cancelled):
@@ -180,7 +183,7 @@ class Capture:
 def call_arguments(base: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """What a call of a BaseModel's apply_model was given, by name; of transformer_options only what is data.
 
-    None when a replay on the model alone would differ: this call's conditioning, or the sampling, brought weights or patches.
+    None when a replay on the model alone would differ: the conditioning or the sampling brought weights or patches.
     """
     arguments = {**dict(zip(_PARAMETERS, (x, t, *args), strict=False)), **kwargs}
     options, patcher = arguments.pop("transformer_options", None) or {}, base.current_patcher
@@ -199,7 +202,10 @@ def _patch_counts(options: dict[str, Any]) -> dict[tuple[str, Any], int]:
 
 @contextmanager
 def _needs_more_memory(base: Any, extra_bytes: int) -> Iterator[None]:
-    """ComfyUI's loader asks the model what it needs beside its weights, and offers nodes no other way to ask for more."""
+    """ComfyUI's loader asks the model what it needs beside its weights.
+
+    It offers nodes no other way to ask for more.
+    """
     plain, own = base.memory_required, base.__dict__.get("memory_required")
     base.memory_required = lambda *args, **kwargs: plain(*args, **kwargs) + extra_bytes
     try:

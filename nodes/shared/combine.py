@@ -22,8 +22,9 @@ def combine(
     progress: NodeProgress,
     build: Callable[[Sequence[Source]], Rewrite],
 ) -> tuple[Path, dict[str, Any]]:
-    """The spool file that `build` makes of these files, and {"bytes", "tensors", "notes"}; at once when it is there already.
+    """The spool file that `build` makes of these files, and {"bytes", "tensors", "notes"}.
 
+    A file that is there already is not made again.
     settings: JSON values, all that decide the result besides the files. Raises QuantPressError, and ComfyUI's
     InterruptProcessingException after Cancel; neither leaves a file.
     """

@@ -1,4 +1,4 @@
-"""The demo's model and decoder in the stock loaders' lists, so that the example workflows run right after installing."""
+"""The demo's model and decoder in the stock loaders' lists: the example workflows run right after installing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO_FOLDER = PACK / ".demo"
-# (folder of ComfyUI, name in its list, file in assets/). Flat names: a subfolder would be spelled differently on Windows.
+# (folder of ComfyUI, name in its list, file in assets/).
+# Flat names: a subfolder would be spelled differently on Windows.
 _OFFERED = (
     ("diffusion_models", "quantpress_demo_model.safetensors", "tiny_mmdit_256.safetensors"),
     ("vae", "quantpress_demo_vae.safetensors", "tiny_taesd.safetensors"),
@@ -21,8 +22,10 @@ _OFFERED = (
 
 
 def offer() -> None:
-    """Link (or copy, 23 MB) the files into folders of their own and add these to ComfyUI's paths. Raises nothing: without
-    them only the examples ask for other files."""
+    """Link (or copy, 23 MB) the files into folders of their own and add these to ComfyUI's paths.
+
+    Raises nothing: without them only the examples ask for other files.
+    """
     for kind, name, asset in _OFFERED:
         link = DEMO_FOLDER / kind / name
         try:

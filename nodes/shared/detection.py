@@ -24,8 +24,9 @@ _SMALL_BYTES = 1 << 16  # detection looks at the values of some norms and scalar
 
 
 class RecordingDict(dict[str, Any]):
-    """A state dict made from a header: large tensors on the meta device, small ones read. `asked`: keys that were read.
+    """A state dict made from a header: large tensors on the meta device, small ones read.
 
+    asked: keys that were read.
     shapes: other shapes than the header's, {tensor: shape}.
     """
 

@@ -43,7 +43,10 @@ def listed_name(name: str) -> str:
 
 
 def tokens(handle: QuantizedHandle) -> dict[str, str]:
-    """From the file: its layers, and the recipe in its header. What a file of another tool does not tell is "unknown"."""
+    """From the file: its layers, and the recipe in its header.
+
+    What a file of another tool does not tell is "unknown".
+    """
     with open_source(handle.path) as src:
         try:
             layers = stored_layers(src)

@@ -31,8 +31,9 @@ _MAX_NAME_BYTES = 200  # of one part; file systems allow 255, and a temporary na
 
 
 def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = _SUFFIXES) -> list[str]:
-    """ "folder/name" of every safetensors file in these model folders. shards: also of the indexes of models in shards.
-    suffixes: of other files, where others are wanted.
+    """ "folder/name" of every safetensors file in these model folders.
+
+    shards: also of the indexes of models in shards. suffixes: of other files, where others are wanted.
 
     A shard itself is never listed. ComfyUI's own lists are asked, which it caches: walking a network drive takes time.
     """
@@ -85,7 +86,10 @@ def add_calibrations_folder() -> None:
 
 
 def write_roots() -> dict[str, Path]:
-    """Where Save may write: folder name -> its root. The first folder that exists; for models as ComfyUI orders them."""
+    """Where Save may write: folder name -> its root.
+
+    The first folder that exists; for models as ComfyUI orders them.
+    """
     roots = {}
     for folder in (*SOURCE_FOLDERS, CALIBRATIONS, LORAS):
         # Never into the pack: it adds a folder of its own for the demo model.
@@ -126,7 +130,10 @@ def _require_inside(root: Path, folder: Path, name: str) -> None:
 
 
 def _clean_parts(name: str) -> list[str]:
-    """The parts of a relative file name ending in .safetensors. RequestError where it is none that any system takes."""
+    """The parts of a relative file name ending in .safetensors.
+
+    RequestError where it is none that any system takes.
+    """
     text = name.replace("\\", "/").strip()
     if not text.endswith(".safetensors"):
         text += ".safetensors"

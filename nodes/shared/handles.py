@@ -42,8 +42,8 @@ class QuantizedHandle:
     """A quantized model in one file: a spool file, or a file of the user's, which no node changes.
 
     label: the source's name, for file names. maker: the node that wrote the spool file; None for a user's file.
-    lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says so
-    and does not refuse.
+    lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says
+    so and does not refuse.
     lora: a spool file with the low-rank part of what quantizing lost; None where none was asked for.
     """
 

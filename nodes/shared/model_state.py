@@ -18,7 +18,7 @@ _PLAIN_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
 
 @contextmanager
 def model_compiler_off() -> Iterator[None]:
-    """Newer ComfyUI replays a model's allocations, and some of its kernels without running Python: hooks could not see them."""
+    """Newer ComfyUI replays a model's allocations, and some kernels, without running Python: hooks do not see them."""
     if not hasattr(cli_args.args, "disable_comfy_compiler"):  # added after 0.29
         yield
         return

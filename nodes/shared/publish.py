@@ -29,10 +29,11 @@ def verified(path: Path) -> None:
 
 
 def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], object] = verified) -> None:
-    """Give the spool file's contents the name `target`; checked before it shows. Raises OutputError, and what `check` does.
+    """Give the spool file's contents the name `target`; checked before it shows.
 
-    A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never changed.
-    A file that is not in the spool folder is the user's own, and copied: two names of one file would surprise.
+    A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never
+    changed. A file outside the spool folder is the user's own and is copied: two names of one file would surprise.
+    Raises OutputError, and what `check` does.
     """
     if target.is_dir():
         raise OutputError(f"{target}: this is a folder. Choose another name.")

@@ -66,8 +66,9 @@ def widgets() -> list[Any]:
             options=sizes(),
             default=AUTOMATIC,
             tooltip=(
-                "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less error, "
-                "slightly larger file. 'automatic' takes the format's default; a size that the format lacks is refused."
+                "How many weights share a scale (for rotated formats: the rotation group). Smaller groups: less "
+                "error, slightly larger file. 'automatic' takes the format's default; a size that the format lacks is "
+                "refused."
             ),
         ),
         io.Combo.Input(
@@ -95,8 +96,9 @@ def widgets() -> list[Any]:
             default="",
             multiline=False,
             tooltip=(
-                "Layers that stay as they are, as a regular expression searched in their names, for example attn|blocks\\.0\\. . "
-                "Keeping more: better quality, larger file. Norms, embeddings, input and output layers are kept anyway."
+                "Layers that stay as they are, as a regular expression searched in their names, for example "
+                "attn|blocks\\.0\\. . Keeping more: better quality, larger file. Norms, embeddings, input and output "
+                "layers are kept anyway."
             ),
         ),
         io.String.Input(
@@ -104,8 +106,8 @@ def widgets() -> list[Any]:
             default="",
             multiline=False,
             tooltip=(
-                "If filled: only layers that match this regular expression are quantized, even those that would be kept by "
-                "default. For experiments, and for sparing all but the largest layers."
+                "If filled: only layers that match this regular expression are quantized, even those that would be "
+                "kept by default. For experiments, and for sparing all but the largest layers."
             ),
         ),
         io.Combo.Input(
@@ -113,8 +115,8 @@ def widgets() -> list[Any]:
             options=[KEEP, *(fmt.name for fmt in all_formats() if keeps_shape(fmt))],
             default=KEEP,
             tooltip=(
-                "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by it. "
-                "Keeping them is safest; an 8-bit format saves a little more space."
+                "For layers that cannot take the format: their shape does not fit, or ComfyUI recognises the model by "
+                "it. Keeping them is safest; an 8-bit format saves a little more space."
             ),
         ),
         io.Combo.Input(
@@ -122,16 +124,16 @@ def widgets() -> list[Any]:
             options=devices(),
             default="auto",
             tooltip=(
-                "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to make room. "
-                "'cpu' leaves the GPU alone; slower."
+                "Where the arithmetic runs. 'auto' takes ComfyUI's own device: fastest, and it may unload models to "
+                "make room. 'cpu' leaves the GPU alone; slower."
             ),
         ),
         CalibrationType.Input(
             "calibration",
             optional=True,
             tooltip=(
-                "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales and rounding then "
-                "lower the error of what comes out of them."
+                "From Collect Calibration or Load Calibration: what flows into the layers of this very model. Scales "
+                "and rounding then lower the error of what comes out of them."
             ),
         ),
         io.Boolean.Input(
@@ -140,8 +142,9 @@ def widgets() -> list[Any]:
             optional=True,
             **rare(io.Boolean.Input),
             tooltip=(
-                "With a calibration: the mean error of a layer's output moves into its bias, where that helps on inputs kept aside. "
-                "Costs nothing in size or speed. Left out with residual_lora, which brings the mean back itself."
+                "With a calibration: the mean error of a layer's output moves into its bias, where that helps on "
+                "inputs kept aside. Costs nothing in size or speed. Left out with residual_lora, which brings the "
+                "mean back itself."
             ),
         ),
         io.Boolean.Input(
@@ -150,8 +153,8 @@ def widgets() -> list[Any]:
             optional=True,
             **rare(io.Boolean.Input),
             tooltip=(
-                "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that inputs "
-                "saturate; otherwise it changes little."
+                "With a calibration: write input scales for FP8 and NVFP4. Needed for FP8 when the report warns that "
+                "inputs saturate; otherwise it changes little."
             ),
         ),
         io.Combo.Input(
@@ -161,8 +164,9 @@ def widgets() -> list[Any]:
             optional=True,
             **rare(io.Combo.Input),
             tooltip=(
-                "Also keeps the layers that older converters keep for this family of models: closer to their files, slightly larger. "
-                "'none' is right for most: the general rules know the sensitive layers of every family."
+                "Also keeps the layers that older converters keep for this family of models: closer to their files, "
+                "slightly larger. 'none' is right for most: the general rules know the sensitive layers of every "
+                "family."
             ),
         ),
         io.String.Input(
@@ -170,9 +174,9 @@ def widgets() -> list[Any]:
             optional=True,
             force_input=True,
             tooltip=(
-                "JSON, from any node that gives text: a format of their own for single layers, by regular expressions on "
-                f"their names, like {LAYER_CONFIG_EXAMPLE} . The most specific one wins, over keep and only too; _default replaces the "
-                "format above. For mixed precision: more bits where it hurts."
+                "JSON, from any node that gives text: a format of their own for single layers, by regular expressions "
+                f"on their names, like {LAYER_CONFIG_EXAMPLE} . The most specific one wins, over keep and only too; "
+                "_default replaces the format above. For mixed precision: more bits where it hurts."
             ),
         ),
         io.Int.Input(
@@ -183,10 +187,11 @@ def widgets() -> list[Any]:
             optional=True,
             **rare(io.Int.Input),
             tooltip=(
-                "Rank of a LoRA that gives back part of what quantizing loses; 0 makes none. Save Quantized Model writes it into "
-                "models/loras. Load it with Load LoRA (Bypass, Model Only); the usual Load LoRA rounds it into the weights, which is worse "
-                "than none. The larger the rank, the closer to the original, and the slower. Take rounding 'nearest' with it, and a "
-                "calibration for ranks below 64: on top of 'gptq' it measured worse than nothing."
+                "Rank of a LoRA that gives back part of what quantizing loses; 0 makes none. Save Quantized Model "
+                "writes it into models/loras. Load it with Load LoRA (Bypass, Model Only); the usual Load LoRA rounds "
+                "it into the weights, which is worse than none. The larger the rank, the closer to the original, and "
+                "the slower. Take rounding 'nearest' with it, and a calibration for ranks below 64: on top of 'gptq' "
+                "it measured worse than nothing."
             ),
         ),
     ]

@@ -46,8 +46,8 @@ def _residual(rows: list[Mapping[str, Any]]) -> list[str]:
     if not shares:
         return []
     return [
-        f"residual LoRA: {counted(len(shares), 'layer')}, with it {median(shares):.2f} of their error is left (median); "
-        "Save Quantized Model writes it into models/loras"
+        f"residual LoRA: {counted(len(shares), 'layer')}, with it {median(shares):.2f} of their error is left "
+        "(median); Save Quantized Model writes it into models/loras"
     ]
 
 

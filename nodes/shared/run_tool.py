@@ -1,7 +1,7 @@
 """Running a rewriting tool of the engine on a handle's file: into a spool file of its own, or as a preview.
 
-A node gives `run_tool` a function from the open file to a Proposal. The input's file is never changed; where nothing is
-to be changed, the input's handle comes out again and nothing is written.
+A node gives `run_tool` a function from the open file to a Proposal. The input's file is never changed; where nothing
+is to be changed, the input's handle comes out again and nothing is written.
 """
 
 from __future__ import annotations

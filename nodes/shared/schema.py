@@ -1,4 +1,4 @@
-"""Calls that older versions of ComfyUI take too: options that they can do without are left out where they are unknown."""
+"""Calls that older versions of ComfyUI take too: options that they can do without are left out where unknown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OPTIONAL = {"has_intermediate_output", "search_aliases", "metadata", "advanced"
 
 
 def known(call: Any, **options: Any) -> dict[str, Any]:
-    """The options that `call` has parameters for; others than _OPTIONAL pass unseen, so that a typo is still an error."""
+    """The options that `call` has parameters for. Others than _OPTIONAL pass unseen: a typo is still an error."""
     parameters = inspect.signature(call).parameters
     return {name: value for name, value in options.items() if name in parameters or name not in _OPTIONAL}
 

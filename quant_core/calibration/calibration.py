@@ -179,7 +179,7 @@ def summarise(layer: str, statistics: LayerStatistics, channels: int = 3) -> Lay
     largest = statistics.absmax.topk(min(channels, statistics.in_features))
     named = tuple(
         (int(at), float(value), float(value) / rms if rms else 0.0)
-        for value, at in zip(largest.values.tolist(), largest.indices.tolist())
+        for value, at in zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
     )
     return LayerSummary(
         layer,

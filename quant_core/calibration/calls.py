@@ -1,9 +1,11 @@
 """Whole model calls, kept to be replayed: an even sample of all the calls of a capture.
 
-A call is a tree: dicts with str keys, lists and tuples, and at its ends tensors, int, float, bool, str and None. It is kept
-as JSON plus its tensors by path. In the JSON a list is a list, {"tuple": [...]}, {"dict": {...}}, {"tensor": path} and
-{"float": "nan"} (also "inf", "-inf") stand for what JSON lacks, and everything else is itself. A path is the keys and indices on
-the way to a tensor, joined by dots ("control.input.0"); a "." or "%" inside a key is written %2E or %25.
+A call is a tree: dicts with str keys, lists and tuples, and at its ends tensors, int, float, bool, str and None. It is
+kept as JSON plus its tensors by path. In the JSON {"tuple": [...]}, {"dict": {...}}, {"tensor": path} and
+{"float": "nan"} (also "inf", "-inf") stand for what JSON lacks. Everything else is itself, a list too.
+
+A path is the keys and indices on the way to a tensor, joined by dots ("control.input.0"). Inside a key "." is written
+%2E, and "%" is written %25.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ class RecordedCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptCall:
-    """A call of a sample, in memory or in a file. tensors: path -> (safetensors dtype code, shape). fetch: path -> tensor.
+    """A call of a sample, in memory or in a file.
 
-    group: the same for the calls of one sampling, whose steps are alike. nbytes: of all tensors. text_bytes: of the tree.
+    group: the same for the calls of one sampling, whose steps are alike.
+    tensors: path -> (safetensors dtype code, shape). fetch: path -> tensor.
+    nbytes: of all tensors. text_bytes: of the tree.
     """
 
     key: int
@@ -65,7 +69,10 @@ class KeptCall:
 
 
 def record(arguments: Mapping[str, Any]) -> RecordedCall | None:
-    """A copy of a call's arguments, by name. None when they hold anything but the types of a tree: it cannot be replayed."""
+    """A copy of a call's arguments, by name.
+
+    None when they hold anything but the types of a tree: it cannot be replayed.
+    """
     found = _described(arguments, 0)
     return None if found is None else found.in_memory().call()
 
@@ -76,7 +83,10 @@ def is_recordable(value: Any) -> bool:
 
 
 def call_key(seed: int, run: int, call: int) -> int:
-    """53 random bits that depend on these three alone, so that a sample is the same on any device. Smaller ones are kept."""
+    """53 random bits that depend on these three alone, so that a sample is the same on any device.
+
+    Smaller ones are kept.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}, run {run}, call {call}".encode()).digest()[:8], "big") >> 11
 
 
@@ -88,8 +98,9 @@ def call_group(seed: int, run: int, note: str) -> int:
 class CallSample:
     """The calls with the smallest keys of all that were offered: at most `limit`, of at most `max_bytes` together.
 
-    kept: in order of rising key, so the first n of them are an even sample too. offered: calls seen. refused: of those that
-    were due to be kept, how many cannot be: a replay would differ, something in them is not a tree, or one is larger than the budget.
+    kept: in order of rising key, so the first n of them are an even sample too. offered: calls seen.
+    refused: how many of those that were due to be kept cannot be. A replay would differ, something in them is not a
+    tree, or one is larger than the budget.
     """
 
     def __init__(self, limit: int = 0, max_bytes: int = MAX_BYTES) -> None:
@@ -114,8 +125,9 @@ class CallSample:
         return (kept.call() for kept in self.kept)
 
     def offer(self, arguments: Callable[[], Mapping[str, Any] | None], key: int, group: int = 0) -> bool:
-        """Whether the call was kept; only then is anything copied from its device. key, group: see call_key and call_group.
+        """Whether the call was kept; only then is anything copied from its device.
 
+        key, group: see call_key and call_group.
         arguments: by name, or None when a replay would differ from this call; asked only when the key is small enough.
         """
         self.offered += 1
@@ -200,7 +212,7 @@ class CallSample:
         return len(calls)
 
 
-# ---- arguments <-> JSON and tensors ------------------------------------------------------------------------------------
+# ---- arguments <-> JSON and tensors --------------------------------------------------------------------------------
 class _NoTree(Exception):
     """Something in the arguments has no place in a tree."""
 

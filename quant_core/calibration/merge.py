@@ -1,4 +1,4 @@
-"""Several calibration files as one, a layer at a time: memory holds two layers' statistics, whatever the files' size."""
+"""Several calibration files as one, a layer at a time: memory holds two layers' statistics, not more."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def merge_files(
 ) -> Merged:
     """Add captures of one model up.
 
-    Raises InputFileError, RequestError (the files do not belong together: before anything is written), OutputError, Cancelled.
+    Raises InputFileError, OutputError, Cancelled, and RequestError before anything is written: the files do not belong
+    together.
     """
     with ExitStack() as stack:
         readers = [stack.enter_context(open_calibration(path)) for path in paths]
         first = readers[0].header
-        for path, reader in zip(paths[1:], readers[1:]):
+        for path, reader in zip(paths[1:], readers[1:], strict=True):
             try:
                 first.require_mergeable(reader.header)
             except RequestError as err:

@@ -5,13 +5,14 @@ Header metadata `quantpress_calibration` holds one JSON object:
     model {fingerprint, layers {name: [out_features, in_features]}},
     runs [{note, completed, steps {step: rows}, sigmas {step: sigma}, labels {label: rows}, loras}],
     layers {name: {seen, labels {label: rows}, hessian "full" | "sketch" | "diagonal"}},
-    and only where model calls were kept: calls {limit, max_bytes, offered, refused, kept [{key, group, tree}]}, see calls.py.
+    and only where model calls were kept (calls.py):
+        calls {limit, max_bytes, offered, refused, kept [{key, group, tree}]}.
 Tensors of every captured layer, `<layer>.<field>`; R held-out rows, S sketch rows, H histogram bins:
     absmax f32 [K], sum f64 [K], square_sum f64 [K], weight f64 [], count i64 [], nonfinite i64 [],
     histogram i64 [H], rows bf16 [R, K], row_keys f32 [R], and by kind of Hessian
     hessian f32 [K (K + 1) / 2], the upper triangle row by row, or hessian_sketch f32 [S, K], hessian_shrinkage f64 [].
-Tensors of the calls, `__calls__.<number in kept>.<path in its tree>`, of whatever dtype they had. A pack that knows nothing of
-calls reads such a file as one without, and leaves them out when it merges it.
+Tensors of the calls, `__calls__.<number in kept>.<path in its tree>`, of whatever dtype they had. A pack that knows
+nothing of calls reads such a file as one without, and leaves them out when it merges it.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def write_calibration(
 ) -> Path:
     """The same with statistics that are fetched one layer at a time, in the order of `entries`.
 
-    header: everything but its statistics is written; its calls are fetched one at a time too. sources: files being read,
-    which the target must not be.
+    header: everything but its statistics is written; its calls are fetched one at a time too. sources: files being
+    read, which the target must not be.
     Raises OutputError, Cancelled.
     """
     specs = {layer: _specs(entry.in_features, entry.kind, header.settings) for layer, entry in entries.items()}
@@ -167,7 +168,10 @@ class CalibrationReader:
         return len(self.header.calls.kept)
 
     def calls(self) -> Iterator[RecordedCall]:
-        """The kept model calls, read one at a time; the first n are an even sample of all, too. Raises InputFileError."""
+        """The kept model calls, read one at a time; the first n are an even sample of all, too.
+
+        Raises InputFileError.
+        """
         return self.header.calls.calls()
 
     @property

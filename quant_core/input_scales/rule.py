@@ -118,7 +118,10 @@ def _without_suffix(name: str) -> str:
 
 
 def saturation_of(layer: StoredLayer, largest: float, scale: float | None) -> list[str]:
-    """The sentence for one layer whose inputs reach `largest`; [] where nothing saturates. scale: None where it has none."""
+    """The sentence for one layer whose inputs reach `largest`; [] where nothing saturates.
+
+    scale: None where it has none.
+    """
     rule = rule_of(layer)
     if rule is None or (scale is None and rule.absent is Absent.DYNAMIC):
         return []

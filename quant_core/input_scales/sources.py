@@ -42,8 +42,9 @@ def captured_saturation(
     scales: Mapping[str, float],
     progress: Callable[[Progress], None] | None = None,
 ) -> list[str]:
-    """One sentence per layer whose captured inputs saturate under these scales, or under the file's own where none is given.
+    """One sentence per layer whose captured inputs saturate.
 
+    They are held against these scales, or against the file's own where none is given.
     scales: {layer of the file: input_scale}. Raises RequestError (another model).
     """
     stored, found = stored_layers(source), []
@@ -62,8 +63,9 @@ def simulated_scales(
     lora: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[dict[str, float], int]:
-    """({layer of the file: input_scale}, how many of them from the LoRA): a guess, from each layer's own decoded weight.
+    """({layer of the file: input_scale}, how many of them from the LoRA).
 
+    A guess, from each layer's own decoded weight.
     lora: its layers get inputs along its directions, all others random ones. Raises InputFileError.
     """
     stored, scales, informed = stored_layers(source), {}, 0

@@ -1,6 +1,6 @@
 """Guesses of what flows into a layer, for when nobody can run the model: random inputs, or the directions of a LoRA.
 
-A guess: a captured calibration is better wherever one can be had. bench/calibration/activations.py measures by how much.
+A captured calibration is better wherever one can be had. bench/calibration/activations.py measures by how much.
 """
 
 from __future__ import annotations

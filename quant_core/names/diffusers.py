@@ -1,7 +1,7 @@
-"""Models under diffusers' names: ComfyUI renames and joins their weights and biases when it loads them, and nothing else.
+"""Models under diffusers' names: ComfyUI renames and joins their weights and biases, and nothing else.
 
-So scales and descriptions are left behind: FP8 and INT8 draw noise without a word, packed weights do not load (seen with
-0.29, tests/comfy/test_tools_sampling.py). In 16 bits such files load well.
+So scales and descriptions are left behind: FP8 and INT8 draw noise without a word, packed weights do not load (seen
+with 0.29, tests/comfy/test_tools_sampling.py). In 16 bits such files load well.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def diffusers_warning(names: Collection[str]) -> str | None:
     for model, signs in _SIGNS.items():
         if all(sign in names for sign in signs):
             return (
-                f"The layers have diffusers' names ({model}). ComfyUI renames only weights and biases of such files and loses "
-                "what quantizing adds: it would draw noise or not load. Quantize the model under ComfyUI's names: take "
-                "another download, or load the 16-bit file there and use Model from Graph. diffusers' own loader is not "
-                "concerned."
+                f"The layers have diffusers' names ({model}). ComfyUI renames only weights and biases of such files "
+                "and loses what quantizing adds: it would draw noise or not load. Quantize the model under ComfyUI's "
+                "names: take another download, or load the 16-bit file there and use Model from Graph. diffusers' own "
+                "loader is not concerned."
             )
     return None

@@ -13,6 +13,7 @@ from ..statistics.staging import LARGEST_SLOTS
 
 GIB = 2**30
 LEAST_STAGED, MOST_STAGED = 256, 8192  # the most is 30 steps of the default rows, prompt and negative
+_SETTINGS = StatisticsSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,11 @@ class BudgetPlan:
 
 
 def fixed_bytes(in_features: int, settings: StatisticsSettings, kind: HessianKind = HessianKind.FULL) -> int:
-    """What every layer takes on the device, without its Hessian: absmax and its slots, two sums, histogram, held-out rows,
-    and during a run the staged rows (rows and slots taken as 16-bit; a float32 model's take twice that)."""
+    """What every layer takes on the device, without its Hessian.
+
+    That is absmax and its slots, two sums, the histogram, held-out rows, and during a run the staged rows. Rows and
+    slots are taken as 16-bit; a float32 model's take twice that.
+    """
     rows = settings.reservoir_rows + settings.staged(kind) + LARGEST_SLOTS
     return in_features * (4 + 8 + 8) + BINS * 8 + rows * in_features * 2
 
@@ -97,7 +101,7 @@ def kept_bytes(decision: Decision, settings: StatisticsSettings) -> int:
 
 
 def plan_budget(
-    in_features: Mapping[str, int], budget: Budget = Budget(), settings: StatisticsSettings = StatisticsSettings()
+    in_features: Mapping[str, int], budget: Budget = Budget(), settings: StatisticsSettings = _SETTINGS
 ) -> BudgetPlan:
     """Narrow layers first, as most of them fit: on the device, else in RAM, else on disk, else a sketch, else the
     diagonal alone. in_features: K by layer. The scratch memory of one layer at work is counted once, for the widest.
@@ -150,8 +154,10 @@ def _small_bytes(in_features: Mapping[str, int], budget: Budget, settings: Stati
 def _staging_that_fits(
     in_features: Mapping[str, int], budget: Budget, settings: StatisticsSettings
 ) -> StatisticsSettings:
-    """Fewer rows wait where they would fill more than half of the device's budget, a Hessian there is worth more; or where the
-    scratch memory would not fit beside them."""
+    """Fewer rows wait where they would fill more than half of the device's budget: a Hessian there is worth more.
+
+    The same where the scratch memory would not fit beside them.
+    """
     most = min(budget.device_bytes // 2, budget.device_bytes - max(map(_scratch, in_features.values()), default=0))
     while settings.staged_rows > LEAST_STAGED and _small_bytes(in_features, budget, settings) > most:
         settings = replace(settings, staged_rows=max(LEAST_STAGED, settings.staged_rows // 2))

@@ -40,8 +40,9 @@ DIAGONAL_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class CaptureSettings:
-    """rows_per_step: most rows that a layer gives per step and label, so that no step outweighs another. A layer that keeps
-    only its diagonal gives a quarter of them: means and sizes need fewer rows than products.
+    """rows_per_step: most rows that a layer gives per step and label, so that no step outweighs another.
+
+    A layer that keeps only its diagonal gives a quarter of them: means and sizes need fewer rows than products.
 
     absmax_stride: of an input with more than ABSMAX_WHOLE rows, look at every n-th one for the absmax, another n-th at
     every call. 1 is the true absmax; reading all inputs once more is most of what a capture costs on a GPU.
@@ -265,7 +266,7 @@ class Collector:
 def _numbers(values: Mapping[int, float | Tensor]) -> dict[int, float]:
     """Tensors () as floats, all fetched at once."""
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-    fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist())) if tensors else {}
+    fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True)) if tensors else {}
     return {key: fetched.get(key, value) for key, value in values.items()}
 
 

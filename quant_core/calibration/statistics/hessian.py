@@ -208,7 +208,7 @@ class SketchHessian:
 
 
 def pack_triangle(h: Tensor) -> Tensor:
-    """The upper triangle of [K, K], row by row, on the CPU: [K * (K + 1) / 2], half the bytes of a symmetric matrix."""
+    """The upper triangle of [K, K], row by row, on the CPU: [K * (K + 1) / 2], half the bytes of the matrix."""
     size, at = len(h), 0
     packed = torch.empty(size * (size + 1) // 2, dtype=h.dtype, device="cpu")
     for start in range(0, size, PANEL):

@@ -111,7 +111,10 @@ class LayerStatistics:
             self.seen += rows
 
     def stage(self, x: Tensor, index: Tensor, parts: Sequence[Part]) -> None:
-        """Take rows now, work them in later (`flush`). x: [rows, K]. index: int64 on x's device; parts: what they are."""
+        """Take rows now, work them in later (`flush`).
+
+        x: [rows, K]. index: int64 on x's device. parts: what they are.
+        """
         for part in parts:
             if part.keys is None:
                 self.labels[part.label] = self.labels.get(part.label, 0) + part.count
@@ -142,7 +145,7 @@ class LayerStatistics:
         if len(weights) == 1:
             self._work_in(rows, weights.pop(), counted, held)
             return
-        split = list(zip(parts, rows.split([part.count for part in parts])))
+        split = list(zip(parts, rows.split([part.count for part in parts]), strict=True))
         for weight in sorted(weights):
             self._work_in_all(
                 torch.cat([piece for part, piece in split if part.keys is None and part.weight == weight]), weight
@@ -164,10 +167,11 @@ class LayerStatistics:
         return rows[:: max(1, len(rows) // self.settings.histogram_rows)][: self.settings.histogram_rows]
 
     def _work_in(self, x: Tensor, weight: float, counted: Tensor, held: Tensor | None = None) -> None:
-        """x: [n, K], n > 0, overwritten: rows that do not count become zero. counted: rows for the histogram; held: rows to
-        leave out. Both int64 on x's device.
+        """x: [n, K], n > 0, overwritten: rows that do not count become zero. counted: rows for the histogram; held:
+        rows to leave out. Both int64 on x's device.
         """
-        # A row's sum is finite just if its values are: no sum of 16-bit numbers overflows float32, none that a model makes does.
+        # A row's sum is finite just if its values are: sums of 16-bit numbers do not overflow float32, nor do those
+        # that a model makes.
         bad = x.sum(dim=1, dtype=torch.float32).mul_(0.0).ne(0.0)
         fitted = len(x)
         if held is not None and len(held):

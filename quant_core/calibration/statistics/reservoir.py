@@ -33,7 +33,10 @@ class Reservoir:
             )
 
     def choose(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of the offered rows enter, where), int64 on the CPU; `place` must follow. keys: float32 [m] on the CPU."""
+        """(which of the offered rows enter, where), int64 on the CPU; `place` must follow.
+
+        keys: float32 [m] on the CPU.
+        """
         size = self.size
         best = torch.cat([self.keys, keys]).topk(size).indices
         entering = best[best >= size] - size

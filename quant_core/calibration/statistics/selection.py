@@ -14,7 +14,10 @@ from .reservoir import draw_keys
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of chosen rows: `count` of them, of one chunk. keys: of rows held out for judging (reservoir.py), else None."""
+    """A run of chosen rows: `count` of them, of one chunk.
+
+    keys: of rows held out for judging (reservoir.py), else None.
+    """
 
     label: str
     weight: float
@@ -33,8 +36,8 @@ class Chosen:
 def chunk_labels(shape: Sequence[int], labels: Sequence[str]) -> tuple[str, ...]:
     """The labels of an input's equal chunks along dimension 0.
 
-    () where they cannot be told apart: dimension 0 is not a multiple of them, or it is the only one besides the channels
-    and holds tokens. An input [B, K] with B = len(labels) does count as a batch.
+    () where they cannot be told apart: dimension 0 is not a multiple of them, or it is the only one besides the
+    channels and holds tokens. An input [B, K] with B = len(labels) does count as a batch.
     """
     if len(labels) <= 1:
         return tuple(labels)
