@@ -7,6 +7,8 @@ from types import ModuleType
 
 from comfy_api.latest import ComfyExtension, io
 
+from .shared.wording import names_its_inputs
+
 # One file each, named here and nowhere else.
 NODES = (
     "load_source",
@@ -46,7 +48,7 @@ class QuantPressExtension(ComfyExtension):
         add_calibrations_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [_node_in(import_module(f".{name}", __package__)) for name in NODES]
+        return [names_its_inputs(_node_in(import_module(f".{name}", __package__))) for name in NODES]
 
 
 def _node_in(module: ModuleType) -> type[io.ComfyNode]:

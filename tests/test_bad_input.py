@@ -195,7 +195,7 @@ def test_a_missing_cuda_device_is_refused(model, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     args = ["quantize", model, tmp_path / "out.safetensors", "--format", "int8_rowwise", "--device", "cuda"]
-    assert_refused(capsys, tmp_path, args, "cuda", "--device cpu")
+    assert_refused(capsys, tmp_path, args, "--device cuda", "Choose cpu")
 
 
 def test_shapes_that_a_format_cannot_take_are_named(tmp_path, capsys):

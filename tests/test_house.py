@@ -35,6 +35,8 @@ QUANT_CORE_MAY_IMPORT = (sys.stdlib_module_names - {"argparse"}) | {
 }
 LAYOUTS_MAY_NOT_IMPORT = {"nodes", "cli", "demo"}
 MAY_NOT_PRINT = {"quant_core", "layouts", "nodes"}
+MAY_NAME_NO_FLAG = {"quant_core", "layouts", "nodes"}
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
 
 
 # --- the checker ---------------------------------------------------------------------------------------------------
@@ -74,6 +76,13 @@ def _called_name(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
+def docstrings(tree: ast.AST) -> set[ast.Constant]:
+    """The strings that nobody is shown: of modules, classes and functions."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    firsts = [body[0].value for body in bodies if body and isinstance(body[0], ast.Expr)]
+    return {value for value in firsts if isinstance(value, ast.Constant)}
+
+
 def violations(source: str, path: str) -> list[str]:
     """Every broken house rule in the module at `path` (relative to the root, with slashes), one sentence each."""
     tree = ast.parse(source)
@@ -94,6 +103,12 @@ def violations(source: str, path: str) -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 found.append(f"{path}:{node.lineno}: print() in {home}: use logging, or a report")
+    if home in MAY_NAME_NO_FLAG:
+        told = docstrings(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in told:
+                if FLAG.search(node.value):
+                    found.append(f"{path}:{node.lineno}: a flag in {home}: errors carry the setting, see errors.py")
     return found
 
 
@@ -122,6 +137,9 @@ BAD = [
     ("quant_core/run.py", "print('done')"),
     ("layouts/nf4.py", "def f(x):\n    print(x)"),
     ("nodes/load.py", "if True: print()"),
+    ("quant_core/run.py", "text = f'{path} exists. Use --overwrite.'"),
+    ("layouts/nf4.py", "def f():\n    raise ValueError('--device cuda: there is none')"),
+    ("nodes/load.py", "TOOLTIP = 'as `quantpress repair --assume nvfp4` does'"),
 ]
 GOOD = [
     (
@@ -134,6 +152,8 @@ GOOD = [
     ("layouts/nf4.py", "import comfy.ops, torch\nfrom ..quant_core import format\nfrom .kernels import nf4"),
     ("nodes/load.py", "import folder_paths\nfrom ..layouts import nf4\nfrom ..quant_core import plan"),
     ("cli/main.py", "import argparse\nimport rich\nfrom ..quant_core import plan\nprint('x')"),
+    ("cli/main.py", "parser.add_argument('--overwrite')"),
+    ("quant_core/run.py", 'def f():\n    """w --prepare--> work"""\n    return "a -- b"'),
     ("__init__.py", "from .nodes import QuantPressExtension"),
 ]
 

@@ -10,6 +10,7 @@ from ...quant_core.errors import counted
 from ..shared import rewriting
 from ..shared.console import print_json
 from ..shared.groups import collapse_sentences
+from ..shared.wording import in_flags
 
 if TYPE_CHECKING:
     from ...quant_core.checkpoint.source import Source
@@ -103,7 +104,9 @@ def _lines(result: Repair, args: argparse.Namespace, changes: bool) -> list[str]
         (result.unfixed, "would remain" if preview and changes else "remaining"),
     ):
         if found:
-            texts = collapse_sentences(f"{finding.severity}: {finding.message} [{finding.code}]" for finding in found)
+            texts = collapse_sentences(
+                f"{finding.severity}: {in_flags(finding.problem, args)} [{finding.code}]" for finding in found
+            )
             lines += [f"{title}: {counted(len(found), 'problem')}", *(f"  {text}" for text in texts)]
     if not changes:
         why = (

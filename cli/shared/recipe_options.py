@@ -62,7 +62,7 @@ def apply(args: argparse.Namespace, recipe: Recipe, policy: Policy) -> tuple[Rec
         recipe = loaded.default or recipe
     config: dict[str, Any] = {}
     for text in args.add_config:
-        config |= parse_pairs(text)
+        config |= parse_pairs(text, "config")
     return recipe, replace(policy, rules=rules, config=config)
 
 

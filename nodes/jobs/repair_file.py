@@ -16,9 +16,11 @@ from ..shared.folders import stamp
 from ..shared.handles import QuantizedHandle, SourceHandle
 from ..shared.progress import NodeProgress
 from ..shared.run_tool import Outcome, Proposal, Tool, run_tool
+from ..shared.wording import in_inputs
 
 NAME = "Repair"
 AUTOMATIC = "automatic"
+_ASSUME = "assume"
 REPAIR, TIDY, ONLY_INPUTS = "repair", "tidy legacy", "legacy scale_input"
 
 
@@ -104,7 +106,8 @@ def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -
         + (f", {len(unfixed)} without an exact answer, which stay as they are" if unfixed else "")
     ]
     lines += [
-        f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: {group[0].message}"
+        f"  {severity} {code}{f' ({len(group)} x)' if len(group) > 1 else ''}{'' if fixed else ', NOT repaired'}: "
+        f"{in_inputs(group[0].problem, (_ASSUME,))}"
         for (severity, code, fixed), group in groups.items()
     ]
     errors = sum(finding.severity == "error" for finding in unfixed)

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy import model_management
 
 from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
-from ...quant_core.errors import Cancelled, OutputError, RequestError, counted
+from ...quant_core.errors import Cancelled, OutputError, counted
 from ...quant_core.tools.merge import split
 from ..shared.handles import QuantizedHandle, SourceHandle, spool_of
 from ..shared.progress import NodeProgress
@@ -32,8 +32,6 @@ def write_shards(
     except Cancelled:
         model_management.throw_exception_if_processing_interrupted()
         raise
-    except RequestError as err:
-        raise RequestError(f"{err} (max_gb)") from err
     sizes = [path.stat().st_size for path in shards]
     return (
         index,

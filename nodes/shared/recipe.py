@@ -276,7 +276,7 @@ def _patterns(text: str) -> tuple[str, ...]:
 
 
 def device_name(choice: str) -> str:
-    """ "auto" is the device that ComfyUI computes on: it knows of --cpu and of the GPU that the user gave it."""
+    """ "auto" is ComfyUI's own device: it knows whether the user wants the CPU, or which GPU."""
     from comfy import model_management
 
     return str(model_management.get_torch_device()) if choice == "auto" else choice

@@ -58,8 +58,9 @@ def check_options(options: JsonOptions, kinds: Sequence[type[Settings]]) -> None
     strangers = [name for name in options if name not in known]
     if strangers:
         raise RequestError(
-            f"there is no option {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
-            f"{', '.join(sorted(known))}."
+            f": there is no setting {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
+            f"{', '.join(sorted(known))}.",
+            "options",
         )
     for kind in kinds:
         parse_settings(kind, options)
@@ -70,16 +71,16 @@ def _checked(one: Field[Any], value: Any) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if wanted is bool and not isinstance(value, bool):
-        raise RequestError(f"option {name}: found {value!r}, needs true or false, in small letters.")
+        raise RequestError(f"{name}: found {value!r}, needs true or false, in small letters.", "options")
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise RequestError(
-            f"option {name}: found {value!r}, needs a value of type {wanted.__name__} like {default!r}."
+            f"{name}: found {value!r}, needs a value of type {wanted.__name__} like {default!r}.", "options"
         )
     choices, low, high = (one.metadata.get(key) for key in ("choices", "low", "high"))
     if choices and value not in choices:
-        raise RequestError(f"option {name}: found {value!r}. Choose one of {', '.join(choices)}.")
+        raise RequestError(f"{name}: found {value!r}. Choose one of {', '.join(choices)}.", "options")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise RequestError(f"option {name}: found {value}, needs {_span(low, high)}.")
+        raise RequestError(f"{name}: found {value}, needs {_span(low, high)}.", "options")
     return value
 
 

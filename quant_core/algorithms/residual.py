@@ -51,7 +51,9 @@ class LowRank(Settings):
             if not re.search(self.target, layer):
                 return False
         except re.error as problem:
-            raise RequestError(f"residual_target {self.target!r} is not a regular expression: {problem}") from problem
+            raise RequestError(
+                f"residual_target: {self.target!r} is not a regular expression: {problem}. Correct it.", "options"
+            ) from problem
         number = re.search(r"\d+", layer)
         return self.depth == 0 or (number is not None and int(number.group()) < self.depth)
 

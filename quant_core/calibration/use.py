@@ -142,8 +142,8 @@ class OpenCalibration:
         named = ", ".join(f"{layer} ({largest:.4g})" for layer, (largest, _) in worst)
         return (
             f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 "
-            f"multiplication saturates them without an input_scale: {named}. Write input scales "
-            "(--write-input-scales).",
+            f"multiplication saturates them without an input_scale: {named}. Write the input "
+            "scales too.",
         )
 
     def describe(self, layers: int, in_order: bool) -> dict[str, Any]:

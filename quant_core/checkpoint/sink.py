@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cancel import poll
-from ..errors import InputFileError, OutputError, RequestError, VerificationError, some_of
+from ..errors import InputFileError, OutputError, Remedy, RequestError, VerificationError, some_of
 from .closing import Closing
 from .header import CODE_TO_TORCH, Header, OutputTensor, TensorInfo, build_header, read_header
 from .part import (
@@ -229,7 +229,9 @@ class Sink(Closing):
         except FileExistsError as err:
             raise OutputError(
                 f"{self.target}: a file of this name appeared while ours was being written, and was "
-                "kept. Choose another name, or allow overwriting."
+                "kept. Choose another name.",
+                "overwrite",
+                Remedy.REPLACE,
             ) from err
         except OSError as err:
             raise cannot_write(self.target, err) from err
@@ -253,7 +255,7 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> Non
                 "Choose another name."
             )
     if not overwrite and os.path.lexists(target):
-        raise OutputError(f"{target}: the target exists. Choose another name, or allow overwriting.")
+        raise OutputError(f"{target}: the target exists. Choose another name.", "overwrite", Remedy.REPLACE)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(
             f"{target}: the folder {folder} is not writable. Choose another folder, or change its permissions."

@@ -80,12 +80,13 @@ class Format(ABC):
     def _option(self, field: str, value: int, offered: tuple[int, ...]) -> Format:
         if value not in offered:
             raise RequestError(
-                f"{self.name}: {field} {value} is not offered. "
+                f"{value} is not offered by {self.name}. "
                 + (
                     f"Choose one of {', '.join(map(str, offered))}."
                     if offered
                     else "This format has none: leave it out."
-                )
+                ),
+                field,
             )
         return replace(self, **{field: value})
 

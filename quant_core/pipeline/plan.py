@@ -15,7 +15,7 @@ from ..calibration.use import OpenCalibration
 from ..checkpoint.header import OutputTensor, tensor_bytes
 from ..checkpoint.metadata import HEADER_KEY, build_header_metadata
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, counted, some_of
+from ..errors import InputFileError, PlanError, Problem, Remedy, counted, some_of
 from ..names.diffusers import diffusers_warning
 from ..policy.general import Policy
 from ..policy.recipe import Recipe
@@ -139,9 +139,9 @@ def _file_contents(src: Source, quantized: Sequence[Quantized]) -> tuple[tuple[s
     return tuple(copied), tuple(outputs)
 
 
-def _nothing_to_do(src: Source, layers: Sequence[Kept], recipe: Recipe) -> str:
+def _nothing_to_do(src: Source, layers: Sequence[Kept], recipe: Recipe) -> Problem:
     if not layers:
-        return (
+        return Problem(
             f"{src.path}: there is no linear weight (2-D float `.weight`) among its "
             f"{counted(len(src.tensors), 'tensor')}, which are called like {next(iter(src.tensors), '')!r}. Give a "
             "diffusion model or a text encoder; a VAE has only convolutions."
@@ -150,9 +150,11 @@ def _nothing_to_do(src: Source, layers: Sequence[Kept], recipe: Recipe) -> str:
     for layer in layers:
         reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     why = "; ".join(f"{count}x {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:4])
-    return (
+    return Problem(
         f"{src.path}: none of the {counted(len(layers), 'linear layer')} would be quantized to {recipe.format.name}: "
-        f"{why}. Choose another format or group size, or name the layers in only."
+        f"{why}. Choose another format or group size.",
+        "only",
+        Remedy.NAME_LAYERS,
     )
 
 

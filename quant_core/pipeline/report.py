@@ -1,4 +1,4 @@
-"""What a run did: plain data for people, tests and `--report`."""
+"""What a run did: plain data for people, tests and the report file."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.use import CalibrationUse
-from ..errors import OutputError, RequestError
+from ..errors import OutputError, Remedy, RequestError
 from ..policy.general import Policy
 from ..policy.presets import PRESETS, keep_patterns
 from ..policy.recipe import Recipe
@@ -55,8 +55,7 @@ class Request:
             )
         if any(recipe.residual.rank for recipe in self.recipes) != (self.residual_lora is not None):
             raise RequestError(
-                "a low-rank part needs both a rank and a file to go to: give --residual-lora FILE and "
-                "--residual-rank N (residual_rank)."
+                "needs both a rank and a file to go to: a residual_rank above 0, and the file's name.", "residual_lora"
             )
 
     @property
@@ -72,8 +71,9 @@ class Request:
         patterns = keep_patterns((self.preset,), layers)
         if not patterns:
             raise RequestError(
-                f"preset {self.preset} names none of this model's layers: it is for models of another family. "
-                "Choose none, or the family of this model."
+                f"{self.preset} names none of this model's layers: it is for models of another family. "
+                "Choose none, or the family of this model.",
+                "preset",
             )
         return replace(self.policy, keep=tuple(dict.fromkeys((*self.policy.keep, *patterns))))
 
@@ -84,10 +84,10 @@ class Request:
             return
         if path.suffix != ".safetensors" or path.resolve() == self.target.resolve() or not path.parent.is_dir():
             raise OutputError(
-                f"{path}: the low-rank part needs a .safetensors name of its own, in a folder that exists."
+                f"{path} needs a .safetensors name of its own, in a folder that exists.", "residual_lora"
             )
         if path.exists() and not self.overwrite:
-            raise OutputError(f"{path}: the file exists. Choose another name, or allow overwriting.")
+            raise OutputError(f"{path}: the file exists. Choose another name.", "overwrite", Remedy.REPLACE)
 
 
 def leaves_all_biases(recipe: Recipe) -> bool:
@@ -105,13 +105,13 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = _DEVICE.fullmatch(str(device))
     if found is None:
-        raise RequestError(f"--device {device}: there is no such device. Choose auto, cpu, cuda or cuda:1.")
+        raise RequestError(f"{device}: there is no such device. Choose auto, cpu, cuda or cuda:1.", "device")
     if found["cuda"] and not torch.cuda.is_available():
         raise RequestError(
-            "--device cuda: this torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch."
+            f"{device}: this torch sees no CUDA device. Choose cpu, or install a CUDA build of torch.", "device"
         )
     if found["index"] and int(found["index"]) >= torch.cuda.device_count():
         raise RequestError(
-            f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0."
+            f"{device}: this torch sees {torch.cuda.device_count()} CUDA devices, numbered from 0.", "device"
         )
     return torch.device(device)

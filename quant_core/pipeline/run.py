@@ -19,7 +19,7 @@ from ..cancel import cancel_scope, poll
 from ..checkpoint.metadata import encode_config
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
-from ..errors import InputFileError, RequestError
+from ..errors import InputFileError, Remedy, RequestError
 from ..progress import Clock, Progress
 from ..stored.layers import config_tensor_name
 from .feed import Feed, JobData, count_nonfinite, nonfinite_reason, open_feed
@@ -140,8 +140,9 @@ def _quantize(job: Quantized, data: JobData, device: torch.device) -> LayerResul
     if count:
         raise InputFileError(
             f"{job.layer}.weight: {count} of {data.w.numel()} values are NaN or Inf. Such a layer draws noise. "
-            "Take a sound copy of the model, or keep the layer as it is: name it in keep, or give "
-            "--allow-nonfinite on the command line."
+            "Take a sound copy of the model.",
+            "allow_nonfinite",
+            Remedy.KEEP,
         )
     return quantize_layer(
         job.layer,

@@ -15,7 +15,7 @@ from ..cancel import poll
 from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config
 from ..checkpoint.source import Source, open_source
-from ..errors import InputFileError, RequestError, VerificationError, counted
+from ..errors import InputFileError, Problem, Remedy, RequestError, VerificationError, counted
 from ..formats import format_of_layer
 from ..numerics.metrics import relative_error, snr_db
 from ..progress import Clock, Progress
@@ -28,15 +28,24 @@ from .plan import RECIPE_KEY
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """code: stable, for scripts. severity: "error" (a loader fails or draws noise) or "warning"."""
+    """code: stable, for scripts. severity: "error" (a loader fails or draws noise) or "warning".
+
+    setting, remedy: what the user can do about it, as in Problem; not for scripts.
+    """
 
     code: str
     severity: str
     layer: str
     message: str
+    setting: str | None = None
+    remedy: Remedy = Remedy.CORRECT
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.message, self.setting, self.remedy)
 
     def to_json(self) -> dict[str, str]:
-        return {"code": self.code, "severity": self.severity, "layer": self.layer, "message": self.message}
+        return {"code": self.code, "severity": self.severity, "layer": self.layer, "message": str(self.problem)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import PlanError, counted
+from ..errors import PlanError, Problem, counted
 from ..names.prefixes import strip_prefix
 from .recipe import Recipe
 
@@ -80,25 +80,24 @@ class Policy:
     def check(self, layers: Iterable[str]) -> None:
         """PlanError: a regex that does not compile, or that matches no layer."""
         layers, problems = list(layers), []
-        for option, patterns in (
+        for setting, patterns in (
             ("keep", self.keep),
             ("only", self.only),
-            ("rule", tuple(rule.pattern for rule in self.rules)),
+            ("rules", tuple(rule.pattern for rule in self.rules)),
         ):
             for pattern in patterns:
                 try:
                     matches = any(re.search(pattern, layer) for layer in layers)
                 except re.error as err:
-                    problems.append(
-                        f"{option} {pattern!r} is not a regular expression: {err}. Escape dots as \\. and "
-                        "brackets as \\( \\)."
+                    text = (
+                        f"{pattern!r} is not a regular expression: {err}. Escape dots as \\. and brackets as \\( \\)."
                     )
+                    problems.append(Problem(text, setting))
                     continue
                 if not matches:
                     example = f" Layers are called like {layers[len(layers) // 2]!r}." if layers else ""
-                    problems.append(
-                        f"{option} {pattern!r} matches none of the {counted(len(layers), 'linear layer')}.{example}"
-                    )
+                    text = f"{pattern!r} matches none of the {counted(len(layers), 'linear layer')}.{example}"
+                    problems.append(Problem(text, setting))
         if problems:
             raise PlanError(problems)
 

@@ -107,4 +107,4 @@ def parse_recipe(
 
 def _check_name(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise RequestError(f"there is no {what} method {name!r}. Choose one of {', '.join(known)}.")
+        raise RequestError(f": there is no method {name!r}. Choose one of {', '.join(known)}.", what)

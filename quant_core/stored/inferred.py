@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.header import TensorInfo
-from ..errors import InputFileError
+from ..errors import InputFileError, Remedy
 from ..formats import all_formats
 from ..formats.base import Format
 from .suffixes import BESIDE_THE_WEIGHT
@@ -36,8 +36,10 @@ def infer(layer: str, infos: Mapping[str, TensorInfo], *, unrotated: bool = Fals
         fmt = found[0].format
         raise InputFileError(
             f"{layer}: {fmt.element.name} with one scale per {fmt.granularity.value} and no metadata: the rows may be "
-            "rotated (ConvRot) or not, and the file does not say. Name the format: `quantpress repair "
-            f"{' or `'.join(f'--assume {one.format.name}`' for one in found)}, or find out with `--against SOURCE`."
+            "rotated (ConvRot) or not, and the file does not say: "
+            f"{' or '.join(one.format.name for one in found)}.",
+            "assume",
+            Remedy.SAY_FORMAT,
         )
     return found[0]
 

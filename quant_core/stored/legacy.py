@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.source import Source
-from ..errors import InputFileError
+from ..errors import InputFileError, Remedy
 from ..numerics.packing import swizzle_scales
 from .inferred import infer
 from .suffixes import DESCRIPTION, QUANT_SUFFIXES
@@ -74,9 +74,10 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
     if found.format.modelopt_order_fits(infos):
         raise InputFileError(
             f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
-            "differently, and these shapes fit both. Name the layout: `quantpress repair --assume nvfp4` "
-            "(ComfyUI's) or `--assume modelopt`; find it out with `--against SOURCE`; or put "
-            "ModelOpt's hf_quant_config.json beside the file."
+            "differently, and these shapes fit both: nvfp4 (ComfyUI's) or modelopt. ModelOpt's "
+            "hf_quant_config.json beside the file tells.",
+            "assume",
+            Remedy.SAY_FORMAT,
         )
     return Undescribed(layer, "bare", found.config, names)
 

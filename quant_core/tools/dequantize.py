@@ -17,7 +17,7 @@ from .._version import __version__
 from ..checkpoint.header import TORCH_TO_CODE, TensorInfo
 from ..checkpoint.metadata import HEADER_KEY
 from ..checkpoint.source import Source, open_source
-from ..errors import InputFileError, RequestError, some_of
+from ..errors import InputFileError, Remedy, RequestError, some_of
 from ..pipeline.plan import RECIPE_KEY
 from ..progress import Clock, Progress
 from ..stored.layers import StoredLayer, stored_layers
@@ -72,7 +72,7 @@ def dequantize(
     """
     started = time.monotonic()
     if dtype not in DTYPES:
-        raise RequestError(f"--dtype {dtype} is not offered. Choose one of {', '.join(DTYPES)}.")
+        raise RequestError(f"{dtype} is not offered. Choose one of {', '.join(DTYPES)}.", "dtype")
     with open_source(source) as src:
         stored = stored_layers(src)
         consumed = {name for layer in stored.values() for name in layer.names.values()}
@@ -87,7 +87,7 @@ def dequantize(
                 draft.drop(name)
         for name, job in jobs.items():
             code = TORCH_TO_CODE[DTYPES[dtype]]
-            draft.make(name, code, job.shape, partial(_decode, src, job, DTYPES[dtype]), of=(name,))
+            draft.make(name, code, job.shape, partial(_decode, src, job, dtype), of=(name,))
         draft.metadata = _metadata(src, dtype, layers)
         rewrite = draft.finish()
         tell = None if progress is None else _by_layers(rewrite, src, jobs, started, progress)
@@ -172,11 +172,11 @@ def _metadata(src: Source, dtype: str, layers: Mapping[str, int]) -> dict[str, s
     return {**kept, RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:
+def _decode(src: Source, job: _Job, dtype: str) -> Tensor:
     if job.stored is None:
-        return src.read(job.name).to(torch.float32).to(dtype)
+        return src.read(job.name).to(torch.float32).to(DTYPES[dtype])
     decoded = job.stored.decode(src)
-    weight = decoded.to(dtype)
+    weight = decoded.to(DTYPES[dtype])
     if not bool(torch.isfinite(weight).all()):
         if not bool(torch.isfinite(decoded).all()):
             raise InputFileError(
@@ -184,7 +184,8 @@ def _decode(src: Source, job: _Job, dtype: torch.dtype) -> Tensor:
                 "`quantpress verify` on the file, and take it from its source again."
             )
         raise RequestError(
-            f"{job.name}: the largest weight is {float(decoded.abs().max()):.4g}, which {dtype} cannot hold. "
-            "Use --dtype bf16, or fp32."
+            f"{job.name}: the largest weight is {float(decoded.abs().max()):.4g}, which {DTYPES[dtype]} cannot hold.",
+            "dtype",
+            Remedy.WIDER,
         )
     return weight.contiguous()

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config, same_json
 from ..checkpoint.source import Source
-from ..errors import InputFileError, RequestError, counted
+from ..errors import InputFileError, Remedy, RequestError, counted
 from ..formats import get_format
 from ..formats.base import Format
 from ..names.diffusers import diffusers_warning
@@ -43,7 +43,9 @@ class Diagnosis:
     unfixed: list[Finding] = field(default_factory=list)
 
     def note(self, code: str, layer: str, message: str, severity: str = "error", fixed: bool = True) -> None:
-        finding = Finding(code, severity, layer, message)
+        self.add(Finding(code, severity, layer, message), fixed)
+
+    def add(self, finding: Finding, fixed: bool) -> None:
         self.findings.append(finding)
         if not fixed:
             self.unfixed.append(finding)
@@ -231,7 +233,9 @@ def _infer(
             _require_swizzled(layer, inferred.format, infos)
         stored = describe_layer(src, layer, config, names, kind if reordered else "bare")
     except InputFileError as err:
-        found.note("unknown-format", layer, " ".join(_reason(src, one) for one in (*errors[:1], err)), fixed=False)
+        text = " ".join(_reason(src, one) for one in (*errors[:1], err))
+        problem = err.problems[0]
+        found.add(Finding("unknown-format", "error", layer, text, problem.setting, problem.remedy), fixed=False)
         return None
     if any((config or {}).get("full_precision_matrix_mult") is True for config in described):
         stored = replace(stored, config={**stored.config, "full_precision_matrix_mult": True})
@@ -249,16 +253,17 @@ def _infer(
 
 
 def _reason(src: Source, error: InputFileError) -> str:
-    """Without the path, which the report names once."""
-    return str(error).removeprefix(f"{src.path}: ")
+    """Without the path, which the report names once, and without the remedy, which the finding carries."""
+    return error.problems[0].text.removeprefix(f"{src.path}: ")
 
 
 def _require_swizzled(layer: str, fmt: Format, infos: Mapping[str, TensorInfo]) -> None:
     if fmt.modelopt_order_fits(infos):
         raise InputFileError(
             f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
-            "and these shapes fit both. Name the layout, --assume nvfp4 (ComfyUI's) or --assume modelopt, or find "
-            "it out with --against SOURCE."
+            "and these shapes fit both: nvfp4 (ComfyUI's) or modelopt.",
+            "assume",
+            Remedy.SAY_FORMAT,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.header import load_json_object
 from ..checkpoint.metadata import Config, encode_config
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, RequestError, counted
+from ..errors import InputFileError, PlanError, Problem, Remedy, RequestError, counted
 from ..pipeline.verify import Finding, check_layer
 from ..stored.configs import layer_configs
 from .configs import HeaderMode, write_configs
@@ -49,12 +49,13 @@ def edit(src: Source, change: Edit) -> Rewrite:
         )
     chosen = list(configs)
     if change.layers is not None:
-        matches = compile_pattern("--layers", change.layers)
+        matches = compile_pattern("layers", change.layers)
         chosen = [layer for layer in configs if matches.search(layer)]
         if not chosen:
             raise RequestError(
-                f"--layers {change.layers!r} finds none of the {counted(len(configs), 'quantized layer')}, such as "
-                f"{next(iter(configs))!r}. Correct the pattern."
+                f"{change.layers!r} finds none of the {counted(len(configs), 'quantized layer')}, such as "
+                f"{next(iter(configs))!r}. Correct the pattern.",
+                "layers",
             )
     edited = {layer: _edited(configs[layer], change) for layer in chosen}
     if not change.force:
@@ -71,56 +72,58 @@ def _edited(config: Config, change: Edit) -> Config:
     return {**kept, **change.add}
 
 
-def _new_problems(src: Source, layer: str, before: Config, after: Config) -> list[str]:
+def _new_problems(src: Source, layer: str, before: Config, after: Config) -> list[Problem]:
     """What is wrong with the layer under its new config that was not wrong before."""
     if "format" not in after:
-        return [f"{layer}: without `format` no loader knows how to read the layer. Keep the key, or force it."]
+        text = f"{layer}: without `format` no loader knows how to read the layer. Keep the key."
+        return [Problem(text, "force", Remedy.FORCE)]
     try:
         encode_config(after)
     except RequestError as err:
-        return [f"{layer}: {err}"]
+        return [Problem(f"{layer}: {err}")]
     old: list[Finding] = []
     new: list[Finding] = []
     check_layer(src, layer, before, old)
     check_layer(src, layer, after, new)
     known = {finding.code for finding in old}
     return [
-        f"{finding.message} The file would not load; force writes it all the same."
+        Problem(f"{finding.message} The file would not load.", "force", Remedy.FORCE)
         for finding in new
         if finding.code not in known
     ]
 
 
-def parse_pairs(text: str) -> dict[str, Any]:
+def parse_pairs(text: str, setting: str = "add") -> dict[str, Any]:
     """Keys and values as a user types them: a JSON object, or `'key': true, 'other': 128` in Python's or JSON's words.
 
-    Raises RequestError: anything but plain values and lists of them.
+    Raises RequestError, about the setting: anything but plain values and lists of them.
     """
     wrapped = text.strip() if text.strip().startswith("{") else "{" + text + "}"
     try:
         pairs = load_json_object(wrapped.encode("utf-8"), "the keys to add")
     except InputFileError:  # no JSON; Python's notation, then
-        pairs = _python_object(text, wrapped)
+        pairs = _python_object(text, wrapped, setting)
     for key, value in pairs.items():
         if isinstance(value, dict):
             raise RequestError(
-                f"--add {text!r}: {key!r} holds an object; its members belong at the root. Give them there."
+                f"{text!r}: {key!r} holds an object; its members belong at the root. Give them there.", setting
             )
     return pairs
 
 
-def _python_object(text: str, wrapped: str) -> dict[str, Any]:
+def _python_object(text: str, wrapped: str, setting: str) -> dict[str, Any]:
     try:
         tree = ast.parse(wrapped, mode="eval").body
         value = _value(tree)
     except (SyntaxError, ValueError, RecursionError) as err:
         raise RequestError(
-            f"--add {text!r} is neither JSON nor a list of 'key': value ({err}). Write it like "
-            "\"'full_precision_matrix_mult': true\"."
+            f"{text!r} is neither JSON nor a list of 'key': value ({err}). Write it like "
+            "\"'full_precision_matrix_mult': true\".",
+            setting,
         ) from err
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise RequestError(
-            f"--add {text!r}: keys must be quoted text. Write it like \"'full_precision_matrix_mult': true\"."
+            f"{text!r}: keys must be quoted text. Write it like \"'full_precision_matrix_mult': true\".", setting
         )
     return value
 

@@ -15,7 +15,7 @@ import torch
 from .._version import __version__
 from ..checkpoint.part import cannot_write, remove
 from ..checkpoint.source import Source, open_source
-from ..errors import RequestError, some_of
+from ..errors import Remedy, RequestError, some_of
 from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
 from ..progress import Progress
@@ -58,8 +58,8 @@ def patch_input_scales(
     with open_source(source_path) as source:
         in_place = target.exists() and any(target.samefile(file) for file in source.files)
         if in_place and (not overwrite or len(source.files) > 1):
-            what = "allow overwriting" if not overwrite else "give a target: this source has several files"
-            raise RequestError(f"{target}: the target is the source. Choose another name, or {what}.")
+            text = f"{target}: the target is the source{' of several files' * overwrite}. Choose another name."
+            raise RequestError(text, None if overwrite else "overwrite", Remedy.REPLACE)
         rewrite, report = plan_patch(source, scales, method)
         target = target.resolve() if in_place else target  # a link goes on pointing to the file
         beside = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.safetensors") if in_place else target

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.header import CODE_TO_TORCH
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, counted, some_of
+from ..errors import InputFileError, PlanError, Problem, Remedy, counted, some_of
 from ..names.layer_names import LayerNames, diffusers_names
 from ..names.lora_keys import Factor, LoraKey, parse_lora_key
 from ..names.prefixes import TEXT_ENCODER, strip_prefixes
@@ -55,7 +55,7 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
     Parts of text encoders are always left out and noted. Raises PlanError with all problems: layers the model has not,
     shapes that do not fit, DoRA and other kinds, quantized weights.
     """
-    problems: list[str] = []
+    problems: list[str | Problem] = []
     draft = Draft(src)
     names = LayerNames(
         [
@@ -110,7 +110,13 @@ def _merged(src: Source, name: str, changes: Sequence[Delta]) -> Tensor:
 
 
 def _deltas(
-    src: Source, lora: Source, strength: float, names: LayerNames, skip: bool, problems: list[str], notes: list[str]
+    src: Source,
+    lora: Source,
+    strength: float,
+    names: LayerNames,
+    skip: bool,
+    problems: list[str | Problem],
+    notes: list[str],
 ) -> list[tuple[str, Delta]]:
     """(layer, change) of one LoRA; problems and notes are added to."""
     factors, other = _factors(lora)
@@ -153,10 +159,10 @@ def _deltas(
         )
     if unknown:
         sentence = f"{where}: {counted(len(unknown), 'layer is', 'layers are')} not in {src.path.name}: {some_of(unknown, shown=4)}."
-        (notes if skip else problems).append(
-            sentence
-            + (" Left out." if skip else " Give a LoRA of this model, or allow that unmatched layers are skipped.")
-        )
+        if skip:
+            notes.append(f"{sentence} Left out.")
+        else:
+            problems.append(Problem(f"{sentence} Give a LoRA of this model.", "skip_unmatched", Remedy.LEAVE_OUT))
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.source import INDEX_SUFFIX, Source
-from ..errors import OutputError, PlanError, RequestError, counted, some_of
+from ..errors import OutputError, PlanError, Problem, Remedy, RequestError, counted, some_of
 from ..names.prefixes import MODEL_PREFIX
 from ..progress import Clock, Progress
 from ..stored.foreign import part_of, refusal
@@ -27,8 +27,10 @@ def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
     """
     if not any(name.startswith(prefix) for name in src.tensors):
         raise RequestError(
-            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Give "
-            "the prefix of its diffusion model, or use the file as it is."
+            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Use "
+            "the file as it is.",
+            "prefix",
+            Remedy.PREFIX,
         )
     draft = Draft(src, empty=True)
     for name in src.tensors:
@@ -48,13 +50,19 @@ def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, for
     if not here:
         raise RequestError(
             f"{checkpoint.path}: no tensor's name begins with {prefix!r}, so it holds no diffusion model to replace. "
-            "Give the prefix of its diffusion model."
+            "Take a full checkpoint.",
+            "prefix",
+            Remedy.PREFIX,
         )
     strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
     there = {name.removeprefix(strip) for name in model.tensors}
     problems = [
-        f"{counted(len(names), 'tensor is', 'tensors are')} only in {where.path.name}: {some_of(sorted(names))}. Are "
-        "these the same model? Force it, if they are meant to differ."
+        Problem(
+            f"{counted(len(names), 'tensor is', 'tensors are')} only in {where.path.name}: {some_of(sorted(names))}. "
+            "Are these the same model?",
+            "force",
+            Remedy.DIFFER,
+        )
         for names, where in ((_weights(here) - _weights(there), checkpoint), (_weights(there) - _weights(here), model))
         if names
     ]
@@ -104,7 +112,7 @@ def split(
     if not index.name.endswith(INDEX_SUFFIX):
         raise RequestError(f"{index}: the index's name must end in {INDEX_SUFFIX}. Rename it.")
     if index.exists() and not overwrite:
-        raise OutputError(f"{index}: the target exists. Choose another name, or allow overwriting.")
+        raise OutputError(f"{index}: the target exists. Choose another name.", "overwrite", Remedy.REPLACE)
     groups = _groups(src, max_bytes)
     stem = index.name.removesuffix(INDEX_SUFFIX)
     shards = [index.with_name(f"{stem}-{i:05}-of-{len(groups):05}.safetensors") for i in range(1, len(groups) + 1)]
@@ -157,7 +165,9 @@ def _groups(src: Source, max_bytes: int) -> list[list[str]]:
         size = sum(src.tensors[name].nbytes for name in names)
         if size > max_bytes:
             raise RequestError(
-                f"{layer} alone takes {size} bytes, more than the {max_bytes} allowed for a shard. Allow larger shards."
+                f"{layer} alone takes {size} bytes, more than the {max_bytes} allowed for a shard.",
+                "max_bytes",
+                Remedy.RAISE,
             )
         if groups[-1] and filled + size > max_bytes:
             groups.append([])

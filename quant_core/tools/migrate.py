@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
-from ..errors import InputFileError, PlanError, RequestError, counted, some_of
+from ..errors import InputFileError, PlanError, Problem, RequestError, counted, some_of
 from ..names.diffusers import diffusers_warning
 from ..stored.foreign import refusal
 from ..stored.layers import StoredLayer, stored_layers
@@ -67,14 +67,17 @@ def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str
     """PlanError: a layer that must be in high precision is quantized; the pattern is not a regex or finds no weight."""
     if pattern is None:
         return
-    matches = compile_pattern("--hp-filter", pattern)
+    matches = compile_pattern("hp_filter", pattern)
     found = [name.removesuffix(".weight") for name in src.tensors if name.endswith(".weight") and matches.search(name)]
     if not found:
-        raise PlanError([f"--hp-filter {pattern!r} finds no weight in {src.path}. Correct the pattern."])
+        raise PlanError([Problem(f"{pattern!r} finds no weight in {src.path}. Correct the pattern.", "hp_filter")])
     problems = [
-        f"{layer} must be in high precision (--hp-filter {pattern}) and is "
-        f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
-        "which it is not quantized."
+        Problem(
+            f"{pattern}: {layer} must be in high precision and is "
+            f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
+            "which it is not quantized.",
+            "hp_filter",
+        )
         for layer in found
         if layer in stored or src.tensors[f"{layer}.weight"].dtype in CODED
     ]
@@ -82,12 +85,12 @@ def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str
         raise PlanError(problems)
 
 
-def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
-    """RequestError, naming the option, for what is not a regular expression."""
+def compile_pattern(setting: str, pattern: str) -> re.Pattern[str]:
+    """RequestError, about the setting, for what is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as err:
-        raise RequestError(f"{option} {pattern!r} is not a regular expression: {err}. Escape dots as \\.") from err
+        raise RequestError(f"{pattern!r} is not a regular expression: {err}. Escape dots as \\.", setting) from err
 
 
 def marker_size(src: Source) -> int | None:

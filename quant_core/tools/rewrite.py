@@ -20,7 +20,7 @@ from ..cancel import cancel_scope, poll
 from ..checkpoint.header import TORCH_TO_CODE, OutputTensor, tensor_bytes
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source
-from ..errors import RequestError, VerificationError, counted, some_of
+from ..errors import Remedy, RequestError, VerificationError, counted, some_of
 from ..pipeline.verify import check_file
 from ..progress import Clock, Progress
 
@@ -266,7 +266,9 @@ def _require_no_new_errors(part: Path, known: Counter[str]) -> None:
         messages = [f.message for f in errors if f.code in new]
         raise VerificationError(
             f"the result would have {counted(sum(new.values()), 'error')} that the source has not: "
-            f"{some_of(messages, ' ', 4)} Nothing was written; force writes it all the same."
+            f"{some_of(messages, ' ', 4)} Nothing was written.",
+            "force",
+            Remedy.FORCE,
         )
 
 

@@ -14,7 +14,7 @@ from comfyui_quantpress.quant_core.checkpoint.header import (
     build_header,
 )
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
-from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, some_of
+from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, Problem, some_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,7 +165,7 @@ def test_every_dtype_is_read_also_where_torch_has_none(tmp_path, code):
 
 def test_a_plan_error_shows_all_its_problems_and_long_lists_are_cut():
     error = PlanError(["a: bad", "b: worse"])
-    assert error.problems == ("a: bad", "b: worse")
+    assert error.problems == (Problem("a: bad"), Problem("b: worse"))
     assert str(error) == "2 problems:\n  - a: bad\n  - b: worse"
     assert str(PlanError(["only one"])) == "only one"
     for nothing in ([], "text"):

@@ -8,8 +8,19 @@ import pytest
 import torch
 from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.cli.shared.groups import collapse_sentences
-from comfyui_quantpress.cli.shared.wording import PATTERNS, PHRASES, message
-from comfyui_quantpress.quant_core.errors import PlanError, RequestError, counted, did_you_mean
+from comfyui_quantpress.cli.shared.wording import FLAGS, WORDS, in_flags, message
+from comfyui_quantpress.nodes.shared.wording import INPUTS as NODE_INPUTS
+from comfyui_quantpress.nodes.shared.wording import WORDS as NODE_WORDS
+from comfyui_quantpress.nodes.shared.wording import in_inputs, names_its_inputs
+from comfyui_quantpress.quant_core.errors import (
+    OutputError,
+    PlanError,
+    Problem,
+    Remedy,
+    RequestError,
+    counted,
+    did_you_mean,
+)
 from comfyui_quantpress.quant_core.pipeline.report import against_nearest
 from safetensors.torch import load_file, save_file
 
@@ -131,7 +142,7 @@ def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
         (["merge", "insert", "checkpoint", "model", "out"], ["Use --force, if they are meant to differ"]),
         (
             ["edit", "int8", "out", "--remove", "format"],
-            ["blocks.{0..2}.attn.qkv (3 layers): without `format`", "or use --force"],
+            ["blocks.{0..2}.attn.qkv (3 layers): without `format`", "Keep the key. --force writes it all the same"],
         ),
         (
             ["edit", "int8", "out", "--add", "'format': 'nvfp4'"],
@@ -157,7 +168,7 @@ def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
         ([*QUANTIZE, "--group-size", "37"], ["--group-size 37 is not offered"]),
         ([*QUANTIZE, "--rotation", "37"], ["--rotation 37 is not offered"]),
         ([*QUANTIZE, "--add-config", "foo"], ["--add-config 'foo' is neither"]),
-        ([*QUANTIZE, "--residual-lora", "r.bin"], ["--residual-lora needs"]),
+        ([*QUANTIZE, "--residual-lora", "r.bin"], ["--residual-lora r.bin needs"]),
         (["repair", "int8", "out", "--assume", "nvp4"], ["Did you mean nvfp4?"]),
     ],
 )
@@ -167,18 +178,100 @@ def test_an_error_names_the_flag_that_it_is_about(args, words, run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_flag_that_a_message_may_name_exists():
+def test_every_flag_of_another_name_exists():
     parsers = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cli").rglob("*.py"))
-    assert [flag for flag, *_ in (*PHRASES, *PATTERNS) if f'"--{flag.replace("_", "-")}"' not in parsers] == []
+    assert [flag for flag in FLAGS.values() if f'"--{flag.replace("_", "-")}"' not in parsers] == []
 
 
 def test_a_flag_is_named_only_where_the_command_has_it():
-    err = RequestError(
-        "x. Choose another name, or allow overwriting. Nothing was written; force writes it all the same."
-    )
-    assert "--" not in message(err, argparse.Namespace())
-    assert "force" not in message(err, argparse.Namespace(overwrite=False))
-    assert message(err, argparse.Namespace(overwrite=False, force=False)).count("--") == 2
+    err = RequestError("x is there. Choose another name.", "overwrite", Remedy.REPLACE)
+    assert message(err, argparse.Namespace(force=False)) == "x is there. Choose another name."
+    words = message(err, argparse.Namespace(overwrite=False))
+    assert words == "x is there. Choose another name, or replace it with --overwrite."
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy", "command", "node"),
+    [
+        ("keep", Remedy.CORRECT, "--keep x.", "keep x."),
+        ("layers", Remedy.CORRECT, "--layers x.", "layers x."),
+        ("hp_filter", Remedy.CORRECT, "--hp-filter x.", "hp_filter x."),
+        ("rules", Remedy.CORRECT, "--rule x.", "layer_config x."),
+        ("options", Remedy.CORRECT, "--option x.", "options x."),
+        ("config", Remedy.CORRECT, "--add-config x.", "config x."),
+        ("group_size", Remedy.CORRECT, "--group-size x.", "group_size x."),
+        ("rotation", Remedy.CORRECT, "--rotation x.", "group_size x."),
+        ("device", Remedy.CORRECT, "--device x.", "device x."),
+        ("dtype", Remedy.CORRECT, "--dtype x.", "dtype x."),
+        ("residual_lora", Remedy.CORRECT, "--residual-lora x.", "residual_lora x."),
+        (
+            "overwrite",
+            Remedy.REPLACE,
+            "x, or replace it with --overwrite.",
+            "x, or switch on overwrite to replace it.",
+        ),
+        ("force", Remedy.FORCE, "x. --force writes it all the same.", "x. Switch on force to write it all the same."),
+        (
+            "force",
+            Remedy.DIFFER,
+            "x. Use --force, if they are meant to differ.",
+            "x. Switch on force, if they are meant to differ.",
+        ),
+        (
+            "skip_unmatched",
+            Remedy.LEAVE_OUT,
+            "x, or leave such layers out with --skip-unmatched.",
+            "x, or switch on skip_unmatched to leave such layers out.",
+        ),
+        (
+            "allow_nonfinite",
+            Remedy.KEEP,
+            "x, or keep such layers as they are with --allow-nonfinite.",
+            "x, or name such layers in keep.",
+        ),
+        ("only", Remedy.NAME_LAYERS, "x, or name the layers with --only.", "x, or name the layers in only."),
+        (
+            "prefix",
+            Remedy.PREFIX,
+            "x, or give the prefix of its diffusion model with --prefix.",
+            "x, or write the prefix of its diffusion model into prefix.",
+        ),
+        ("max_bytes", Remedy.RAISE, "x. Allow larger shards with --max-gb.", "x. Set max_gb higher."),
+        ("dtype", Remedy.WIDER, "x. Use --dtype bf16, or fp32.", "x. Set dtype to bf16, or fp32."),
+        (
+            "assume",
+            Remedy.SAY_FORMAT,
+            "x. Say which one with --assume, or find out with --against SOURCE instead.",
+            "x. Say which one in assume, or connect the original there.",
+        ),
+    ],
+)
+def test_a_setting_has_words_in_the_command_line_and_in_the_nodes(setting, remedy, command, node):
+    problem = Problem("x.", setting, remedy)
+    inputs = [*NODE_INPUTS.get(setting, (setting,))]
+    assert in_flags(problem, argparse.Namespace(**{FLAGS.get(setting, setting): None})) == command
+    assert in_inputs(problem, inputs) == node
+    assert "--" not in str(problem)
+
+
+def test_both_have_words_for_every_remedy_and_send_the_user_to_where_a_format_is_told():
+    assert set(Remedy) - {Remedy.CORRECT} == WORDS.keys() == NODE_WORDS.keys()
+    problem = Problem("x.", "assume", Remedy.SAY_FORMAT)
+    assert "`quantpress repair --assume`" in in_flags(problem, argparse.Namespace())
+    assert "assume of the node Repair" in in_inputs(problem, ["keep"])
+
+
+def test_a_nodes_error_is_of_the_same_kind_and_names_its_inputs():
+    class Refusing:
+        @classmethod
+        def execute(cls, force: bool, errors: list) -> None:
+            raise errors[0]
+
+    node = names_its_inputs(Refusing)
+    with pytest.raises(OutputError, match="^x.$"):
+        node.execute(force=False, errors=[OutputError("x.", "overwrite", Remedy.REPLACE)])
+    with pytest.raises(PlanError, match="^x. Switch on force to write it all the same.$"):
+        node.execute(force=False, errors=[PlanError([Problem("x.", "force", Remedy.FORCE)])])
 
 
 # --- nothing to do -------------------------------------------------------------------------------------------------

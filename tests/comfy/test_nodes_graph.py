@@ -81,7 +81,7 @@ def test_cancel_stops_within_seconds_and_leaves_nothing(server):
 @pytest.mark.parametrize(
     "recipe, said",
     [
-        ({"format": "int8_rowwise", "group_size": "64"}, "int8_rowwise: group_size 64 is not offered"),
+        ({"format": "int8_rowwise", "group_size": "64"}, "group_size 64 is not offered by int8_rowwise"),
         ({"format": "nvfp4", "keep": "("}, "is not a regular expression"),
         ({"format": "nvfp4", "only": "no_such_layer"}, "matches none of the"),
     ],

@@ -67,7 +67,7 @@ def test_a_rule_s_recipe_and_keys_reach_the_file(tmp_path):
 
 
 def test_a_rule_that_matches_nothing_is_an_error(tmp_path):
-    with pytest.raises(PlanError, match="rule 'nowhere' matches none"):
+    with pytest.raises(PlanError, match="rules 'nowhere' matches none"):
         formats(model(tmp_path / "m.safetensors"), Policy(rules=(Rule("nowhere", None),)))
 
 

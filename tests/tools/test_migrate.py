@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
-from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, RequestError  # noqa: E402
+from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, Remedy, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file  # noqa: E402
@@ -263,11 +263,13 @@ def test_scales_without_any_metadata_are_recognised(tmp_path, name):
 
 
 def test_what_the_shapes_do_not_tell_is_refused_with_the_remedy(tmp_path):
-    for name, remedy in (("int8_rowwise", "--assume int8_convrot"), ("nvfp4", "--assume modelopt")):
+    for name, other in (("int8_rowwise", "int8_convrot"), ("nvfp4", "modelopt")):
         tensors, _ = quantized(get_format(name))
         source = save(tmp_path / f"{name}.safetensors", {**tensors, **bystanders()})
-        with open_source(source) as src, pytest.raises(InputFileError, match=remedy):
+        with open_source(source) as src, pytest.raises(InputFileError, match=other) as refused:
             migrate(src)
+        problem = refused.value.problems[0]
+        assert (problem.setting, problem.remedy) == ("assume", Remedy.SAY_FORMAT) and name in problem.text
 
 
 def test_transformers_block_scales_are_read(tmp_path):
