@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from ...quant_core.errors import InputFileError
@@ -26,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         _add(parser, option)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--print-only", action="store_true", help="print the commands and run nothing")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, commands), overwrite=False)
 
 
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -60,7 +61,8 @@ def section_help(section: str) -> str:
     return "\n".join([*lines, "", "Other sections: " + "; ".join(others)])
 
 
-def run(args: argparse.Namespace) -> int:
+def run(commands: argparse._SubParsersAction, args: argparse.Namespace) -> int:
+    """Run the steps that do what the options ask for. commands: the sub-parsers of all commands, which run them."""
     if "help_section" in args:
         print(section_help(args.help_section))
         return 0
@@ -72,15 +74,13 @@ def run(args: argparse.Namespace) -> int:
     for note in translation.notes:
         print(f"note: {note}")
     sys.stdout.flush()
-    return 0 if "print_only" in args else _run_steps(translation)
+    return 0 if "print_only" in args else _run_steps(commands, translation)
 
 
-def _run_steps(translation: Translation) -> int:
-    from ..main import build_parser
-
+def _run_steps(commands: argparse._SubParsersAction, translation: Translation) -> int:
     try:
-        for step in translation.steps:
-            args = build_parser().parse_args(step)
+        for name, *rest in translation.steps:
+            args = commands.choices[name].parse_args(rest)
             code = args.run(args)
             if code:
                 return code
