@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from .jobs.quantize_model import quantize
 from .shared.handles import CATEGORY, QuantizedType, SourceHandle, SourceType
 from .shared.progress import NodeProgress
-from .shared.recipe import read_settings, widgets
+from .shared.recipe import RecipeInputs, read_settings, widgets
 from .shared.report_text import summary
 from .shared.schema import schema
 
@@ -48,7 +48,7 @@ class QuantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, source: SourceHandle, model: Any = None, **values: Any) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id, "Quantizing")
-        handle, report = quantize(source, read_settings(values), progress, model=model)
+        handle, report = quantize(source, read_settings(RecipeInputs(**values)), progress, model=model)
         text = summary(report)
         progress.say(text.partition("\n")[0])
         return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from .jobs.quantize_model import requantize
 from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType
 from .shared.progress import NodeProgress
-from .shared.recipe import read_settings, widgets
+from .shared.recipe import RecipeInputs, read_settings, widgets
 from .shared.report_text import requantized
 from .shared.schema import schema
 
@@ -40,7 +40,7 @@ class RequantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, quantized: QuantizedHandle, **values: Any) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id, "Requantizing")
-        handle, report = requantize(quantized, read_settings(values), progress)
+        handle, report = requantize(quantized, read_settings(RecipeInputs(**values)), progress)
         text = requantized(report)
         progress.say(text.partition("\n")[0])
         return io.NodeOutput(handle, text, ui=ui.PreviewText(text))

@@ -30,7 +30,7 @@ NOT_BEFORE = "not quantized before"
 def quantize(
     source: SourceHandle, settings: Settings, progress: NodeProgress, maker: str = "Quantize Model", model: Any = None
 ) -> tuple[QuantizedHandle, dict[str, Any]]:
-    """Quantize into a spool file, with the run's report. A file that was made before and is still there is taken as it is.
+    """Quantize into a spool file, with the run's report; at once when this very file is there from an earlier run.
 
     model: a ModelPatcher of the source, to quantize in order of execution; None otherwise.
     Raises QuantPressError, and ComfyUI's InterruptProcessingException after Cancel; neither leaves a file.

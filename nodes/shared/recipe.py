@@ -19,7 +19,7 @@ from ...quant_core.policy.layer_config import parse_layer_config
 from ...quant_core.policy.presets import PRESETS
 from ...quant_core.policy.recipe import AUTO, ROUNDING, SCALES, Recipe, parse_recipe
 from .folders import stamp
-from .handles import CalibrationType, spool_of
+from .handles import CalibrationHandle, CalibrationType, spool_of
 from .schema import rare
 
 DEFAULT_FORMAT = "int8_convrot"
@@ -40,6 +40,13 @@ def formats_tooltip() -> str:
 
 def methods_tooltip(question: str, methods: Mapping[str, type[Chooser] | type[Rounder]]) -> str:
     return " ".join([question, *(f"{name!r} {method.explain}" for name, method in methods.items())])
+
+
+def rounding_tooltip() -> str:
+    """What serves another aim than quality comes last."""
+    return methods_tooltip(
+        "How weights are rounded.", dict(sorted(ROUNDING.items(), key=lambda item: item[1].unbiased))
+    )
 
 
 def sizes() -> list[str]:
@@ -81,7 +88,7 @@ def widgets() -> list[Any]:
             "rounding",
             options=list(ROUNDING),
             default=AUTO,
-            tooltip=methods_tooltip("How weights are rounded.", ROUNDING),
+            tooltip=rounding_tooltip(),
         ),
         io.Int.Input(
             "seed",
@@ -236,27 +243,44 @@ class Settings:
         }
 
 
-def read_settings(values: Mapping[str, Any]) -> Settings:
-    """Settings from the inputs of `widgets`. Raises RequestError that says which value to change."""
-    fmt = sized(values["format"], values["group_size"])
-    rank = int(values.get("residual_lora", 0))
-    recipe = parse_recipe(
-        fmt, values["scales"], values["rounding"], int(values["seed"]), {"residual_rank": rank} if rank else {}
-    )
-    fallback = values.get("fallback", KEEP)
-    other = (
-        None
-        if fallback == KEEP
-        else parse_recipe(get_format(fallback), values["scales"], values["rounding"], recipe.seed)
-    )
-    policy = Policy(_patterns(values["keep"]), _patterns(values["only"]), other)
-    if (values.get("layer_config") or "").strip():
-        config = parse_layer_config(values["layer_config"].encode("utf-8", "replace"), "layer_config", recipe)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeInputs:
+    """The values of `widgets`, by their names. The defaults are those of inputs that a saved workflow may lack."""
+
+    format: str
+    group_size: str
+    scales: str
+    rounding: str
+    seed: int
+    keep: str
+    only: str
+    fallback: str = KEEP
+    device: str = "auto"
+    calibration: CalibrationHandle | None = None
+    bias_correction: bool = True
+    input_scales: bool = False
+    preset: str = NO_PRESET
+    layer_config: str | None = None
+    residual_lora: int = 0
+
+
+def read_settings(inputs: RecipeInputs) -> Settings:
+    """The inputs, checked. Raises RequestError that says which value to change."""
+    fmt, rank = sized(inputs.format, inputs.group_size), inputs.residual_lora
+    recipe = parse_recipe(fmt, inputs.scales, inputs.rounding, inputs.seed, {"residual_rank": rank} if rank else {})
+    fallback = None
+    if inputs.fallback != KEEP:
+        fallback = parse_recipe(get_format(inputs.fallback), inputs.scales, inputs.rounding, recipe.seed)
+    policy = Policy(_patterns(inputs.keep), _patterns(inputs.only), fallback)
+    layer_config = inputs.layer_config or ""
+    if layer_config.strip():
+        config = parse_layer_config(layer_config.encode("utf-8", "replace"), "layer_config", recipe)
         recipe, policy = config.default or recipe, replace(policy, rules=config.rules)
-    handle = values.get("calibration")
-    bias = values.get("bias_correction", True) and not leaves_all_biases(recipe)
-    use = None if handle is None else CalibrationUse(spool_of(handle), bias, values.get("input_scales", False))
-    return Settings(recipe, policy, device_name(values.get("device", "auto")), use, values.get("preset", NO_PRESET))
+    use = None
+    if inputs.calibration is not None:
+        bias = inputs.bias_correction and not leaves_all_biases(recipe)
+        use = CalibrationUse(spool_of(inputs.calibration), bias, inputs.input_scales)
+    return Settings(recipe, policy, device_name(inputs.device), use, inputs.preset)
 
 
 def sized(name: str, size: str) -> Format:
