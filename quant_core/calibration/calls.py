@@ -16,6 +16,7 @@ import math
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class CallSample:
                 int(kept["group"]),
                 kept["tree"],
                 {path: described(number, path) for path in _paths(kept["tree"])},
-                lambda path, number=number: fetch(number, path),
+                partial(fetch, number),
             )
             for number, kept in enumerate(entry["kept"])
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..algorithms.evidence import Evidence
-from .statistics.hessian import HessianKind
 from .statistics.layer import LayerStatistics
 
 
@@ -22,9 +21,8 @@ def to_evidence(
     count = int(statistics.count)
     if count == 0:
         return Evidence(absmax=absmax)
-    full = None
-    if hessian and statistics.kind is not HessianKind.DIAGONAL:
-        full = statistics.hessian_sum().to(device) / float(statistics.weight)
+    total = statistics.hessian_sum() if hessian else None
+    full = None if total is None else total.to(device) / float(statistics.weight)
     rows = statistics.reservoir.filled().to(device)
     return Evidence(
         hessian=full,

@@ -40,7 +40,9 @@ def scales_from_magnitudes(layers: Mapping[str, StoredLayer], magnitudes: Mappin
     names, scales = LayerNames(layers), {}
     for name, magnitude in magnitudes.items():
         layer = names.resolve(name)
-        rule = None if layer is None else rule_of(layers[layer])
+        if layer is None:
+            continue
+        rule = rule_of(layers[layer])
         if rule is not None:
             scales[layer] = rule.scale_for(magnitude)
     return scales

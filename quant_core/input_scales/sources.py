@@ -76,7 +76,7 @@ def simulated_scales(
             rule = rule_of(layer)
             if rule is None:
                 continue
-            directions = None if file is None else read_directions(file, index, name, layer.shape[1])
+            directions = None if file is None or index is None else read_directions(file, index, name, layer.shape[1])
             informed += directions is not None
             scales[name] = rule.scale_for(simulated_magnitude(name, layer.decode(source), settings, directions))
     return scales, informed

@@ -17,7 +17,7 @@ from ..statistics.hessian import HessianKind, Placement
 from ..statistics.layer import LayerStatistics, StatisticsSettings
 from ..statistics.selection import Chosen, chunk_labels, select_rows
 from .budget import BudgetPlan, kept_bytes
-from .linear_modules import refuse_compiled
+from .linear_modules import refuse_compiled, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Collector:
         self.settings = replace(settings, statistics=replace(settings.statistics, staged_rows=plan.staged_rows))
         self._plan = plan
         self._decisions = {decision.layer: decision for decision in plan.decisions}
-        shapes = {name: (module.out_features, module.in_features) for name, module in self.modules.items()}
+        shapes = {name: shape_of(module) for name, module in self.modules.items()}
         if {name: shape[1] for name, shape in shapes.items()} != {d.layer: d.in_features for d in plan.decisions}:
             raise ValueError("the budget was planned for other layers")
         self.model = ModelIdentity(shapes, fingerprint)
@@ -133,8 +133,13 @@ class Collector:
         refuse_compiled(root)
         self._begin_run(RunRecord(note=note, loras=tuple(loras)))
         with contextlib.ExitStack() as hooks:
-            begin = root.register_forward_pre_hook(lambda module, args: self._begin_call(context))
-            hooks.callback(begin.remove)
+
+            def begin(
+                module: nn.Module, args: object
+            ) -> None:  # a hook that returned something would change the input
+                self._begin_call(context)
+
+            hooks.callback(root.register_forward_pre_hook(begin).remove)
             for name, module in self.modules.items():
                 handle = module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -155,7 +160,7 @@ class Collector:
         self._sigmas: dict[int, float | Tensor] = {}
         self._labels: dict[str, int] = {}
 
-    def _begin_call(self, context: Callable[[], CallContext] | None) -> None:
+    def _begin_call(self, context: Callable[[], CallContext] | None) -> CallContext:
         self._call += 1
         now = context() if context is not None else CallContext(step=self._call)
         if self._context is None or now.step != self._context.step:
@@ -164,6 +169,7 @@ class Collector:
         self._chosen, self._on_device = {}, {}
         if now.sigma is not None:
             self._sigmas[now.step] = now.sigma
+        return now
 
     def _end_run(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -173,8 +179,8 @@ class Collector:
         self._runs[-1] = replace(self._runs[-1], steps=steps, sigmas=_numbers(self._sigmas), labels=self._labels)
         self._context, self._taken, self._chosen, self._on_device = None, {}, {}, {}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
-        def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
             # Not inference tensors, for the sums live on; and no autocast, which would round the products to bf16.
             with torch.inference_mode(False), torch.no_grad(), _without_autocast(x.device.type):
@@ -185,8 +191,8 @@ class Collector:
     # ---- a layer's input ---------------------------------------------------------------------------------------
     def _look(self, name: str, x: Tensor) -> None:
         """x: [..., K]."""
-        if self._context is None:  # the layer was called outside of root
-            self._begin_call(None)
+        # Without a context the layer was called outside of root.
+        context = self._begin_call(None) if self._context is None else self._context
         flat = x.reshape(-1, x.shape[-1])
         rows = flat.shape[0]
         statistics = self._statistics_of(name, flat.device)
@@ -194,39 +200,44 @@ class Collector:
         statistics.see(flat if stride == 1 else flat[self._call % stride :: stride])
         if not rows:
             return
-        chosen = self._rows_of(name, statistics.kind, rows, chunk_labels(x.shape, self._context.labels) or ("",))
+        labels = chunk_labels(x.shape, context.labels) or ("",)
+        chosen = self._rows_of(name, statistics.kind, rows, context, labels)
         if not chosen.parts:
             return
         statistics.stage(flat, self._moved(chosen.index, flat.device), chosen.parts)
-        layers = self._steps.setdefault(self._context.step, {})
+        layers = self._steps.setdefault(context.step, {})
         for part in chosen.parts:
             self._taken[name, part.label] = self._taken.get((name, part.label), 0) + part.count
             if part.keys is None:
                 self._labels[part.label] = self._labels.get(part.label, 0) + part.count
                 layers[name] = layers.get(name, 0) + part.count
 
-    def _rows_of(self, name: str, kind: HessianKind, rows: int, labels: tuple[str, ...]) -> Chosen:
+    def _rows_of(
+        self, name: str, kind: HessianKind, rows: int, context: CallContext, labels: tuple[str, ...]
+    ) -> Chosen:
         """The choice depends on the call and the sizes alone, so that layers share one draw."""
         cap, chunks = self.settings.rows_per_step, []
         if kind is HessianKind.DIAGONAL:
             cap = max(1, cap // DIAGONAL_SHARE)
         for label in labels:
             share = labels.count(label)  # a label may have several chunks in a call
-            chunks.append((label, self._weight(label), max(0, cap - self._taken.get((name, label), 0)) // share))
+            chunks.append(
+                (label, self._weight(context, label), max(0, cap - self._taken.get((name, label), 0)) // share)
+            )
         key = (rows, tuple(chunks))
         if key not in self._chosen:
             text = f"run {len(self._runs)}, call {self._call}, rows {rows}, chunks {chunks}"
             self._chosen[key] = select_rows(rows, chunks, self.settings.holdout, self.settings.seed, text)
         return self._chosen[key]
 
-    def _weight(self, label: str) -> float:
+    def _weight(self, context: CallContext, label: str) -> float:
         if self.settings.weighting is None:
             return 1.0
-        weight = float(self.settings.weighting(self._context, label))
+        weight = float(self.settings.weighting(context, label))
         if not 0.0 <= weight < float("inf"):
             raise RequestError(
                 f"the row weighting {self.settings.weighting_name!r} gave {weight} for step "
-                f"{self._context.step}; a finite number >= 0 is needed."
+                f"{context.step}; a finite number >= 0 is needed."
             )
         return weight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +28,12 @@ def linear_modules(model: nn.Module, pattern: str | None = None) -> dict[str, nn
         what = f" whose name matches {pattern!r}" if pattern else ""
         raise RequestError(f"{type(model).__name__} has no linear layer{what}. Check the model and the pattern.")
     return found
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a module that `linear_modules` found."""
+    sizes: Any = layer
+    return sizes.out_features, sizes.in_features
 
 
 def refuse_compiled(model: nn.Module) -> None:

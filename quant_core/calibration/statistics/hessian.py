@@ -5,6 +5,7 @@ All hold the plain weighted sum over rows, so that merging is adding; evidence.p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class FullHessian:
     def tensors(self) -> dict[str, Tensor]:
         return {"hessian": pack_triangle(self._sum)}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of tensors()."""
         unpack_triangle(tensors["hessian"], self._sum)
         self._mirrored = True
@@ -201,7 +202,7 @@ class SketchHessian:
             "hessian_shrinkage": torch.tensor(self.shrinkage, dtype=torch.float64, device="cpu"),
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of tensors()."""
         self.rows = tensors["hessian_sketch"].to(self.rows.device)
         self.shrinkage = float(tensors["hessian_shrinkage"])

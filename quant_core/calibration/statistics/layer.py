@@ -124,9 +124,10 @@ class LayerStatistics:
 
     def flush(self) -> None:
         """Work the staged rows in, and free their memory."""
-        if self._staged.rows is None:
+        staged = self._staged.take()
+        if staged is None:
             return
-        rows, parts = self._staged.take()
+        rows, parts = staged
         counts = torch.tensor([part.count for part in parts], device="cpu")
         is_held = torch.tensor([part.keys is not None for part in parts], device="cpu").repeat_interleave(counts)
         held, keys = is_held.nonzero().flatten(), [part.keys for part in parts if part.keys is not None]
@@ -167,8 +168,9 @@ class LayerStatistics:
         return rows[:: max(1, len(rows) // self.settings.histogram_rows)][: self.settings.histogram_rows]
 
     def _work_in(self, x: Tensor, weight: float, counted: Tensor, held: Tensor | None = None) -> None:
-        """x: [n, K], n > 0, overwritten: rows that do not count become zero. counted: rows for the histogram; held:
-        rows to leave out. Both int64 on x's device.
+        """x: [n, K], n > 0, overwritten: rows that do not count become zero.
+
+        counted: rows for the histogram. held: rows to leave out. Both int64 on x's device.
         """
         # A row's sum is finite just if its values are: sums of 16-bit numbers do not overflow float32, nor do those
         # that a model makes.
@@ -232,8 +234,11 @@ class LayerStatistics:
             getattr(self, field).add_(getattr(other, field).to(self.device))
         if self.reservoir.size and other.reservoir.size:
             self.reservoir.merge(other.reservoir)
-        if self.hessian is not None:
-            self.hessian.merge(other.hessian)
+        match self.hessian, other.hessian:
+            case FullHessian() as full, FullHessian() as more:
+                full.merge(more)
+            case SketchHessian() as sketch, SketchHessian() as rest:
+                sketch.merge(rest)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but `seen`, `labels` and the sizes, by the names of storage.py. Waits for the GPU."""

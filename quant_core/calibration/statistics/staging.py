@@ -39,8 +39,10 @@ class StagedRows:
         self._parts += parts
         self._fill += count
 
-    def take(self) -> tuple[Tensor, list[Part]]:
-        """(rows [n, K], what they are): the caller's own from now on."""
+    def take(self) -> tuple[Tensor, list[Part]] | None:
+        """(rows [n, K], what they are): the caller's own from now on. None when nothing waits."""
+        if self.rows is None:
+            return None
         rows, parts = self.rows[: self._fill], self._parts
         self.rows, self._parts, self._fill = None, [], 0
         return rows, parts
