@@ -189,10 +189,11 @@ def _bits_per_weight(loaded: LoadedModel) -> float:
 
 
 def _weight_snr_db(report: VerifyReport) -> float:
-    """Of all quantized layers, each layer's square error weighted by its number of weights."""
-    weights = sum(math.prod(check.shape) for check in report.layers)
-    squares = sum(math.prod(check.shape) * check.relative_error**2 for check in report.layers)
-    return snr_db(math.sqrt(squares / weights))
+    """Of all layers that were compared, each layer's square error weighted by its number of weights."""
+    errors = [(math.prod(check.shape), check.relative_error) for check in report.layers]
+    compared = [(weights, error) for weights, error in errors if error is not None]
+    squares = sum(weights * error**2 for weights, error in compared)
+    return snr_db(math.sqrt(squares / sum(weights for weights, _ in compared)))
 
 
 def make_sheet(

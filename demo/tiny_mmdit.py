@@ -130,6 +130,7 @@ class TinyMMDiT(nn.Module):
         self.x_embedder = PatchEmbedder(hidden)
         self.t_embedder, self.y_embedder = Embedder(TIME_FEATURES, hidden), Embedder(POOLED_FEATURES, hidden)
         self.context_embedder = nn.Linear(CONTEXT_FEATURES, hidden)
+        self.pos_embed: Tensor
         self.register_buffer("pos_embed", torch.empty(1, POSITION_SIDE**2, hidden))
         self.joint_blocks = nn.ModuleList(JointBlock(hidden, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(hidden)

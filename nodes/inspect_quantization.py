@@ -47,9 +47,13 @@ class InspectQuantization(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, quantized: QuantizedHandle | None = None) -> io.NodeOutput:
-        if file == CONNECTED and quantized is None:
+        if file != CONNECTED:
+            path = resolve_model(file, *SOURCE_FOLDERS)
+        elif quantized is None:
             raise RequestError("Choose a file, or connect a quantized model.")
-        found = inspect(spool_of(quantized) if file == CONNECTED else resolve_model(file, *SOURCE_FOLDERS))
+        else:
+            path = spool_of(quantized)
+        found = inspect(path)
         text = table(found)
         return io.NodeOutput(text, json.dumps(found, indent=1), ui=ui.PreviewText(text))
 

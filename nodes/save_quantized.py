@@ -79,7 +79,7 @@ class SaveQuantized(io.ComfyNode):
         listed = listed_name(expanded)
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
         text = "\n".join([text, *warnings_of(quantized)[:_WARNED]])
-        if lora is not None:
+        if lora is not None and quantized.lora is not None:
             publish(quantized.lora, lora[1], overwrite)
             text += f"\nsaved {LORAS}/{lora[0]}: load it beside the model with Load LoRA (Bypass, Model Only)"
         return io.NodeOutput(listed, lora[0] if lora else ExecutionBlocker(None), ui=ui.PreviewText(text))

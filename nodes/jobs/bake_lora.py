@@ -38,12 +38,15 @@ def list_loras() -> list[str]:
 def bake_lora(
     source: SourceHandle, lora: Path, strength: float, skip_unmatched: bool, progress: NodeProgress
 ) -> tuple[BakedHandle, str]:
-    """The source with one more LoRA in a spool file, and what was done. Raises PlanError: layers the model has not,
-    shapes that do not fit, other kinds of adapters, quantized weights."""
+    """The source with one more LoRA in a spool file, and what was done.
+
+    Raises PlanError: layers that the model lacks, shapes that do not fit, other kinds of adapters, quantized weights.
+    """
     path = spool_of(source)
     with open_source(path) as src, open_source(lora) as one:  # this one by its own setting, before anything is written
         notes = bake(src, [(one, strength)], skip_unmatched=skip_unmatched).notes
-    origin, before, skip = source, (), skip_unmatched
+    origin, skip = source, skip_unmatched
+    before: tuple[tuple[Path, float], ...] = ()
     if isinstance(source, BakedHandle) and source.origin is not None and source.origin.path.is_file():
         origin, before, skip = source.origin, source.loras, skip_unmatched or source.skip
     loras = (*before, (lora, strength))
@@ -62,6 +65,7 @@ def bake_lora(
         progress,
         build,
     )
-    together = [f"together with {len(before)} before it, rounded once"] if before else []
-    text = "\n".join([f"{lora.name} at strength {strength:g}: {report['bytes'] / 1e9:.3f} GB", *notes, *together])
+    if before:
+        notes = (*notes, f"together with {len(before)} before it, rounded once")
+    text = "\n".join([f"{lora.name} at strength {strength:g}: {report['bytes'] / 1e9:.3f} GB", *notes])
     return BakedHandle(spool, f"{source.label}-{label_of(lora)}", NAME, origin, loras, skip), text

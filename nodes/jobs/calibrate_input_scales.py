@@ -48,7 +48,7 @@ def lora_file(name: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
-    """The inputs that the method uses, with paths in place of names.
+    """The inputs that the method uses, with paths in place of names. calibration: given with any method.
 
     RequestError when the method's own input is missing.
     """
@@ -119,10 +119,13 @@ def plan(src: Source, settings: ScaleSettings, progress: NodeProgress) -> Propos
     layers = stored_layers(src)
     rewrite, report = plan_patch(src, given, method)
     names = LayerNames(layers)
-    scales = {names.resolve(name): value for name, value in given.items() if name not in report.skipped}
+    resolved = {name: names.resolve(name) for name in given if name not in report.skipped}
+    scales = {layer: given[name] for name, layer in resolved.items() if layer is not None}
     # Scales from the largest captured inputs let all of them through.
-    all_fit = settings.calibration is None or (settings.method == CAPTURED and settings.captured_percentile == 100)
-    saturated = [] if all_fit else captured_saturation(src, settings.calibration, scales, progress)
+    all_fit = settings.method == CAPTURED and settings.captured_percentile == 100
+    saturated = []
+    if settings.calibration is not None and not all_fit:
+        saturated = captured_saturation(src, settings.calibration, scales, progress)
     data = {
         "method": method,
         "scales": scales,
@@ -138,19 +141,19 @@ def _plain(value: Any) -> Any:
 
 def _scales(src: Source, settings: ScaleSettings, progress: NodeProgress) -> tuple[dict[str, float], str]:
     """({layer: input_scale}, where they are from)."""
-    if settings.method == CAPTURED:
+    if settings.method == CAPTURED and settings.calibration is not None:
         percent = settings.captured_percentile
         return (
             captured_scales(src, settings.calibration, percent, progress),
             "calibration" + ("" if percent == 100 else f", percentile {percent:g}"),
         )
-    if settings.method == FILE:
+    if settings.file is not None:
         return read_input_scales(settings.file), f"file {settings.file.name}"
     if settings.method == WEIGHTS:
         return scales_from_weight_scales(src, stored_layers(src)), "the weight scales"
     scales, informed = simulated_scales(src, settings.simulation, settings.lora, progress)
     random = f"{settings.simulation.samples} random inputs, percentile {settings.simulation.percentile:g}"
-    if settings.method == SIMULATED:
+    if settings.lora is None:
         return scales, random
     return scales, f"LoRA {settings.lora.name} for {counted(informed, 'layer')}, {random} for {len(scales) - informed}"
 

@@ -13,7 +13,7 @@ from comfy import model_management
 
 from ...quant_core.calibration.calibration import ModelIdentity, identity_of_source
 from ...quant_core.calibration.calls import KeptCall
-from ...quant_core.calibration.capture.linear_modules import linear_modules
+from ...quant_core.calibration.capture.linear_modules import linear_modules, shape_of
 from ...quant_core.calibration.storage import open_calibration
 from ...quant_core.checkpoint.source import open_source
 from ...quant_core.errors import RequestError
@@ -35,7 +35,7 @@ def require_fit(model: Any, source: Path, calibration: Path) -> None:
     with open_calibration(calibration) as reader:
         known = reader.header.model
     require_same_weights(model, {name: module for name, module in layers.items() if name in known.layers}, source)
-    connected = ModelIdentity({name: (module.out_features, module.in_features) for name, module in layers.items()})
+    connected = ModelIdentity({name: shape_of(module) for name, module in layers.items()})
     known.require_match(connected, calibration.name, other_weights=True)
 
 
@@ -58,12 +58,12 @@ def require_same_weights(model: Any, modules: dict[str, Any], source: Path) -> N
     """RequestError unless the model's layers hold the file's weights."""
     names = LayerNames(modules)
     with open_source(source) as src:
-        tensors = {
+        resolved = {
             names.resolve(tensor.removesuffix(".weight")): tensor
             for tensor in src.tensors
             if tensor.endswith(".weight")
         }
-        tensors = {name: tensors[name] for name in modules if name in tensors}
+        tensors = {name: resolved[name] for name in modules if name in resolved}
         found = identity_of_source(src, tensors).fingerprint
     if found != model_fingerprint(model, {name: modules[name] for name in tensors}):
         raise RequestError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from comfy import model_management
 
 from ...quant_core.checkpoint.part import remove
 from ...quant_core.errors import QuantPressError
+from ...quant_core.pipeline.in_order.jobs import LiveModel
 from ...quant_core.pipeline.request import Request
 from ...quant_core.pipeline.run import convert
 from ...quant_core.policy.general import NOT_NAMED
@@ -38,7 +39,7 @@ def quantize(
     path = spool_of(source)
     key = {"source": str(path), "stamp": stamp(path), **settings.describe(), "in_order": model is not None}
     request = _request(path, spool_path(source.label, key), settings, in_order=model is not None)
-    if model is not None:
+    if model is not None and request.calibration is not None:  # a Request in order always has one
         # Also where the file is there already, made from a model that fitted.
         require_fit(model, path, request.calibration.path)
     spool, report = spooled(source.label, key, lambda _: _convert(request, progress, model))
@@ -78,6 +79,13 @@ def _request(source: Path, spool: Path, settings: Settings, in_order: bool) -> R
     )
 
 
+def _live(request: Request, model: Any) -> AbstractContextManager[LiveModel | None]:
+    """None where the layers are not quantized in order."""
+    if model is None or request.calibration is None:
+        return nullcontext()
+    return live_model(model, request.calibration.path)
+
+
 def _convert(request: Request, progress: NodeProgress, model: Any) -> dict[str, Any]:
     progress.say("Reading the header")
     detection = detect(request.source, decoded=True)
@@ -88,7 +96,7 @@ def _convert(request: Request, progress: NodeProgress, model: Any) -> dict[str, 
     if model is not None:
         progress.say("Running the recorded calls up to the first layer")
     try:
-        with nullcontext() if model is None else live_model(model, request.calibration.path) as live:
+        with _live(request, model) as live:
             report = convert(
                 replace(request, never_pack=detection.fixed), live=live, progress=progress, cancel=progress.cancelled
             )

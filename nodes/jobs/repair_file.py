@@ -85,9 +85,8 @@ def _plan(src: Source, settings: RepairSettings, word: str) -> Proposal:
             layout = find_layout(src, reference)
         assume, unswizzled = layout.assume, layout.unswizzled
         found = [f"assume {assume}"] * (assume is not None) + ["unswizzled"] * unswizzled
-        lines = [
-            f"against the original: {layout.layer} is {layout.error:.2%} off with {' and '.join(found) or 'the layout as it is'}"
-        ]
+        how = " and ".join(found) or "the layout as it is"
+        lines = [f"against the original: {layout.layer} is {layout.error:.2%} off with {how}"]
     result = repair(src, assume=assume, unswizzled=unswizzled)
     return Proposal(
         result.rewrite, [*lines, *_lines(result.findings, result.unfixed, word)], result.to_json()["findings"]
@@ -113,7 +112,7 @@ def _lines(findings: Sequence[Finding], unfixed: Sequence[Finding], word: str) -
     errors = sum(finding.severity == "error" for finding in unfixed)
     if errors:
         lines.append(
-            f"warning: {counted(errors, 'error remains', 'errors remain')}, so the model may not load, or make noise; each line "
-            "marked NOT repaired says what to do"
+            f"warning: {counted(errors, 'error remains', 'errors remain')}, so the model may not load, or make noise; "
+            "each line marked NOT repaired says what to do"
         )
     return lines

@@ -19,12 +19,16 @@ _INDEX_END = INDEX_SUFFIX.removeprefix(".safetensors")
 def write_shards(
     model: QuantizedHandle | SourceHandle, target: Path, max_gb: float, progress: NodeProgress
 ) -> tuple[Path, str]:
-    """Shards and their index beside `target`, a *.safetensors name. OutputError: a file of such a name is there already."""
+    """Shards and their index beside `target`, a *.safetensors name.
+
+    OutputError: a file of such a name is there already.
+    """
     index = target.with_name(target.name + _INDEX_END)
     taken = [path.name for path in target.parent.glob("*") if _is_shard(path.name, target.stem)]
     if taken or index.exists():
         raise OutputError(
-            f"{index.parent}: there are shards of this name already ({(taken or [index.name])[0]}). Choose another name."
+            f"{index.parent}: there are shards of this name already ({(taken or [index.name])[0]}). "
+            "Choose another name."
         )
     try:
         with open_source(spool_of(model)) as src:

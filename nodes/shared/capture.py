@@ -21,7 +21,7 @@ from ...quant_core.calibration.calibration import LayerSummary
 from ...quant_core.calibration.calls import CallSample, call_group, call_key, is_recordable
 from ...quant_core.calibration.capture.budget import Budget, BudgetPlan, plan_budget
 from ...quant_core.calibration.capture.collector import CallContext, CaptureSettings, Collector
-from ...quant_core.calibration.capture.linear_modules import linear_modules, refuse_compiled
+from ...quant_core.calibration.capture.linear_modules import linear_modules, refuse_compiled, shape_of
 from ...quant_core.calibration.storage import save_calibration
 from ...quant_core.cancel import cancel_scope
 from ...quant_core.errors import Cancelled, RequestError
@@ -69,7 +69,7 @@ class Capture:
         self._root = model.get_model_object("diffusion_model")
         modules = linear_modules(self._root, _checked(pattern))
         self.plan: BudgetPlan = plan_budget(
-            {name: module.in_features for name, module in modules.items()}, budget, settings.statistics
+            {name: shape_of(module)[1] for name, module in modules.items()}, budget, settings.statistics
         )
         self._collector = Collector(modules, self.plan, settings, model_fingerprint(model, modules))
         self.calls = CallSample(calls)

@@ -14,14 +14,14 @@ from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import InputFileError, RequestError
 from ...quant_core.pipeline.plan import RECIPE_KEY
 from ...quant_core.stored.layers import stored_layers
-from .handles import QuantizedHandle
+from .handles import QuantizedHandle, SourceHandle
 
 UNKNOWN = "unknown"
 DEFAULT_PATTERN = "{model}-{format}"
 _TOKEN = re.compile(r"\{(\w*)\}")
 
 
-def expand(pattern: str, handle: QuantizedHandle) -> str:
+def expand(pattern: str, handle: SourceHandle | QuantizedHandle) -> str:
     """The pattern with its tokens replaced. RequestError for one that is not known."""
     if not _TOKEN.search(pattern):
         return pattern
@@ -42,7 +42,7 @@ def listed_name(name: str) -> str:
     return name.replace("\\", "/").strip().removesuffix(".safetensors") + ".safetensors"
 
 
-def tokens(handle: QuantizedHandle) -> dict[str, str]:
+def tokens(handle: SourceHandle | QuantizedHandle) -> dict[str, str]:
     """From the file: its layers, and the recipe in its header.
 
     What a file of another tool does not tell is "unknown".

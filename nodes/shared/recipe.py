@@ -44,9 +44,8 @@ def methods_tooltip(question: str, methods: Mapping[str, type[Chooser] | type[Ro
 
 def rounding_tooltip() -> str:
     """What serves another aim than quality comes last."""
-    return methods_tooltip(
-        "How weights are rounded.", dict(sorted(ROUNDING.items(), key=lambda item: item[1].unbiased))
-    )
+    quality_first = sorted(ROUNDING.items(), key=lambda item: item[1].unbiased)
+    return methods_tooltip("How weights are rounded.", dict(quality_first))
 
 
 def sizes() -> list[str]:

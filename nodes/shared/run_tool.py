@@ -88,12 +88,11 @@ def _apply(
     with cancel_scope(progress.cancelled), open_source(path) as src:
         proposal = build(src)
         changes = proposal.rewrite.changes()
-        write = spool is not None and bool(changes)
-        if write:
+        if spool is not None and changes:
             proposal.rewrite.apply(
                 spool, overwrite=True, force=tool.force, progress=then_checking(progress), cancel=progress.cancelled
             )
-        text = "\n".join([*proposal.lines, *change_lines(proposal.rewrite, changes, write)])
+        text = "\n".join([*proposal.lines, *change_lines(proposal.rewrite, changes, written=spool is not None)])
     return {"text": text, "data": proposal.data, "changed": bool(changes)}
 
 
