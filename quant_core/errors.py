@@ -31,7 +31,7 @@ class Remedy(Enum):
     PREFIX = "or give the prefix of its diffusion model."
     RAISE = "Allow larger shards."
     WIDER = "Use bf16, or fp32."
-    SAY_FORMAT = "Name the format."
+    SAY_FORMAT = "Say which one to `quantpress repair`, or to the node Repair."
 
 
 @dataclass(frozen=True, slots=True)

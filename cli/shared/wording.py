@@ -25,7 +25,7 @@ WORDS = {
     Remedy.FORCE: "{} writes it all the same.",
     Remedy.DIFFER: "Use {}, if they are meant to differ.",
     Remedy.LEAVE_OUT: "or leave such layers out with {}.",
-    Remedy.KEEP: "or keep such layers as they are with {}.",
+    Remedy.KEEP: "or keep the layer as it is: name it in --keep, or give {}.",
     Remedy.NAME_LAYERS: "or name the layers with {}.",
     Remedy.PREFIX: "or give the prefix of its diffusion model with {}.",
     Remedy.RAISE: "Allow larger shards with {}.",

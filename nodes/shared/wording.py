@@ -25,7 +25,7 @@ WORDS = {
     Remedy.FORCE: "Switch on {} to write it all the same.",
     Remedy.DIFFER: "Switch on {}, if they are meant to differ.",
     Remedy.LEAVE_OUT: "or switch on {} to leave such layers out.",
-    Remedy.KEEP: "or name such layers in {}.",
+    Remedy.KEEP: "or keep the layer as it is: name it in {}.",
     Remedy.NAME_LAYERS: "or name the layers in {}.",
     Remedy.PREFIX: "or write the prefix of its diffusion model into {}.",
     Remedy.RAISE: "Set {} higher.",

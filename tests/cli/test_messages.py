@@ -226,8 +226,8 @@ def test_a_flag_is_named_only_where_the_command_has_it():
         (
             "allow_nonfinite",
             Remedy.KEEP,
-            "x, or keep such layers as they are with --allow-nonfinite.",
-            "x, or name such layers in keep.",
+            "x, or keep the layer as it is: name it in --keep, or give --allow-nonfinite.",
+            "x, or keep the layer as it is: name it in keep.",
         ),
         ("only", Remedy.NAME_LAYERS, "x, or name the layers with --only.", "x, or name the layers in only."),
         (

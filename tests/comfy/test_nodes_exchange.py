@@ -308,7 +308,11 @@ def test_baked_loras_equal_those_of_the_stock_loader_and_are_rounded_once(server
 def test_layers_that_the_model_has_not_are_named_or_left_out_on_demand(server, loras):
     graph = Graph()
     error = failure(server, graph, bake_lora(graph, graph.source("trained_sd3"), "partly"))
-    assert error.node == "QuantPressBakeLora" and "no_such_layer" in error.message and "skipped" in error.message
+    assert (
+        error.node == "QuantPressBakeLora"
+        and "no_such_layer" in error.message
+        and "switch on skip_unmatched" in error.message
+    )
     graph = Graph()
     node = bake_lora(graph, bake_lora(graph, graph.source("trained_sd3"), "partly", skip=True), "one")
     graph.add("QuantPressSaveSource", source=(node, 0), folder="output", name="partly", overwrite=True)
@@ -517,7 +521,7 @@ def test_a_layer_config_gives_single_layers_their_own_format(server):
     [
         ('{"attn": {"format": "int8_rowwise"}', "layer_config is not"),
         ('{"attn": {"fromat": "nvfp4"}}', "there is no setting 'fromat'"),
-        ('{"nowhere": {"skip": true}}', "rule 'nowhere' matches none of the"),
+        ('{"nowhere": {"skip": true}}', "layer_config 'nowhere' matches none of the"),
         ('{"attn": {"format": "int9"}}', "int9"),
     ],
 )
