@@ -30,6 +30,7 @@ class Remedy(Enum):
     NAME_LAYERS = "or name the layers in {}."
     PREFIX = "or give the prefix of its diffusion model."
     RAISE = "Allow larger shards."
+    WRITE = "Write input scales."
     WIDER = "Use bf16, or fp32."
     SAY_FORMAT = "Say which one to `quantpress repair`, or to the node Repair."
 

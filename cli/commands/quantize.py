@@ -14,7 +14,7 @@ from ..shared import calibration_options, recipe_options
 from ..shared.console import duration_text, print_json, size_text
 from ..shared.interrupt import stop_on_signal
 from ..shared.progress import show_progress
-from ..shared.wording import named_flag
+from ..shared.wording import in_flags, named_flag
 
 if TYPE_CHECKING:
     from ...quant_core.pipeline.report import LayerReport, RunReport
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_json())
     else:
-        _print_report(report)
+        _print_report(report, args)
         if request.residual_lora is not None:
             from ...quant_core.algorithms.residual import HOW_TO_LOAD
 
@@ -181,11 +181,11 @@ def _check_report(report: Path, request: Request) -> None:
         check_report_path(report, request.target, (src.path, *src.files), request.overwrite)
 
 
-def _print_report(report: RunReport) -> None:
+def _print_report(report: RunReport, args: argparse.Namespace) -> None:
     from ...quant_core.pipeline.report import against_nearest
 
     for warning in report.warnings:
-        print(f"quantpress: warning: {warning}", file=sys.stderr)
+        print(f"quantpress: warning: {in_flags(warning, args)}", file=sys.stderr)
     layers = report.quantized
     share = report.output_bytes / report.source_bytes
     print(

@@ -18,6 +18,7 @@ FLAGS = {
     "rules": "rule",
     "options": "option",
     "config": "add_config",
+    "input_scales": "write_input_scales",
     "max_bytes": "max_gb",
 }
 WORDS = {
@@ -29,6 +30,7 @@ WORDS = {
     Remedy.NAME_LAYERS: "or name the layers with {}.",
     Remedy.PREFIX: "or give the prefix of its diffusion model with {}.",
     Remedy.RAISE: "Allow larger shards with {}.",
+    Remedy.WRITE: "Write input scales ({}).",
     Remedy.WIDER: "Use {} bf16, or fp32.",
     Remedy.SAY_FORMAT: "Say which one with {}, or find out with --against SOURCE instead.",
 }

@@ -23,6 +23,7 @@ from ..shared.handles import QuantizedHandle, SourceHandle, spool_of
 from ..shared.progress import NodeProgress
 from ..shared.recipe import NO_PRESET, Settings
 from ..shared.spool import lora_path, spool_path, spooled
+from ..shared.wording import in_inputs
 from .in_order import live_model, require_fit
 
 NOT_BEFORE = "not quantized before"
@@ -106,7 +107,7 @@ def _convert(request: Request, progress: NodeProgress, model: Any) -> dict[str, 
         raise
     finally:
         model_management.soft_empty_cache()
-    warnings = list(report.warnings)
+    warnings = [in_inputs(warning, ("input_scales",)) for warning in report.warnings]
     if not detection.model:
         warnings.append("ComfyUI does not recognise this model: general rules decided, check the result.")
     return {**report.to_json(), "architecture": detection.model, "warnings": warnings}

@@ -29,6 +29,7 @@ WORDS = {
     Remedy.NAME_LAYERS: "or name the layers in {}.",
     Remedy.PREFIX: "or write the prefix of its diffusion model into {}.",
     Remedy.RAISE: "Set {} higher.",
+    Remedy.WRITE: "Switch on {}.",
     Remedy.WIDER: "Set {} to bf16, or fp32.",
     Remedy.SAY_FORMAT: "Say which one in {}, or connect the original there.",
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..algorithms.evidence import Evidence
 from ..checkpoint.source import Source, open_source
+from ..errors import Problem, Remedy
 from ..formats.base import Format
 from ..formats.input_scale import Absent, InputScaleRule
 from ..names.layer_names import LayerNames
@@ -134,17 +135,17 @@ class OpenCalibration:
         if rule.absent is Absent.ONE and largest > rule.largest:
             self._saturated[layer] = (largest, rule.largest)
 
-    def warnings(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[Problem, ...]:
         """What the layers read so far showed: inputs that saturate for want of an input_scale."""
         if not self._saturated:
             return ()
         worst = sorted(self._saturated.items(), key=lambda item: -item[1][0])[:_SHOWN]
         named = ", ".join(f"{layer} ({largest:.4g})" for layer, (largest, _) in worst)
-        return (
+        text = (
             f"the inputs of {len(self._saturated)} layers go beyond {worst[0][1][1]:.4g}, where ComfyUI's FP8 "
-            f"multiplication saturates them without an input_scale: {named}. Write the input "
-            "scales too.",
+            f"multiplication saturates them without an input_scale: {named}."
         )
+        return (Problem(text, "input_scales", Remedy.WRITE),)
 
     def describe(self, layers: int, in_order: bool) -> dict[str, Any]:
         """JSON object for the file's header. layers: how many of the quantized ones were captured.

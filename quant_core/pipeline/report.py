@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from ..errors import Problem
 from ..numerics.metrics import snr_db
 from .layer import Judgement
 
@@ -105,7 +106,7 @@ class RunReport:
     target: str
     recipe: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Problem, ...]
     source_bytes: int
     output_bytes: int
     peak_bytes: int
@@ -144,6 +145,6 @@ class RunReport:
             "weight_error": error if math.isfinite(error) else None,
             "layers_quantized": len(self.quantized),
             "layers_kept": len(self.layers) - len(self.quantized),
-            "warnings": list(self.warnings),
+            "warnings": [str(warning) for warning in self.warnings],
             "layers": [layer.to_json() for layer in self.layers],
         }

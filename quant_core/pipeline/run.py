@@ -19,7 +19,7 @@ from ..cancel import cancel_scope, poll
 from ..checkpoint.metadata import encode_config
 from ..checkpoint.sink import Sink, open_sink
 from ..checkpoint.source import Source, open_source
-from ..errors import InputFileError, Remedy, RequestError
+from ..errors import InputFileError, Problem, Remedy, RequestError
 from ..progress import Clock, Progress
 from ..stored.layers import config_tensor_name
 from .feed import Feed, JobData, count_nonfinite, nonfinite_reason, open_feed
@@ -76,7 +76,7 @@ def convert(
             sink.commit(verify=lambda part: check_file(part).raise_for_errors())
         if request.residual_lora is not None:
             save_residuals(request.residual_lora, residuals, {"format": "pt"})
-        warnings = plan.warnings + (known.warnings() if known is not None else ())
+        warnings = (*map(Problem, plan.warnings), *(known.warnings() if known is not None else ()))
     return _report(request, plan, reports, warnings, str(device), time.monotonic() - started)
 
 
@@ -87,7 +87,12 @@ def _work(plan: Plan, src: Source) -> tuple[int, int]:
 
 
 def _report(
-    request: Request, plan: Plan, reports: list[LayerReport], warnings: tuple[str, ...], device: str, seconds: float
+    request: Request,
+    plan: Plan,
+    reports: list[LayerReport],
+    warnings: tuple[Problem, ...],
+    device: str,
+    seconds: float,
 ) -> RunReport:
     return RunReport(
         source=str(request.source),

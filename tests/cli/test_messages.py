@@ -237,6 +237,7 @@ def test_a_flag_is_named_only_where_the_command_has_it():
             "x, or write the prefix of its diffusion model into prefix.",
         ),
         ("max_bytes", Remedy.RAISE, "x. Allow larger shards with --max-gb.", "x. Set max_gb higher."),
+        ("input_scales", Remedy.WRITE, "x. Write input scales (--write-input-scales).", "x. Switch on input_scales."),
         ("dtype", Remedy.WIDER, "x. Use --dtype bf16, or fp32.", "x. Set dtype to bf16, or fp32."),
         (
             "assume",

@@ -231,7 +231,7 @@ def test_a_model_under_diffusers_names_loads_in_16_bits_and_is_lost_when_it_is_q
     """ComfyUI's loader says nothing; the conversion has warned. When this fails, a newer ComfyUI may have learned it."""
     assert results.error("diffusers", "bf16") < 1e-4
     assert results.error("diffusers-fp8", "bf16") > 0.5 and results.found.known["diffusers-fp8"]["quantized"] == 0
-    assert any("diffusers' names (SD3)" in warning for warning in results.reports["diffusers"].warnings)
+    assert any("diffusers' names (SD3)" in str(warning) for warning in results.reports["diffusers"].warnings)
 
 
 @pytest.mark.parametrize("fmt", RESIDUAL)

@@ -37,7 +37,7 @@ def test_planning_migrating_and_diagnosing_warn(tmp_path, model):
         ]
         assert migrate(src).notes == ()  # nothing is quantized: it loads
     report = convert(Request(plain, tmp_path / "q.safetensors", recipe, Policy(only=(".",)), device="cpu"))
-    assert any("diffusers' names" in warning for warning in report.warnings)
+    assert any("diffusers' names" in str(warning) for warning in report.warnings)
     with open_source(tmp_path / "q.safetensors") as src:
         assert any("diffusers' names" in note for note in migrate(src).notes)
         assert [finding.code for finding in repair(src).unfixed] == ["diffusers-names"]
