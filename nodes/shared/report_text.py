@@ -60,13 +60,13 @@ def requantized(report: Mapping[str, Any]) -> str:
         [
             f"was: {before}",
             *lossless,
-            summary(report).replace("weight error: ", "added error against the decoded source: ", 1),
+            summary(report, error="added error against the decoded source"),
         ]
     )
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """What a run did, from RunReport.to_json()."""
+def summary(report: Mapping[str, Any], error: str = "weight error") -> str:
+    """What a run did, from RunReport.to_json(). error: what its error is called."""
     rows = [row for row in report["layers"] if row["format"]]
     kept = Counter(row["reason"] for row in report["layers"] if not row["format"])
     formats = Counter(row["format"] for row in rows)
@@ -81,7 +81,7 @@ def summary(report: Mapping[str, Any]) -> str:
     if kept:
         lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in kept.most_common(5)))
     if report["weight_error"] is not None:
-        lines.append(f"weight error: {report['weight_error']:.2%} overall; worst layers:")
+        lines.append(f"{error}: {report['weight_error']:.2%} overall; worst layers:")
         worst = sorted(rows, key=lambda row: -(row.get("weight_error") or 0))[:_WORST]
         lines += [f"  {row['layer']}: {row.get('weight_error') or 0:.2%}" for row in worst]
     lines += list(against_nearest(rows)) + _calibrated(rows) + _in_order(rows) + _residual(rows)
