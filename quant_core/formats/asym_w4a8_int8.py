@@ -18,6 +18,7 @@ from ..numerics.ranks import look_up, rank_table
 from ..numerics.scale_dtypes import SCALE_E4M3
 from ..numerics.scales import Granularity, QParams, divide
 from .base import Format
+from .families.rotated import RotatedFormat
 from .records import ColumnGrid, Runtime, TensorSpec
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
@@ -53,8 +54,8 @@ _SMALLEST_GAP = 1e-3
 _SLICE = 1 << 20
 
 
-@dataclass(frozen=True)
-class W4A8(Format):
+@dataclass(frozen=True, kw_only=True)
+class W4A8(RotatedFormat):
     """A group of zeros gets the smallest scale, and decodes to at most 1e-8."""
 
     rows_are_independent: bool = False  # the codebook is chosen from all of them

@@ -20,7 +20,7 @@ UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))
 _SCALE_FLOOR = 1e-30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AwqW4A16(Format):
     """The only format with a zero point: `work - zero` is what lies on the grid.
 

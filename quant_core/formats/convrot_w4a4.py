@@ -1,6 +1,5 @@
 """ConvRot W4A4: signed int4 weights per row in a rotated basis; the runtime quantizes activations to int4 too."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,14 @@ from torch import Tensor
 from ..numerics.elements import INT4
 from ..numerics.packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
 from ..numerics.scales import Granularity, QParams, block_absmax, divide
-from .base import Format
+from .families.rotated import RotatedFormat
 from .records import Runtime, TensorSpec
 
 _ABSMAX_FLOOR = 1e-10  # as the reference writes rows of zeros
 
 
-@dataclass(frozen=True)
-class ConvRotW4A4(Format):
+@dataclass(frozen=True, kw_only=True)
+class ConvRotW4A4(RotatedFormat):
     """A row of zeros gets the scale 1e-10 / 7 and codes 0."""
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
@@ -34,9 +33,6 @@ class ConvRotW4A4(Format):
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=_ABSMAX_FLOOR / self.element.max))
-
-    def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {**super().runtime_params(tensors), "convrot_groupsize": self.rotation}
 
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {

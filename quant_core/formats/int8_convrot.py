@@ -9,16 +9,17 @@ from torch import Tensor
 
 from ..numerics.elements import INT8
 from ..numerics.scales import Granularity
+from .families.rotated import RotatedFormat
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
-@dataclass(frozen=True)
-class Int8ConvRot(Int8TensorwiseFamily):
+@dataclass(frozen=True, kw_only=True)
+class Int8ConvRot(RotatedFormat, Int8TensorwiseFamily):
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "convrot": True, "convrot_groupsize": self.rotation, "per_row": True}
 
     def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {**super().runtime_params(tensors), "convrot": True, "convrot_groupsize": self.rotation}
+        return {**super().runtime_params(tensors), "convrot": True}
 
 
 FORMAT = Int8ConvRot(

@@ -10,7 +10,7 @@ from ..numerics.scales import Granularity
 from .int8_tensorwise import INT8_RUNTIME, INT8_SOURCE, Int8TensorwiseFamily
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Int8Rowwise(Int8TensorwiseFamily):
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
         return {**super().config(shape, dtype), "per_row": True}

@@ -10,7 +10,7 @@ from .families.plain import PlainFormat
 from .records import Runtime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Int8TensorwiseFamily(PlainFormat):
     """The variants of ComfyUI's `int8_tensorwise`. A block of zeros gets the scale 1e-30, as comfy-kitchen writes it."""
 

@@ -16,7 +16,7 @@ from .families.padded import PaddedBlockFormat
 from .records import Runtime, TensorSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mxfp8(PaddedBlockFormat):
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         return (

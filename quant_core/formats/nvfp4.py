@@ -19,7 +19,7 @@ from .records import Runtime, TensorSpec
 _LARGEST_SCALE = 448.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Nvfp4(PaddedBlockFormat):
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = self.work_shape(shape)

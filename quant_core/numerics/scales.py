@@ -41,6 +41,12 @@ class Granularity(Enum):
         return shape[0] // rows, shape[1] // cols
 
 
+def shape_of(matrix: Tensor) -> tuple[int, int]:
+    """[N, K] of a tensor with two dimensions."""
+    n, k = matrix.shape
+    return n, k
+
+
 def divide(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, correctly rounded on every device: CUDA multiplies by the reciprocal of a Python number, an ulp off."""
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

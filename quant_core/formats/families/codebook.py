@@ -23,7 +23,7 @@ DTYPE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodebookFormat(Format):
     """weight uint8 [N, K / 2] (HIGH nibble = even column), weight_scale float32 [N, K / group_size], weight_codebook [16].
 
@@ -49,6 +49,10 @@ class CodebookFormat(Format):
             "dtype": DTYPE_NAMES.get(dtype, "float32"),
             "shape": list(shape),
         }
+
+    def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
+        recorded = config.get("shape")
+        return (int(recorded[0]), int(recorded[1])) if recorded else super().shape_from(tensors, config)
 
     def codebook(self, device: torch.device | str = "cpu") -> Tensor:
         """float32 [16], in code order."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import Format
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PaddedBlockFormat(Format):
     """N and K are padded with zeros to `pad_to`; a block whose stored scale is 0 has codes 0 and decodes to 0."""
 
@@ -21,8 +21,16 @@ class PaddedBlockFormat(Format):
             config["orig_shape"] = list(shape)  # ComfyUI takes it from the module; a reader of the file cannot
         return config
 
+    def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
+        recorded = config.get("orig_shape")
+        return (int(recorded[0]), int(recorded[1])) if recorded else super().shape_from(tensors, config)
+
     def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
         return replace(self)  # the block size is fixed; a recorded group_size changes nothing
+
+    @property
+    def row_multiple(self) -> int:
+        return 128  # a tile of the swizzled scales
 
     def _to_units(self, view: Tensor, scale: Tensor) -> Tensor:
         empty = scale == 0

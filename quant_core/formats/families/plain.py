@@ -33,7 +33,7 @@ def _sharing(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[Granulari
     return None, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlainFormat(Format):
     """weight [N, K] of the element's dtype; weight_scale float32.
 

@@ -1,0 +1,183 @@
+"""From weights to codes on an element grid and back, under one scale per block; whole, or some columns at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cancel import poll
+from ..numerics.hadamard import rotate_columns, rotate_hessian
+from ..numerics.metrics import relative_error
+from ..numerics.scale_dtypes import SCALE_F32, ScaleDtype
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, block_absmax, block_view, divide, shape_of
+from .geometry import BlockGeometry
+from .records import ColumnGrid
+
+# On a CPU, encode and decode work through slices of this many weights, which stay in the cache between passes.
+_CPU_SLICE = 1 << 18
+# Rotating sums up to 1024 weights, twice: larger outliers would overflow float32. They saturate here.
+_ROTATABLE = 1e34
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementGrid(BlockGeometry):
+    """The numerics of a format: value = element * scale of its block.
+
+    A block of zeros gets scale 1 and codes 0, where a subclass does not say otherwise.
+    signed_scales: a scale may be negative, which mirrors the grid: worth it where the grid is not symmetric.
+    """
+
+    scale_dtype: ScaleDtype = SCALE_F32
+    signed_scales: bool = False
+    rows_are_independent: bool = True  # but for the tensor's absmax
+
+    def prepare(self, w: Tensor) -> Tensor:
+        """float32 [N, K] -> work [Np, Kp]: padded, then rotated. May return w itself; callers must not write into it."""
+        n, k = w.shape
+        rows, cols = self.work_shape((n, k))
+        if (rows, cols) != (n, k):
+            w = torch.nn.functional.pad(w, (0, cols - k, 0, rows - n))
+        if self.rotation is not None:
+            rotated = rotate_columns(w, self.rotation)
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(rotated))).all()):
+                rotated = rotate_columns(w.clamp(-_ROTATABLE, _ROTATABLE), self.rotation)
+            w = rotated
+        return w
+
+    def restore(self, work: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The inverse of prepare."""
+        if self.rotation is not None:
+            work = rotate_columns(work, self.rotation)
+        return work[: shape[0], : shape[1]]
+
+    def prepare_hessian(self, h: Tensor) -> Tensor:
+        """float32 [K, K], X^T X of the layer's inputs -> the same for the work weight's columns [Kp, Kp]. May overwrite h."""
+        pad = self.work_shape((1, h.shape[0]))[1] - h.shape[0]
+        if pad:
+            h = torch.nn.functional.pad(h, (0, pad, 0, pad))
+        if self.rotation is not None:
+            rotate_hessian(h, self.rotation)
+        return h
+
+    def absmax(self, work: Tensor) -> QParams:
+        """The default scales: the block's largest magnitude lands on the element's largest value."""
+        return self.qparams(divide(block_absmax(work, self.block(shape_of(work))), self.element.max))
+
+    def absmax_under(self, rows: Tensor, largest: Tensor) -> QParams:
+        """absmax for some rows of a work weight whose largest magnitude is `largest`, float32 ()."""
+        if self.granularity is Granularity.TENSOR:
+            return self.qparams(divide(largest, self.element.max).reshape(1, 1))
+        return self.absmax(rows)
+
+    def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
+        """Wished effective scales [NB, KB], float32 >= 0 -> storable ones. like: whose parent, zero, codebook to keep."""
+        scale = torch.where(effective > 0, effective.clamp(SCALE_FLOOR), torch.ones_like(effective))
+        return QParams(self.scale_dtype.snap(scale))
+
+    def encode(self, work: Tensor, qp: QParams) -> Tensor:
+        """Nearest codes [Np, Kp] under these scales. Values already on the grid keep their codes.
+
+        For a part of a weight: of a whole one on a GPU it takes up to four copies, and `tiles.encode_rows` one slice.
+        """
+        work = work.contiguous()
+        block, scale = self.block(shape_of(work)), qp.effective()
+        codes = torch.empty(work.shape, dtype=self.element.dtype, device=work.device)
+        for rows, blocks in self._slices(work, block):
+            x = self._to_units(block_view(work[rows], self._slice_block(block, rows)), scale[blocks][:, None, :, None])
+            codes[rows] = self.element.encode(x).view(-1, work.shape[1])
+        return codes
+
+    def _to_units(self, view: Tensor, scale: Tensor) -> Tensor:
+        """Weights -> multiples of the scale. Division: the correctly rounded quotient."""
+        return view / scale
+
+    def decode(self, codes: Tensor, qp: QParams) -> Tensor:
+        """codes [Np, Kp] -> float32 work weight, value = element * effective scale."""
+        block, scale = self.block(shape_of(codes)), qp.effective()
+        work = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for rows, blocks in self._slices(codes, block):
+            view = block_view(self.element.decode(codes[rows]), self._slice_block(block, rows))
+            work[rows] = (view * scale[blocks][:, None, :, None]).view(-1, codes.shape[1])
+        return work
+
+    def round(self, work: Tensor, qp: QParams) -> Tensor:
+        """Round to nearest: float32 [Np, Kp], every value exactly what decode gives."""
+        return self.decode(self.encode(work, qp), qp)
+
+    @staticmethod
+    def _slices(work: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+        """Row slices of the weight and of the scale grid: whole on a GPU, cache-sized on a CPU."""
+        poll()
+        n, k = work.shape
+        if work.is_cuda or n * k <= _CPU_SLICE:
+            yield slice(0, n), slice(0, n // block[0])
+            return
+        if block[0] == n and n > 1:  # one scale for all rows: any slice has the same block row
+            step = max(1, _CPU_SLICE // k)
+            for start in range(0, n, step):
+                poll()
+                yield slice(start, min(start + step, n)), slice(0, 1)
+            return
+        step = max(1, _CPU_SLICE // (k * block[0])) * block[0]
+        for start in range(0, n, step):
+            poll()
+            stop = min(start + step, n)
+            yield slice(start, stop), slice(start // block[0], stop // block[0])
+
+    @staticmethod
+    def _slice_block(block: tuple[int, int], rows: slice) -> tuple[int, int]:
+        return min(block[0], rows.stop - rows.start), block[1]
+
+    # ---- columns: what error feedback and learned rounding need ------------------------------------------------
+    def column_scale(self, qp: QParams, start: int, stop: int, work_shape: tuple[int, int]) -> Tensor:
+        """Effective scales of columns start..stop, float32 [Np, stop - start] (expanded views where possible)."""
+        return self._expand_columns(qp.effective(), start, stop, work_shape)
+
+    def _expand_columns(self, per_block: Tensor, start: int, stop: int, work_shape: tuple[int, int]) -> Tensor:
+        rows, cols = self.block(work_shape)
+        index = torch.arange(start, stop, device=per_block.device) // cols
+        return per_block[:, index].repeat_interleave(rows, dim=0) if rows > 1 else per_block[:, index]
+
+    def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:
+        """float32 [Np, C], the work weight's columns from `start` on -> nearest decoded values."""
+        scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
+        return self.element.round(self._to_units(columns, scale)) * scale
+
+    def bracket_columns(
+        self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The decoded neighbours lo <= w <= hi of each weight (equal on the grid and beyond its ends)."""
+        scale = self.column_scale(qp, start, start + columns.shape[1], work_shape)
+        lo, hi = (part * scale for part in self.element.bracket(self._to_units(columns, scale)))
+        return (torch.minimum(lo, hi), torch.maximum(lo, hi)) if self.signed_scales else (lo, hi)
+
+    def levels(self, device: torch.device) -> Tensor | None:
+        """Ascending float32 [L] where every weight decodes to level * effective scale; None with zero points or own codebooks."""
+        return self.element.values(device)
+
+    def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
+        """The values within reach of the weights in `columns`, int64 [C], in any order."""
+        return ColumnGrid(
+            self.element.values(columns.device), self._gather_columns(qp.effective(), columns, work_shape)
+        )
+
+    def _gather_columns(self, per_block: Tensor, columns: Tensor, work_shape: tuple[int, int]) -> Tensor:
+        rows, cols = self.block(work_shape)
+        gathered = per_block[:, columns // cols]
+        return gathered.repeat_interleave(rows, dim=0) if rows > 1 else gathered
+
+    def decoding_error(self, work: Tensor, codes: Tensor, qp: QParams) -> float:
+        """Relative Frobenius error of the decoded codes against the work weight; on a CPU slice by slice, in the cache."""
+        wrong = total = 0.0
+        for rows, blocks in self._slices(work, self.block(shape_of(work))):
+            reference = work[rows]
+            decoded = self.decode(codes[rows], qp.rows(blocks))
+            wrong += float(decoded.sub_(reference).norm()) ** 2
+            total += float(reference.norm()) ** 2
+        if not math.isfinite(wrong + total):  # squares of 1e20 and above
+            return relative_error(work, self.decode(codes, qp))
+        return math.sqrt(wrong / total) if total else math.sqrt(wrong) and math.inf
