@@ -65,7 +65,14 @@ class ElementGrid(BlockGeometry):
 
     def absmax(self, work: Tensor) -> QParams:
         """The default scales: the block's largest magnitude lands on the element's largest value."""
-        return self.qparams(divide(block_absmax(work, self.block(shape_of(work))), self.element.max))
+        return self.qparams(divide(self._block_absmax(work), self.element.max))
+
+    def _block_view(self, work: Tensor) -> Tensor:
+        """[N, K] -> view [NB, bn, KB, bk]; scales [NB, KB] broadcast over it as scale[:, None, :, None]."""
+        return block_view(work, self.block(shape_of(work)))
+
+    def _block_absmax(self, work: Tensor) -> Tensor:
+        return block_absmax(work, self.block(shape_of(work)))
 
     def absmax_under(self, rows: Tensor, largest: Tensor) -> QParams:
         """absmax for some rows of a work weight whose largest magnitude is `largest`, float32 ()."""
@@ -83,11 +90,10 @@ class ElementGrid(BlockGeometry):
 
         For a part of a weight: of a whole one on a GPU it takes up to four copies, and `tiles.encode_rows` one slice.
         """
-        work = work.contiguous()
-        block, scale = self.block(shape_of(work)), qp.effective()
+        work, scale = work.contiguous(), qp.effective()
         codes = torch.empty(work.shape, dtype=self.element.dtype, device=work.device)
-        for rows, blocks in self._slices(work, block):
-            x = self._to_units(block_view(work[rows], self._slice_block(block, rows)), scale[blocks][:, None, :, None])
+        for rows, blocks in self._slices(work):
+            x = self._to_units(self._block_view(work[rows]), scale[blocks][:, None, :, None])
             codes[rows] = self.element.encode(x).view(-1, work.shape[1])
         return codes
 
@@ -97,10 +103,10 @@ class ElementGrid(BlockGeometry):
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
         """codes [Np, Kp] -> float32 work weight, value = element * effective scale."""
-        block, scale = self.block(shape_of(codes)), qp.effective()
+        scale = qp.effective()
         work = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for rows, blocks in self._slices(codes, block):
-            view = block_view(self.element.decode(codes[rows]), self._slice_block(block, rows))
+        for rows, blocks in self._slices(codes):
+            view = self._block_view(self.element.decode(codes[rows]))
             work[rows] = (view * scale[blocks][:, None, :, None]).view(-1, codes.shape[1])
         return work
 
@@ -108,29 +114,17 @@ class ElementGrid(BlockGeometry):
         """Round to nearest: float32 [Np, Kp], every value exactly what decode gives."""
         return self.decode(self.encode(work, qp), qp)
 
-    @staticmethod
-    def _slices(work: Tensor, block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    def _slices(self, work: Tensor) -> Iterator[tuple[slice, slice]]:
         """Row slices of the weight and of the scale grid: whole on a GPU, cache-sized on a CPU."""
         poll()
-        n, k = work.shape
-        if work.is_cuda or n * k <= _CPU_SLICE:
-            yield slice(0, n), slice(0, n // block[0])
-            return
-        if block[0] == n and n > 1:  # one scale for all rows: any slice has the same block row
-            step = max(1, _CPU_SLICE // k)
-            for start in range(0, n, step):
-                poll()
-                yield slice(start, min(start + step, n)), slice(0, 1)
-            return
-        step = max(1, _CPU_SLICE // (k * block[0])) * block[0]
+        shape = n, k = shape_of(work)
+        one_scale = self.granularity is Granularity.TENSOR  # any slice lies under it
+        height = 1 if one_scale else self.block(shape)[0]
+        step = n if work.is_cuda or n * k <= _CPU_SLICE else max(1, _CPU_SLICE // (k * height)) * height
         for start in range(0, n, step):
             poll()
             stop = min(start + step, n)
-            yield slice(start, stop), slice(start // block[0], stop // block[0])
-
-    @staticmethod
-    def _slice_block(block: tuple[int, int], rows: slice) -> tuple[int, int]:
-        return min(block[0], rows.stop - rows.start), block[1]
+            yield slice(start, stop), slice(0, 1) if one_scale else slice(start // height, stop // height)
 
     # ---- columns: what error feedback and learned rounding need ------------------------------------------------
     def column_scale(self, qp: QParams, start: int, stop: int, work_shape: tuple[int, int]) -> Tensor:
@@ -173,7 +167,7 @@ class ElementGrid(BlockGeometry):
     def decoding_error(self, work: Tensor, codes: Tensor, qp: QParams) -> float:
         """Relative Frobenius error of the decoded codes against the work weight; on a CPU slice by slice, in the cache."""
         wrong = total = 0.0
-        for rows, blocks in self._slices(work, self.block(shape_of(work))):
+        for rows, blocks in self._slices(work):
             reference = work[rows]
             decoded = self.decode(codes[rows], qp.rows(blocks))
             wrong += float(decoded.sub_(reference).norm()) ** 2

@@ -96,6 +96,17 @@ def test_the_sliced_error_is_the_whole_error(fmt):
 
 
 @every_format
+def test_the_error_of_a_single_row_of_blocks_is_measured_too(fmt):
+    """Its rows share their scales, and are more than one slice of the weights."""
+    rows = max(fmt.block_rows, 32)
+    work = fmt.prepare(normal((rows, 16384), 4))
+    qp = fmt.absmax(work)
+    codes = fmt.encode(work, qp)
+    decoded = fmt.decode(codes, qp)
+    assert fmt.decoding_error(work, codes, qp) == pytest.approx(float((decoded - work).norm() / work.norm()), rel=1e-5)
+
+
+@every_format
 @pytest.mark.parametrize("shape", [(1100, 2048), (4096, 1024)], ids=str)
 def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
     if fmt.problem(shape) or not fmt.rows_are_independent:
