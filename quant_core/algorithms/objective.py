@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..formats.base import Format
+from ..numerics.scales import shape_of
+from ..numerics.slices import row_slices
 from .evidence import Evidence
 
 _SLICE = 1 << 24  # weights whose product with the Hessian is held at once
@@ -49,9 +51,8 @@ class Objective:
     def loss(self, error: Tensor) -> float:
         """tr(E H E^T) for E float32 [Np, Kp], summed in float64; >= 0."""
         total = torch.zeros((), dtype=torch.float64, device=error.device)
-        step = max(1, _SLICE // error.shape[1])
-        for start in range(0, error.shape[0], step):
-            part = error[start : start + step]
+        for rows in row_slices(shape_of(error), _SLICE):
+            part = error[rows]
             if self.hessian is not None:
                 weighted = part @ self.hessian
             else:

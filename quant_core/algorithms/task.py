@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats.base import Format
-from ..formats.tiles import encode_rows
+from ..formats.slices import encode_rows
 from ..numerics.scales import QParams
 from .objective import Aim, Objective
 

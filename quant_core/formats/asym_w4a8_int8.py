@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cancel import poll
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.ranks import look_up, rank_table
 from ..numerics.scale_dtypes import SCALE_E4M3
-from ..numerics.scales import Granularity, QParams, divide
+from ..numerics.scales import Granularity, QParams, divide, shape_of
+from ..numerics.slices import row_slices
 from .base import Format
 from .families.rotated import RotatedFormat
 from .records import ColumnGrid, Runtime, TensorSpec
@@ -76,12 +76,10 @@ class W4A8(RotatedFormat):
     def absmax(self, work: Tensor) -> QParams:
         """Least-squares group scales that start from absmax, as the reference encoder chooses them."""
         table = choose_codebook(work, self.group_size)
-        step = max(1, _SLICE // work.shape[1])
-        parts = [self._fit_scales(work[r : r + step], table) for r in range(0, work.shape[0], step)]
+        parts = [self._fit_scales(work[rows], table) for rows in row_slices(shape_of(work), _SLICE)]
         return QParams(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), codebook=table)
 
     def _fit_scales(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        poll()
         grouped = rows.view(rows.shape[0], -1, self.group_size)
         scale = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY)
         levels = look_up(table, _nearest(grouped / scale, table))
@@ -108,24 +106,21 @@ class W4A8(RotatedFormat):
         return (scale[..., None] * table).round_().clamp_(-127, 127)
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
-        n, k = work.shape
-        codes = torch.empty((n, k), dtype=torch.uint8, device=work.device)
-        step = max(1, _SLICE // k)
-        for r in range(0, n, step):
-            poll()
-            levels = self._levels(qp.scale[r : r + step], qp.codebook).view(-1, 16)
-            units = (work[r : r + step] / qp.parent[r : r + step]).view(-1, self.group_size)
-            codes[r : r + step] = _nearest_of(units, levels).to(torch.uint8).view(-1, k)
+        shape = shape_of(work)
+        codes = torch.empty(shape, dtype=torch.uint8, device=work.device)
+        for rows in row_slices(shape, _SLICE):
+            levels = self._levels(qp.scale[rows], qp.codebook).view(-1, 16)
+            units = (work[rows] / qp.parent[rows]).view(-1, self.group_size)
+            codes[rows] = _nearest_of(units, levels).to(torch.uint8).view(-1, shape[1])
         return codes
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
         n, k = codes.shape
         work = torch.empty((n, k), dtype=torch.float32, device=codes.device)
-        step = max(1, _SLICE // k)
-        for r in range(0, n, step):
-            values = look_up(qp.codebook, codes[r : r + step]).view(-1, k // self.group_size, self.group_size)
-            units = (values * qp.scale[r : r + step, :, None]).round_().clamp_(-127, 127)
-            work[r : r + step] = units.view(-1, k) * qp.parent[r : r + step]
+        for rows in row_slices((n, k), _SLICE):
+            values = look_up(qp.codebook, codes[rows]).view(-1, k // self.group_size, self.group_size)
+            units = (values * qp.scale[rows, :, None]).round_().clamp_(-127, 127)
+            work[rows] = units.view(-1, k) * qp.parent[rows]
         return work
 
     def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:

@@ -42,7 +42,9 @@ class BlockGeometry(ABC):
 
     def _offered(self, field: str, value: int, offered: tuple[int, ...]) -> int:
         if value not in offered:
-            rest = f"Choose one of {', '.join(map(str, offered))}." if offered else "This format has none: leave it out."
+            rest = (
+                f"Choose one of {', '.join(map(str, offered))}." if offered else "This format has none: leave it out."
+            )
             raise RequestError(f"{value} is not offered by {self.name}. {rest}", field)
         return value
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cancel import poll
 from ..numerics.hadamard import rotate_columns, rotate_hessian
 from ..numerics.metrics import relative_error
 from ..numerics.scale_dtypes import SCALE_F32, ScaleDtype
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, block_absmax, block_view, divide, shape_of
+from ..numerics.slices import row_slices
 from .geometry import BlockGeometry
 from .records import ColumnGrid
 
@@ -88,7 +88,7 @@ class ElementGrid(BlockGeometry):
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
         """Nearest codes [Np, Kp] under these scales. Values already on the grid keep their codes.
 
-        For a part of a weight: of a whole one on a GPU it takes up to four copies, and `tiles.encode_rows` one slice.
+        For a part of a weight: of a whole one on a GPU it takes up to four copies, and `slices.encode_rows` one slice.
         """
         work, scale = work.contiguous(), qp.effective()
         codes = torch.empty(work.shape, dtype=self.element.dtype, device=work.device)
@@ -116,15 +116,11 @@ class ElementGrid(BlockGeometry):
 
     def _slices(self, work: Tensor) -> Iterator[tuple[slice, slice]]:
         """Row slices of the weight and of the scale grid: whole on a GPU, cache-sized on a CPU."""
-        poll()
-        shape = n, k = shape_of(work)
+        shape = shape_of(work)
         one_scale = self.granularity is Granularity.TENSOR  # any slice lies under it
         height = 1 if one_scale else self.block(shape)[0]
-        step = n if work.is_cuda or n * k <= _CPU_SLICE else max(1, _CPU_SLICE // (k * height)) * height
-        for start in range(0, n, step):
-            poll()
-            stop = min(start + step, n)
-            yield slice(start, stop), slice(0, 1) if one_scale else slice(start // height, stop // height)
+        for rows in row_slices(shape, work.numel() if work.is_cuda else _CPU_SLICE, height):
+            yield rows, slice(0, 1) if one_scale else slice(rows.start // height, rows.stop // height)
 
     # ---- columns: what error feedback and learned rounding need ------------------------------------------------
     def column_scale(self, qp: QParams, start: int, stop: int, work_shape: tuple[int, int]) -> Tensor:

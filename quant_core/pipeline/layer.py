@@ -18,8 +18,7 @@ from ..algorithms.rounders.nearest import Nearest
 from ..algorithms.task import Rounded, ScaleTask, Task, layer_generator
 from ..cancel import poll
 from ..formats.base import Format
-from ..formats.streamed import can_slice, quantize_rows
-from ..formats.tiles import errors_by_rows
+from ..formats.slices import can_stream, errors_by_rows, quantize_streamed
 from ..numerics.footprint import choose_device, following_bytes, free_bytes, needed_bytes
 from ..numerics.precision import tensor_core_products
 from ..policy.recipe import Recipe
@@ -134,8 +133,8 @@ def _quantize(job: _Job) -> LayerResult:
     if fmt != recipe.format:
         notes = (f"rotation group {fmt.rotation}: {recipe.format.rotation} does not divide {shape[1]}",)
     nothing_more = job.bias is None and not job.wants_residual and job.followed is None
-    if recipe.plain and nothing_more and can_slice(fmt, job.w):
-        tensors, error = quantize_rows(fmt, job.w, job.measure)
+    if recipe.plain and nothing_more and can_stream(fmt, job.w):
+        tensors, error = quantize_streamed(fmt, job.w, job.measure)
         return LayerResult(tensors, config, error, notes)
     device, placed = _place(job)
     own = fmt.prepare(job.w.to(device, torch.float32))

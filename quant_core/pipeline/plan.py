@@ -29,7 +29,7 @@ RECIPE_KEY = "quantpress"
 _BASE_BYTES = 350_000_000
 # Float32 copies of one weight that exist at once: the weight, its prepared form, and slices of temporaries.
 _WORK_COPIES = 3
-# Rounding to nearest works through a few rows at a time (formats/streamed.py).
+# Rounding to nearest works through a few rows at a time (formats/slices.py).
 _SLICE_BYTES = 32_000_000
 _READ_AHEAD_AND_UNWRITTEN = 3
 # Float32 copies of a Hessian: as read, the triangle on disk, damped, and factored.

@@ -22,7 +22,7 @@ from comfyui_quantpress.quant_core.algorithms.objective import Objective
 from comfyui_quantpress.quant_core.algorithms.task import Task
 from comfyui_quantpress.quant_core.cancel import cancel_scope, poll
 from comfyui_quantpress.quant_core.errors import Cancelled
-from comfyui_quantpress.quant_core.formats import all_formats, get_format, tiles
+from comfyui_quantpress.quant_core.formats import all_formats, get_format, slices
 from comfyui_quantpress.quant_core.pipeline import layer
 from comfyui_quantpress.quant_core.pipeline.layer import quantize_layer
 from comfyui_quantpress.quant_core.policy.recipe import parse_recipe
@@ -207,7 +207,7 @@ def test_learning_takes_at_most_three_copies_of_the_weight_beyond_weight_and_hes
     optimizer, relaxation, turns, objective, name, monkeypatch
 ):
     monkeypatch.setattr(neighbours, "FEWEST", 0)
-    monkeypatch.setitem(tiles._SLICE, "cpu", (1 << 20) * 2**21 // 3072**2)
+    monkeypatch.setitem(slices._SLICE, "cpu", (1 << 20) * 2**21 // 3072**2)
     monkeypatch.setattr(layer, "JUDGED_AT_ONCE", (1 << 20) * 2**21 // 3072**2)
     w = weight(1024, 1024)
     hessian = w.T @ w

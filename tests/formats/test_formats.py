@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_quantpress.quant_core.errors import RequestError
 from comfyui_quantpress.quant_core.formats import all_formats, format_of_layer, get_format
-from comfyui_quantpress.quant_core.formats.streamed import can_slice, quantize_rows
+from comfyui_quantpress.quant_core.formats.slices import can_stream, quantize_streamed
 from comfyui_quantpress.quant_core.numerics.elements import E2M1, E4M3, E5M2, FP4, INT4, INT8, NF4
 from comfyui_quantpress.quant_core.numerics.packing import (
     pack_nibbles,
@@ -114,10 +114,10 @@ def test_row_slices_give_the_bytes_of_the_whole(fmt, shape):
     w = normal(shape, 12).bfloat16()
     w[300:600] *= 30
     if not fmt.rows_are_independent:
-        assert not can_slice(fmt, w)
+        assert not can_stream(fmt, w)
         return
-    assert can_slice(fmt, w)
-    tensors, error = quantize_rows(fmt, w)
+    assert can_stream(fmt, w)
+    tensors, error = quantize_streamed(fmt, w)
     whole = fmt.quantize(w)
     assert tensors.keys() == whole.keys()
     for name, tensor in whole.items():

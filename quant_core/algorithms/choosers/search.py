@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...cancel import poll
-from ...formats.tiles import errors_by_rows, row_slices, tile
+from ...formats.slices import block_row_slices, errors_by_rows, tile
 from ...numerics.scales import QParams, block_view
 from ...numerics.triton_kernels import runs_triton
 from ..options import setting
@@ -121,7 +121,7 @@ def block_loss(task: ScaleTask, qp: QParams) -> Tensor:
     if (sums := _fused_sums(task, qp)) is not None:
         return sums[0]
     parts = []
-    for rows in row_slices(fmt, task.work):
+    for rows in block_row_slices(fmt, task.work):
         part = task.work[rows]
         error = fmt.round(part, tile(fmt, qp, shape, rows, slice(0, shape[1]))).sub_(part).square_()
         if weights is not None:
@@ -187,7 +187,7 @@ def least_squares(task: ScaleTask, qp: QParams, rounded: Tensor | None = None) -
     if rounded is None and (fused := _fused_sums(task, qp)) is not None:
         return _fit_scale(task, qp, fused[1], fused[2])
     fmt, shape = task.fmt, task.shape
-    parts = [_sums_of_rows(task, qp, rounded, rows) for rows in row_slices(fmt, task.work)]
+    parts = [_sums_of_rows(task, qp, rounded, rows) for rows in block_row_slices(fmt, task.work)]
     whole_columns = fmt.block(shape)[0] == shape[0]  # then every slice holds a share of the same blocks
     sums = Sums(*(_total(parts) if whole_columns and len(parts) > 1 else torch.cat(parts, dim=1)))
     if qp.zero is None:

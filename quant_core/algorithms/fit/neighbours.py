@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...formats.base import Format
-from ...formats.tiles import encode_rows, tile
-from ...numerics.scales import Granularity, QParams
+from ...formats.slices import encode_rows, tile
+from ...numerics.scales import QParams
+from ...numerics.slices import row_slices
 
 # Weights in a slice: at least so many, so that a GPU has enough to do; on a CPU at most so many, to stay in its cache.
 FEWEST, _MOST_ON_CPU = 1 << 18, 1 << 19
@@ -34,13 +35,10 @@ class Neighbours:
 
     def slices(self, parts: int) -> list[slice]:
         """About `parts` slices of whole block rows, fewer in a small layer. Only shape and device type count."""
-        n, k = self.shape
         parts = parts if self.qp.codebook is None else parts * _OWN_CODEBOOK
-        weights = max(FEWEST, n * k // parts)
+        weights = max(FEWEST, self.work.numel() // parts)
         weights = weights if self.work.is_cuda else min(weights, _MOST_ON_CPU)
-        unit = self.fmt.block((n, k))[0] if self.fmt.granularity is Granularity.BLOCK else 1
-        step = max(1, weights // (k * unit)) * unit
-        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+        return list(row_slices(self.shape, weights, self.fmt.block_rows))
 
     def _part(self, rows: slice) -> tuple[Tensor, QParams]:
         return self.work[rows], tile(self.fmt, self.qp, self.shape, rows, slice(0, self.shape[1]))

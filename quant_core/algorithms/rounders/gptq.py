@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...cancel import poll
 from ...formats.base import Format
-from ...formats.tiles import group_columns
+from ...formats.slices import group_columns
 from ...numerics.precision import tensor_core_products
 from ...numerics.scales import QParams
 from ..factor import Factor, column_order, damped, factor

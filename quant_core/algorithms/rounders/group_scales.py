@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...cancel import poll
 from ...formats.base import Format
-from ...formats.tiles import group_columns, tile
+from ...formats.slices import group_columns, tile
 from ...numerics.scales import Granularity, QParams, block_absmax
 from ..choosers.search import refine
 from ..task import ScaleTask, Task

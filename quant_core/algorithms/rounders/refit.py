@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cancel import poll
 from ...formats.base import Format
-from ...formats.tiles import group_columns, row_slices, tile
+from ...formats.slices import block_row_slices, group_columns, tile
 from ...numerics.scales import Granularity, QParams, block_view
 from ..task import Task
 
@@ -37,7 +37,7 @@ def refit_scales(task: Task, hessian: Tensor, qp: QParams, errors: Tensor, added
     for start in range(0, shape[1], width):
         cols = slice(start, start + width)
         part = task.work[:, cols]
-        for rows in row_slices(fmt, part):
+        for rows in block_row_slices(fmt, part):
             poll()
             current = tile(fmt, result, shape, rows, cols)  # views into `scale`, `zero`
             new, keep = _refit_block(fmt, current, part[rows], errors[rows], cols, hessian, added)
