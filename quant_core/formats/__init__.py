@@ -87,8 +87,8 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
     found = ", ".join(f"{suffix} {list(shape)}" for suffix, shape in shapes.items())
     if missing:
         raise RequestError(
-            f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. Take the file from its "
-            "source again, or quantize the original anew."
+            f"{layer}: stored as {on_disk}, but {' and '.join(missing)} is missing; found {found}. "
+            "Take the file from its source again, or quantize the original anew."
         )
     raise RequestError(
         f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "

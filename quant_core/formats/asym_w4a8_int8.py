@@ -6,7 +6,7 @@ weights therefore depends on its scale, so this format brings its own rounding i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.ranks import look_up, rank_table
 from ..numerics.scale_dtypes import SCALE_E4M3
-from ..numerics.scales import Granularity, QParams, divide, shape_of
+from ..numerics.scales import Granularity, QParams, divide, given, shape_of
 from ..numerics.slices import row_slices
-from .base import Format
 from .families.rotated import RotatedFormat
 from .records import ColumnGrid, Runtime, TensorSpec
 
@@ -44,6 +43,8 @@ DEFAULT_CODEBOOK = CodebookElement(
     ),
 )
 
+Self = TypeVar("Self", bound="W4A8")
+
 _TINY = 1e-8  # floors of the reference encoder
 _SCALE_PASSES = 2  # alternations of codes and least-squares group scales
 _GAUSSIAN_KURTOSIS = -0.1  # excess kurtosis of the normalised groups above which a table is fitted
@@ -64,7 +65,7 @@ class W4A8(RotatedFormat):
         n, k = shape
         return (
             TensorSpec("weight", torch.int8, (n, k // 2)),
-            TensorSpec("weight_s_rel", torch.float8_e4m3fn, (n, k // self.group_size)),
+            TensorSpec("weight_s_rel", torch.float8_e4m3fn, (n, k // self.group)),
             TensorSpec("weight_s_channel", torch.float32, (n,)),
             TensorSpec("weight_codebook", torch.float32, (16,), row_axis=None, optional=True, signed=True),
         )
@@ -75,12 +76,12 @@ class W4A8(RotatedFormat):
     # ---- scales ------------------------------------------------------------------------------------------------
     def absmax(self, work: Tensor) -> QParams:
         """Least-squares group scales that start from absmax, as the reference encoder chooses them."""
-        table = choose_codebook(work, self.group_size)
+        table = choose_codebook(work, self.group)
         parts = [self._fit_scales(work[rows], table) for rows in row_slices(shape_of(work), _SLICE)]
         return QParams(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), codebook=table)
 
     def _fit_scales(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        grouped = rows.view(rows.shape[0], -1, self.group_size)
+        grouped = rows.view(rows.shape[0], -1, self.group)
         scale = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY)
         levels = look_up(table, _nearest(grouped / scale, table))
         for _ in range(_SCALE_PASSES):
@@ -96,7 +97,7 @@ class W4A8(RotatedFormat):
             table = torch.tensor(DEFAULT_CODEBOOK.table, device=effective.device)
             channel = divide(effective.amax(dim=1, keepdim=True) * table.abs().max(), 127.0).clamp(min=_TINY)
         else:
-            table, channel = like.codebook, like.parent
+            table, channel = given(like.codebook), given(like.parent)
         return QParams(self.scale_dtype.snap((effective / channel).clamp(min=2.0**-9)), channel, codebook=table)
 
     # ---- codes -------------------------------------------------------------------------------------------------
@@ -106,27 +107,28 @@ class W4A8(RotatedFormat):
         return (scale[..., None] * table).round_().clamp_(-127, 127)
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
-        shape = shape_of(work)
+        shape, table, channel = shape_of(work), given(qp.codebook), given(qp.parent)
         codes = torch.empty(shape, dtype=torch.uint8, device=work.device)
         for rows in row_slices(shape, _SLICE):
-            levels = self._levels(qp.scale[rows], qp.codebook).view(-1, 16)
-            units = (work[rows] / qp.parent[rows]).view(-1, self.group_size)
+            levels = self._levels(qp.scale[rows], table).view(-1, 16)
+            units = (work[rows] / channel[rows]).view(-1, self.group)
             codes[rows] = _nearest_of(units, levels).to(torch.uint8).view(-1, shape[1])
         return codes
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
         n, k = codes.shape
+        table, channel = given(qp.codebook), given(qp.parent)
         work = torch.empty((n, k), dtype=torch.float32, device=codes.device)
         for rows in row_slices((n, k), _SLICE):
-            values = look_up(qp.codebook, codes[rows]).view(-1, k // self.group_size, self.group_size)
+            values = look_up(table, codes[rows]).view(-1, k // self.group, self.group)
             units = (values * qp.scale[rows, :, None]).round_().clamp_(-127, 127)
-            work[rows] = units.view(-1, k) * qp.parent[rows]
+            work[rows] = units.view(-1, k) * channel[rows]
         return work
 
     def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:
         levels, units = self._column_levels(columns, qp, start, work_shape)
         index = _nearest_of(units.reshape(-1, 1), levels.reshape(-1, 16))
-        return torch.gather(levels.reshape(-1, 16), 1, index).view(columns.shape) * qp.parent
+        return torch.gather(levels.reshape(-1, 16), 1, index).view(columns.shape) * given(qp.parent)
 
     def bracket_columns(
         self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
@@ -137,28 +139,29 @@ class W4A8(RotatedFormat):
         above = torch.searchsorted(flat, x).clamp_(max=15)
         hi = torch.gather(flat, 1, above)
         lo = torch.where(hi == x, hi, torch.gather(flat, 1, (above - 1).clamp_(min=0)))
-        return lo.view(columns.shape) * qp.parent, hi.view(columns.shape) * qp.parent
+        channel = given(qp.parent)
+        return lo.view(columns.shape) * channel, hi.view(columns.shape) * channel
 
     def levels(self, device: torch.device) -> Tensor | None:
         return None
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
-        levels = self._levels(self._gather_columns(qp.scale, columns, work_shape), qp.codebook)
-        return ColumnGrid(levels.contiguous(), qp.parent.expand(work_shape[0], columns.numel()))
+        levels = self._levels(self._gather_columns(qp.scale, columns, work_shape), given(qp.codebook))
+        return ColumnGrid(levels.contiguous(), given(qp.parent).expand(work_shape[0], columns.numel()))
 
     def _column_levels(
         self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         scale = self._expand_columns(qp.scale, start, start + columns.shape[1], work_shape)
-        return self._levels(scale, qp.codebook).contiguous(), columns / qp.parent
+        return self._levels(scale, given(qp.codebook)).contiguous(), columns / given(qp.parent)
 
     # ---- disk --------------------------------------------------------------------------------------------------
     def pack(self, codes: Tensor, qp: QParams, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {
             "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
             "weight_s_rel": self.scale_dtype.store(qp.scale),
-            "weight_s_channel": qp.parent.reshape(-1).contiguous(),
-            "weight_codebook": qp.codebook.clone(),
+            "weight_s_channel": given(qp.parent).reshape(-1).contiguous(),
+            "weight_codebook": given(qp.codebook).clone(),
         }
 
     def runtime_params(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -184,15 +187,17 @@ class W4A8(RotatedFormat):
             ),
         )
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
+    def accepts(self: Self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self | None:
         fmt = super().accepts(config, shapes)
         weight, rel = shapes["weight"], shapes.get("weight_s_rel")
         # A 6-bit variant of the same name has rows of 3K / 4 bytes; it is not written or read here.
-        return fmt if rel is not None and weight[1] * 2 == rel[1] * fmt.group_size else None
+        if fmt is None or rel is None or weight[1] * 2 != rel[1] * fmt.group:
+            return None
+        return fmt
 
 
 def _nearest(x: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest of the 16 sorted values, int32; a tie, judged by the two differences, goes to the lower one."""
+    """Index of the nearest of the 16 sorted values, int32. The two differences decide; a tie goes to the lower one."""
     above = rank_table(tuple(table.tolist()), str(x.device)).rank(x).to(torch.int32)
     lo, hi = (above - 1).clamp_(min=0), above.clamp_(max=table.numel() - 1)
     closer = look_up(table, hi).sub_(x).abs_() < look_up(table, lo).sub_(x).abs_()

@@ -11,7 +11,7 @@ from ..checkpoint.header import TensorInfo
 from ..numerics.elements import CodebookElement
 from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.scale_dtypes import SCALE_BF16
-from ..numerics.scales import Granularity, QParams, block_view, divide
+from ..numerics.scales import Granularity, QParams, divide, given
 from .base import Format
 from .records import ColumnGrid, Runtime, TensorSpec
 
@@ -29,7 +29,7 @@ class AwqW4A16(Format):
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
-        groups = k // self.group_size
+        groups = k // self.group
         return (
             TensorSpec("weight", torch.int8, (n, k // 2)),
             TensorSpec("weight_scale", torch.bfloat16, (groups, n), row_axis=1),
@@ -41,7 +41,7 @@ class AwqW4A16(Format):
 
     def absmax(self, work: Tensor) -> QParams:
         """Here min-max: code 0 lands on the group's smallest weight, code 15 on its largest."""
-        view = block_view(work, self.block(tuple(work.shape)))
+        view = self._block_view(work)
         low, high = view.amin(dim=(1, 3)), view.amax(dim=(1, 3))
         scale = SCALE_BF16.snap((divide(high, 15) - divide(low, 15)).clamp(min=_SCALE_FLOOR))
         # The middle of the 16 codes sits at -0.5: centre them on the group, so that bf16's rounding of the
@@ -50,31 +50,31 @@ class AwqW4A16(Format):
         return QParams(scale, zero=zero)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        zero = SCALE_BF16.snap(like.zero) if like is not None else torch.zeros_like(effective)
+        zero = (
+            SCALE_BF16.snap(like.zero) if like is not None and like.zero is not None else torch.zeros_like(effective)
+        )
         return QParams(SCALE_BF16.snap(effective.clamp(min=_SCALE_FLOOR)), zero=zero)
 
-    def _full(self, per_block: Tensor, work: Tensor) -> Tensor:
-        return (
-            per_block[:, None, :, None]
-            .expand(block_view(work, self.block(tuple(work.shape))).shape)
-            .reshape(work.shape)
-        )
+    def _zeros(self, qp: QParams, work: Tensor) -> Tensor:
+        """float32 [Np, Kp]: every weight's zero point."""
+        zero = given(qp.zero)[:, None, :, None]
+        return zero.expand(self._block_view(work).shape).reshape(work.shape)
 
     def encode(self, work: Tensor, qp: QParams) -> Tensor:
-        return super().encode(work - self._full(qp.zero, work), qp)
+        return super().encode(work - self._zeros(qp, work), qp)
 
     def decode(self, codes: Tensor, qp: QParams) -> Tensor:
         work = super().decode(codes, qp)
-        return work + self._full(qp.zero, work)
+        return work + self._zeros(qp, work)
 
     def round_columns(self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]) -> Tensor:
-        zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
+        zero = self._expand_columns(given(qp.zero), start, start + columns.shape[1], work_shape)
         return super().round_columns(columns - zero, qp, start, work_shape) + zero
 
     def bracket_columns(
         self, columns: Tensor, qp: QParams, start: int, work_shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        zero = self._expand_columns(qp.zero, start, start + columns.shape[1], work_shape)
+        zero = self._expand_columns(given(qp.zero), start, start + columns.shape[1], work_shape)
         lo, hi = super().bracket_columns(columns - zero, qp, start, work_shape)
         return lo + zero, hi + zero
 
@@ -82,9 +82,8 @@ class AwqW4A16(Format):
         return None
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
-        return replace(
-            super().column_grid(qp, columns, work_shape), zero=self._gather_columns(qp.zero, columns, work_shape)
-        )
+        zero = self._gather_columns(given(qp.zero), columns, work_shape)
+        return replace(super().column_grid(qp, columns, work_shape), zero=zero)
 
     def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
         weight, scale = infos["weight"], infos.get("weight_scale")
@@ -100,15 +99,12 @@ class AwqW4A16(Format):
         return {
             "weight": pack_nibbles(codes, high_first=False).view(torch.int8),
             "weight_scale": qp.scale.to(torch.bfloat16).T.contiguous(),
-            "weight_zeros": qp.zero.to(torch.bfloat16).T.contiguous(),
+            "weight_zeros": given(qp.zero).to(torch.bfloat16).T.contiguous(),
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:
-        plain = lambda name: tensors[name].to(torch.float32).T.contiguous()  # noqa: E731
-        return (
-            unpack_nibbles(tensors["weight"], high_first=False),
-            QParams(plain("weight_scale"), zero=plain("weight_zeros")),
-        )
+        scale, zero = (tensors[name].to(torch.float32).T.contiguous() for name in ("weight_scale", "weight_zeros"))
+        return unpack_nibbles(tensors["weight"], high_first=False), QParams(scale, zero=zero)
 
 
 FORMAT = AwqW4A16(

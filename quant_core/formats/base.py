@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from ..numerics.scales import QParams, shape_of
 from .grid import ElementGrid
 from .input_scale import InputScaleRule
 from .records import Runtime, TensorSpec
+
+Self = TypeVar("Self", bound="Format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Format(ElementGrid):
     # ---- disk --------------------------------------------------------------------------------------------------
     @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
-        """The tensors of one layer as written, the weight first, `comfy_quant` excepted. shape: the weight's [N, K]."""
+        """The tensors of one layer as written, without `comfy_quant`. The weight comes first. shape: its [N, K]."""
 
     @cached_property
     def suffixes(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ class Format(ElementGrid):
         return {"format": self.on_disk}
 
     def input_scale_rule(self, config: Mapping[str, Any]) -> InputScaleRule | None:
-        """By what the inputs of a layer with this comfy_quant object are divided; None where its runtime ignores it."""
+        """By what the inputs of a layer with this comfy_quant object are divided; None: its runtime ignores it."""
         return None if config.get("full_precision_matrix_mult") else self.runtime.input_scale
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
@@ -82,15 +84,16 @@ class Format(ElementGrid):
         stored = tensors["weight"]
         return stored[0], stored[1] * (8 // self.element.bits)
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
+    def accepts(self: Self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self | None:
         """This format with the options a stored layer uses, or None when the layer is another variant."""
         if self.group_sizes and config.get("group_size"):
             return replace(self, group_size=int(config["group_size"]))
         return self
 
     def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
-        """The comfy_quant object of a layer that has lost it; None when its tensors are not this format's, or do not tell.
+        """The comfy_quant object of a layer that has lost it.
 
+        None: the tensors are not this format's, or they do not tell.
         infos: {suffix: header entry}, the weight's among them, with two dimensions.
         """
         return None
@@ -98,6 +101,10 @@ class Format(ElementGrid):
     def modelopt_order_fits(self, infos: Mapping[str, TensorInfo]) -> bool:
         """Whether ModelOpt's order of the same tensors has these shapes too; for formats with `modelopt_differs`."""
         return False
+
+    def with_codebook(self: Self, table: Tensor) -> Self:
+        """The format of a layer whose file brought this codebook, float32 [L]. Reading it waits for its device."""
+        return self
 
     # ---- the whole way -----------------------------------------------------------------------------------------
     def quantize(self, w: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..numerics.elements import INT4
 from ..numerics.packing import pack_nibbles, sign_extend_nibbles, unpack_nibbles
-from ..numerics.scales import Granularity, QParams, block_absmax, divide
+from ..numerics.scales import Granularity, QParams, divide
 from .families.rotated import RotatedFormat
 from .records import Runtime, TensorSpec
 
@@ -27,9 +27,7 @@ class ConvRotW4A4(RotatedFormat):
         return {**super().config(shape, dtype), "convrot_groupsize": self.rotation}
 
     def absmax(self, work: Tensor) -> QParams:
-        return QParams(
-            divide(block_absmax(work, self.block(tuple(work.shape))).clamp(min=_ABSMAX_FLOOR), self.element.max)
-        )
+        return QParams(divide(self._block_absmax(work).clamp(min=_ABSMAX_FLOOR), self.element.max))
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=_ABSMAX_FLOOR / self.element.max))

@@ -1,4 +1,4 @@
-"""FP8 E5M2, one scale for the whole tensor: more range, one mantissa bit less; rarely the better choice for weights."""
+"""FP8 E5M2, one scale for the whole tensor: more range, one mantissa bit less. Weights rarely gain by it."""
 
 from ..numerics.elements import E5M2
 from ..numerics.scales import Granularity

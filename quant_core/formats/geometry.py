@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ..errors import RequestError
-from ..numerics.scales import Granularity
+from ..numerics.scales import Granularity, given
 from .records import Element
 
 Self = TypeVar("Self", bound="BlockGeometry")
@@ -82,6 +82,11 @@ class BlockGeometry(ABC):
 
     def scale_grid(self, work_shape: tuple[int, int]) -> tuple[int, int]:
         return self.granularity.grid(work_shape, self.group_size)
+
+    @property
+    def group(self) -> int:
+        """group_size, of a format that has one."""
+        return given(self.group_size)
 
     @property
     def block_rows(self) -> int:

@@ -36,7 +36,7 @@ class ElementGrid(BlockGeometry):
     rows_are_independent: bool = True  # but for the tensor's absmax
 
     def prepare(self, w: Tensor) -> Tensor:
-        """float32 [N, K] -> work [Np, Kp]: padded, then rotated. May return w itself; callers must not write into it."""
+        """float32 [N, K] -> work [Np, Kp]: padded, then rotated. May return w itself: do not write into the result."""
         n, k = w.shape
         rows, cols = self.work_shape((n, k))
         if (rows, cols) != (n, k):
@@ -55,7 +55,7 @@ class ElementGrid(BlockGeometry):
         return work[: shape[0], : shape[1]]
 
     def prepare_hessian(self, h: Tensor) -> Tensor:
-        """float32 [K, K], X^T X of the layer's inputs -> the same for the work weight's columns [Kp, Kp]. May overwrite h."""
+        """float32 [K, K], X^T X of the layer's inputs -> [Kp, Kp], of the work weight's columns. May overwrite h."""
         pad = self.work_shape((1, h.shape[0]))[1] - h.shape[0]
         if pad:
             h = torch.nn.functional.pad(h, (0, pad, 0, pad))
@@ -81,7 +81,10 @@ class ElementGrid(BlockGeometry):
         return self.absmax(rows)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        """Wished effective scales [NB, KB], float32 >= 0 -> storable ones. like: whose parent, zero, codebook to keep."""
+        """Wished effective scales [NB, KB], float32 >= 0 -> storable ones.
+
+        like: keep its parent, zero point and codebook.
+        """
         scale = torch.where(effective > 0, effective.clamp(SCALE_FLOOR), torch.ones_like(effective))
         return QParams(self.scale_dtype.snap(scale))
 
@@ -146,7 +149,10 @@ class ElementGrid(BlockGeometry):
         return (torch.minimum(lo, hi), torch.maximum(lo, hi)) if self.signed_scales else (lo, hi)
 
     def levels(self, device: torch.device) -> Tensor | None:
-        """Ascending float32 [L] where every weight decodes to level * effective scale; None with zero points or own codebooks."""
+        """Ascending float32 [L] where every weight decodes to level * effective scale.
+
+        None for a format with zero points, or with levels that depend on the scale.
+        """
         return self.element.values(device)
 
     def column_grid(self, qp: QParams, columns: Tensor, work_shape: tuple[int, int]) -> ColumnGrid:
@@ -161,7 +167,7 @@ class ElementGrid(BlockGeometry):
         return gathered.repeat_interleave(rows, dim=0) if rows > 1 else gathered
 
     def decoding_error(self, work: Tensor, codes: Tensor, qp: QParams) -> float:
-        """Relative Frobenius error of the decoded codes against the work weight; on a CPU slice by slice, in the cache."""
+        """Relative Frobenius error of the decoded codes against the work weight. A CPU takes it slice by slice."""
         wrong = total = 0.0
         for rows, blocks in self._slices(work):
             reference = work[rows]

@@ -29,7 +29,7 @@ class InputScaleRule:
     absent: Absent
 
     def scale_for(self, magnitude: float) -> float:
-        """The input_scale under which `magnitude` is the largest value represented; 1.0 for a layer that saw only zeros."""
+        """The input_scale under which `magnitude` is the largest value represented; 1.0 where all inputs were 0."""
         if not math.isfinite(magnitude) or magnitude < 0:
             raise RequestError(f"the largest input is {magnitude}; a finite number >= 0 is needed. Capture again.")
         return magnitude / self.largest if magnitude > 0 else 1.0

@@ -12,7 +12,7 @@ from .records import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Int8TensorwiseFamily(PlainFormat):
-    """The variants of ComfyUI's `int8_tensorwise`. A block of zeros gets the scale 1e-30, as comfy-kitchen writes it."""
+    """The variants of ComfyUI's `int8_tensorwise`. A block of zeros gets the scale 1e-30, as in comfy-kitchen."""
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
         return QParams(effective.clamp(min=SCALE_FLOOR))

@@ -11,7 +11,7 @@ from ..checkpoint.header import TensorInfo
 from ..numerics.elements import E2M1
 from ..numerics.packing import pack_nibbles, swizzle_scales, swizzled_shape, unpack_nibbles, unswizzle_scales
 from ..numerics.scale_dtypes import SCALE_E4M3
-from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, block_absmax, divide
+from ..numerics.scales import SCALE_FLOOR, Granularity, QParams, divide, given
 from .families.padded import PaddedBlockFormat
 from .input_scale import Absent, InputScaleRule
 from .records import Runtime, TensorSpec
@@ -36,23 +36,24 @@ class Nvfp4(PaddedBlockFormat):
         return self._absmax(rows, largest)
 
     def _absmax(self, work: Tensor, tensor_largest: Tensor | None) -> QParams:
-        largest = block_absmax(work, self.block(tuple(work.shape)))
+        largest = self._block_absmax(work)
         tensor_largest = largest.max() if tensor_largest is None else tensor_largest
         # amax / (448 * 6) in one division, as the reference writes it; dividing twice can differ by an ulp.
         parent = divide(tensor_largest, _LARGEST_SCALE * self.element.max).clamp(min=SCALE_FLOOR)
         return self._under(divide(largest, self.element.max), parent)
 
     def qparams(self, effective: Tensor, like: QParams | None = None) -> QParams:
-        parent = like.parent if like is not None else divide(effective.max(), _LARGEST_SCALE).clamp(min=SCALE_FLOOR)
-        return self._under(effective, parent)
+        if like is not None:
+            return self._under(effective, given(like.parent))
+        return self._under(effective, divide(effective.max(), _LARGEST_SCALE).clamp(min=SCALE_FLOOR))
 
     def _under(self, effective: Tensor, parent: Tensor) -> QParams:
         return QParams(self.scale_dtype.snap(effective / parent), parent)
 
     def recognise(self, infos: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
-        scale = infos.get("weight_scale")
-        known = "weight_scale_2" in infos and infos["weight"].dtype == "U8" and scale is not None
-        return {"format": self.on_disk} if known and scale.dtype in ("U8", "F8_E4M3", "F8_E8M0") else None
+        if "weight_scale_2" not in infos or "weight_scale" not in infos or infos["weight"].dtype != "U8":
+            return None
+        return {"format": self.on_disk} if infos["weight_scale"].dtype in ("U8", "F8_E4M3", "F8_E8M0") else None
 
     def modelopt_order_fits(self, infos: Mapping[str, TensorInfo]) -> bool:
         rows, half = infos["weight"].shape
@@ -66,7 +67,7 @@ class Nvfp4(PaddedBlockFormat):
         return {
             "weight": pack_nibbles(codes, high_first=True),
             "weight_scale": swizzle_scales(self.scale_dtype.store(qp.scale)),
-            "weight_scale_2": qp.parent.reshape(()).clone(),
+            "weight_scale_2": given(qp.parent).reshape(()).clone(),
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, QParams]:

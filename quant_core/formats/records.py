@@ -64,8 +64,8 @@ class Runtime:
     min_capability: CUDA compute capability of a fast matmul, None when every device dequantizes.
     quantizes_input: the runtime also quantizes the activations.
     input_scale: by what it divides them first; None when it ignores the tensor.
-    kernel: how the kernels of this pack decode a code; see layouts/kernels/weight.py. None: they do not run the format,
-    and it dequantizes everywhere.
+    kernel: how the kernels of this pack decode a code; see layouts/kernels/weight.py. None: they do not know it, and
+    the format dequantizes everywhere.
     kitchen_layout: the layout's name in comfy-kitchen, where ComfyUI's own variant of it has another.
     """
 
@@ -82,8 +82,8 @@ class Runtime:
 class ColumnGrid:
     """The decoded values that weights of some columns can take: `zero + scale * levels`.
 
-    levels: float32 ascending, [L] for all weights or [N, C, L] per weight. scale: float32 [N, C], negative only with signed_scales.
-    zero: float32 [N, C], or None for 0.
+    levels: float32 ascending, [L] for all weights or [N, C, L] per weight.
+    scale: float32 [N, C], negative only with signed_scales. zero: float32 [N, C], or None for 0.
     """
 
     levels: Tensor

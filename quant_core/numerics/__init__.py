@@ -1,1 +1,1 @@
-"""Tensors only: elements, scales, packing, rotations, and how far two tensors are apart. Knows no format and no file."""
+"""Tensors only: elements, scales, packing, rotations, how far two tensors are apart. No format and no file."""

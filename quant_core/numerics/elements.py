@@ -58,7 +58,7 @@ class FloatElement:
 
 @lru_cache(maxsize=8)
 def _float_neighbours(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Two tables float32 [512]: what a code means, and, from 256 on, the next value below it (first table) or above it."""
+    """Two tables float32 [512]: what a code means; from 256 on the next value below it (first table) or above it."""
     values = _float_codes(dtype)
     raw = torch.arange(256, dtype=torch.int16)
     signed = torch.where(raw >= 128, -(raw - 128), raw)

@@ -33,7 +33,7 @@ def regular_hadamard(size: int, device: str = "cpu") -> Tensor:
 
 
 def rotate_columns(w: Tensor, group: int) -> Tensor:
-    """w: float32 [N, K], K % group == 0 -> W H per group, float32 [N, K]. Applying it twice gives w back (to rounding)."""
+    """w: float32 [N, K], K % group == 0 -> W H per group, float32 [N, K]. Twice gives w back, but for rounding."""
     n, k = w.shape
     # This shape of the product, and no fast transform, because comfy-kitchen's bytes depend on the order of summation.
     return torch.matmul(w.reshape(n, k // group, group), regular_hadamard(group, str(w.device)).T).reshape(n, k)

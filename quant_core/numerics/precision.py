@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def tensor_core_products(device: torch.device) -> Iterator[None]:
-    """On CUDA, float32 matrix products inside may round their factors to TF32's 11 bits; on other devices nothing changes.
+    """On CUDA, float32 matrix products inside may round their factors to TF32's 11 bits. Elsewhere nothing changes.
 
-    Right for corrections that are rounded to a far coarser grid, and for sums of squares that are compared with each other.
-    The setting is the process's and is put back: don't enter while another thread needs exact products.
+    Right for corrections that are rounded to a far coarser grid, and for sums of squares that are compared with each
+    other. The setting is the process's and is put back: don't enter while another thread needs exact products.
     """
     if device.type != "cuda":
         yield

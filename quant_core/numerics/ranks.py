@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 _MOST_BINS = 1 << 14
-# A value's bin is found in float32: near an edge it may come out one bin off. The tables are built for bins widened by this
-# fraction of the span, which is larger than that error.
+# A value's bin is found in float32: near an edge it may come out one bin off. The tables are built for bins widened by
+# this fraction of the span, which is larger than that error.
 _EDGE_SLACK = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class RankTable:
-    """Uniform bins over the span of the bounds, each holding one bound at most: rank = rank of the bin + (x > its bound)."""
+    """Uniform bins over the span of the bounds, each holding one bound at most.
+
+    The rank of x is the rank of its bin, plus 1 where x > the bin's bound.
+    """
 
     low: float
     bins_per_unit: float
@@ -33,7 +36,7 @@ class RankTable:
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], table 1-D, index int of any shape. index_select is 4 times as fast as indexing or take on a CPU."""
+    """table[index], table 1-D, index int of any shape. On a CPU index_select is 4 times as fast as indexing."""
     return table.index_select(0, index.reshape(-1).to(torch.int32)).view(index.shape)
 
 

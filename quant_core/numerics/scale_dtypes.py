@@ -49,7 +49,8 @@ class ScaleDtype:
 class ExponentDtype(ScaleDtype):
     """E8M0: powers of two, stored as the exponent's byte.
 
-    It snaps UP, so that no element saturates. The OCP Microscaling spec leaves the choice open; comfy-kitchen rounds up.
+    It snaps UP, so that no element saturates. The OCP Microscaling spec leaves the choice open, and comfy-kitchen
+    rounds up.
     """
 
     def snap(self, scale: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Below this a scale would be subnormal on some devices (flushed to zero on GPUs) or its reciprocal Inf.
 # Equal to comfy-kitchen's floor for int8, so that bytes agree; weights this small become zeros.
@@ -47,8 +50,18 @@ def shape_of(matrix: Tensor) -> tuple[int, int]:
     return n, k
 
 
+def given(part: T | None) -> T:
+    """A part that some formats do without, of one that has it."""
+    if part is None:
+        raise ValueError("the format needs a part of its parameters that is not there")
+    return part
+
+
 def divide(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded on every device: CUDA multiplies by the reciprocal of a Python number, an ulp off."""
+    """x / divisor, correctly rounded on every device.
+
+    CUDA multiplies by the reciprocal of a Python number, which can be an ulp off.
+    """
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 

@@ -8,7 +8,7 @@ from ..cancel import poll
 
 
 def row_slices(shape: tuple[int, int], weights: int, unit: int = 1) -> Iterator[slice]:
-    """Slices of at most about `weights` numbers: whole units of rows, and one unit at least. Cancellable between them."""
+    """Slices of at most `weights` numbers, but of one unit of rows at least. Cancellable between them."""
     rows, cols = shape
     step = max(1, weights // (cols * unit)) * unit
     for start in range(0, rows, step):

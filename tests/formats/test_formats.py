@@ -405,7 +405,7 @@ def test_nibbles_round_trip_and_order(high_first):
     assert torch.equal(sign_extend_nibbles(unpack_nibbles(pack_nibbles(signed, high_first), high_first)), signed)
 
 
-# ---- AF4 -------------------------------------------------------------------------------------------------------------
+# ---- AF4 ----------------------------------------------------------------------------------------------------
 def test_af4_is_the_derived_table_and_beats_nf4_on_normal_blocks_of_64():
     script = Path(__file__).parents[2] / "bench" / "rounding" / "derive_af4.py"
     row = json.loads(subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout)

@@ -1,4 +1,4 @@
-"""Our encoders against software that we did not write: comfy-kitchen's eager encoders and layouts, and bitsandbytes."""
+"""Our encoders against software that we did not write: comfy-kitchen's encoders and layouts, and bitsandbytes."""
 
 import pytest
 import torch

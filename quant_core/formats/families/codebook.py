@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...numerics.elements import CodebookElement
 from ...numerics.packing import pack_nibbles, unpack_nibbles
 from ...numerics.ranks import look_up
 from ...numerics.scales import QParams
 from ..base import Format
 from ..records import TensorSpec
 
+Self = TypeVar("Self", bound="CodebookFormat")
 _SMALLEST_DIVISOR = 1e-38  # as bitsandbytes divides: blocks of zeros and of subnormals stay finite
 DTYPE_NAMES = {
     torch.bfloat16: "bfloat16",
@@ -25,12 +27,14 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookFormat(Format):
-    """weight uint8 [N, K / 2] (HIGH nibble = even column), weight_scale float32 [N, K / group_size], weight_codebook [16].
+    """weight uint8 [N, K / 2], the HIGH nibble being the even column; weight_scale float32 [N, K / group_size];
+    weight_codebook float32 [16].
 
     group_size divides K, so the groups are those of bitsandbytes' flat blocks and the bytes agree.
     A group of zeros gets absmax 0 and the code of 0.
     """
 
+    element: CodebookElement
     quant_type: str = ""
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
@@ -86,5 +90,10 @@ class CodebookFormat(Format):
         if qp.codebook is None:
             return super().decode(codes, qp)
         n, k = codes.shape
-        values = look_up(qp.codebook, codes).view(n, -1, self.group_size)
+        values = look_up(qp.codebook, codes).view(n, -1, self.group)
         return (values * qp.effective()[..., None]).view(n, k)
+
+    def with_codebook(self: Self, table: Tensor) -> Self:
+        if torch.equal(table.cpu(), self.codebook()):
+            return self
+        return replace(self, element=CodebookElement("from the file", tuple(table.tolist())))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..base import Format
+
+Self = TypeVar("Self", bound="PaddedBlockFormat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class PaddedBlockFormat(Format):
         recorded = config.get("orig_shape")
         return (int(recorded[0]), int(recorded[1])) if recorded else super().shape_from(tensors, config)
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
-        return replace(self)  # the block size is fixed; a recorded group_size changes nothing
+    def accepts(self: Self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self | None:
+        return self  # the block size is fixed; a recorded group_size changes nothing
 
     @property
     def row_multiple(self) -> int:

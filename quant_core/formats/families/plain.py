@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from ...numerics.scales import Granularity, QParams
 from ..base import Format
 from ..records import TensorSpec
 
+Self = TypeVar("Self", bound="PlainFormat")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def _sharing(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[Granularity | None, int | None]:
-    """Which weights share a scale, and the group size where there is one, from the shapes alone; (None, None) if none fits."""
+    """Which weights share a scale, and the group size where there is one; (None, None) where no rule fits."""
     rows, cols = weight
     if all(size == 1 for size in scale):
         return Granularity.TENSOR, None
@@ -89,19 +90,19 @@ class PlainFormat(Format):
         granularity, group = _sharing(weight.shape, scale.shape)
         if granularity is not self.granularity or (len(scale.shape) == 3 and group and self.scale_rank != "grid3d"):
             return None
-        return replace(self, group_size=group).config(weight.shape, torch.float32)
+        return replace(self, group_size=group).config((weight.shape[0], weight.shape[1]), torch.float32)
 
-    def accepts(self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Format | None:
+    def accepts(self: Self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self | None:
         fmt = super().accepts(config, shapes)
         weight, scale = shapes["weight"], shapes.get("weight_scale")
-        if scale is None or len(weight) != 2:
+        if fmt is None or scale is None or len(weight) != 2:
             return None
         if bool(config.get("convrot")) != (self.rotation is not None):
             return None
         if self.granularity is Granularity.TENSOR:
             return fmt if scale in ((), (1,)) else None
         if fmt.group_size is not None:
-            rows, cols = fmt.block(weight)
+            rows, cols = fmt.block((weight[0], weight[1]))
             if weight[0] % rows or weight[1] % cols:
                 return None
         return fmt if scale == fmt._stored_scale_shape(weight) else None
