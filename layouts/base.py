@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ..quant_core.errors import RequestError
 from ..quant_core.formats.base import Format
-from ..quant_core.numerics.elements import CodebookElement
 from ..quant_core.numerics.scales import QParams
 from . import linear
 from .params import PlainParams
@@ -60,11 +58,7 @@ class QuantPressLayout(QuantizedLayout):
     @classmethod
     def _format(cls, group_size: int | None, codebook: Tensor | None) -> Format:
         fmt = linear.variant(cls.FORMAT.name, group_size or 0)
-        if codebook is None:
-            return fmt
-        table = tuple(codebook.tolist())
-        known = torch.tensor(fmt.element.table, dtype=torch.float32).tolist()
-        return fmt if list(table) == known else replace(fmt, element=CodebookElement("from the file", table))
+        return fmt if codebook is None else fmt.with_codebook(codebook)
 
     @staticmethod
     def _qparams(fmt: Format, work: Tensor, scale: Tensor | float | str | None) -> QParams:

@@ -36,6 +36,7 @@ class Format(ElementGrid):
     error_bound: largest |w - decode| as a fraction of the block's absmax, for round-to-nearest with absmax scales;
     tensor_bound: what is added to it as a fraction of the tensor's absmax (a coarse parent scale).
     modelopt_differs: NVIDIA ModelOpt stores the same numbers in another order than ComfyUI.
+    quant_type: what bitsandbytes calls the codebook; empty where its structure cannot hold the format.
     """
 
     on_disk: str
@@ -45,6 +46,7 @@ class Format(ElementGrid):
     error_bound: float
     tensor_bound: float = 0.0
     modelopt_differs: bool = False
+    quant_type: str = ""
 
     # ---- disk --------------------------------------------------------------------------------------------------
     @abstractmethod

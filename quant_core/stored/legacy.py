@@ -73,8 +73,8 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
         return Undescribed(layer, "modelopt", found.config, names)
     if found.format.modelopt_order_fits(infos):
         raise InputFileError(
-            f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales "
-            "differently, and these shapes fit both: nvfp4 (ComfyUI's) or modelopt. ModelOpt's "
+            f"{layer}: {found.format.name.upper()} without metadata: ComfyUI and ModelOpt order nibbles and block "
+            f"scales differently, and these shapes fit both: {found.format.name} (ComfyUI's) or modelopt. ModelOpt's "
             "hf_quant_config.json beside the file tells.",
             "assume",
             Remedy.SAY_FORMAT,

@@ -1,7 +1,8 @@
-"""Which layout a file has that does not tell itself, found by decoding a layer each way and comparing with its source."""
+"""Which layout a file has that does not tell itself: decode a layer each way, and compare it with its source."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ..checkpoint.source import Source
 from ..errors import RequestError
+from ..formats import all_formats
+from ..formats.base import Format
 from ..numerics.metrics import relative_error
 from ..numerics.packing import swizzle_scales
 from ..stored.layers import StoredLayer, stored_layers
@@ -28,15 +31,24 @@ class Layout:
     error: float
 
 
-_CANDIDATES = (
-    (None, False),
-    (None, True),
-    ("nvfp4", False),
-    ("nvfp4", True),
-    (MODELOPT, False),
-    ("int8_rowwise", False),
-    ("int8_convrot", False),
-)
+def _candidates() -> Iterator[tuple[str | None, bool]]:
+    """(what is assumed, whether block scales are taken as not swizzled): the file's own word, then what it may not say.
+
+    Tensors alone do not tell ComfyUI's order from ModelOpt's, nor a rotated format from its plain twin.
+    """
+    yield from ((None, False), (None, True))
+    for fmt in all_formats():
+        if fmt.modelopt_differs:
+            yield from ((fmt.name, False), (fmt.name, True), (MODELOPT, False))
+    for fmt in all_formats():
+        if any(_is_twin(fmt, other) for other in all_formats()):
+            yield fmt.name, False
+
+
+def _is_twin(one: Format, other: Format) -> bool:
+    """They look alike on disk, and one of them is rotated."""
+    alike = one.on_disk == other.on_disk and one.granularity is other.granularity
+    return alike and (one.rotation is None) != (other.rotation is None)
 
 
 def find_layout(src: Source, reference: Source) -> Layout:
@@ -47,7 +59,7 @@ def find_layout(src: Source, reference: Source) -> Layout:
     """
     known = stored_layers(reference)
     tried: list[Layout] = []
-    for assume, unswizzled in _CANDIDATES:
+    for assume, unswizzled in _candidates():
         layers = diagnose(src, assume).layers
         shared = [layer for layer in layers if f"{layer}.weight" in reference.tensors]
         if not shared:

@@ -34,11 +34,7 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     stored = stored_layers(src)
     if not stored:
         raise RequestError(f"{src.path}: nothing in it is quantized. Quantize it to bnb_nf4 or bnb_fp4 first.")
-    other = [
-        f"{layer} ({entry.format.name})"
-        for layer, entry in stored.items()
-        if not getattr(entry.format, "quant_type", "")
-    ]
+    other = [f"{layer} ({entry.format.name})" for layer, entry in stored.items() if not entry.format.quant_type]
     if other:
         raise PlanError(
             [

@@ -260,8 +260,8 @@ def _reason(src: Source, error: InputFileError) -> str:
 def _require_swizzled(layer: str, fmt: Format, infos: Mapping[str, TensorInfo]) -> None:
     if fmt.modelopt_order_fits(infos):
         raise InputFileError(
-            f"{layer}: NVFP4 without metadata: ComfyUI and ModelOpt order nibbles and block scales differently, "
-            "and these shapes fit both: nvfp4 (ComfyUI's) or modelopt.",
+            f"{layer}: {fmt.name.upper()} without metadata: ComfyUI and ModelOpt order nibbles and block scales "
+            f"differently, and these shapes fit both: {fmt.name} (ComfyUI's) or modelopt.",
             "assume",
             Remedy.SAY_FORMAT,
         )

@@ -35,7 +35,6 @@ class CodebookFormat(Format):
     """
 
     element: CodebookElement
-    quant_type: str = ""
 
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         n, k = shape
