@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..quant_core.errors import RequestError
 from ..quant_core.formats.base import Format
-from ..quant_core.numerics.scales import QParams
+from ..quant_core.numerics.scales import QParams, shape_of
 from . import linear
 from .params import PlainParams
 from .stochastic import stochastic_codes
@@ -52,7 +52,7 @@ class QuantPressLayout(QuantizedLayout):
         work = fmt.prepare(tensor.detach().to(torch.float32).contiguous())
         qp = cls._qparams(fmt, work, scale)
         codes = stochastic_codes(fmt, work, qp, stochastic_rounding) if stochastic_rounding else fmt.encode(work, qp)
-        stored = fmt.pack(codes, qp, shape)
+        stored = fmt.pack(codes, qp, shape_of(tensor))
         return stored["weight"], cls.params_of(stored, shape, tensor.dtype, fmt.group_size)
 
     @classmethod
@@ -64,7 +64,7 @@ class QuantPressLayout(QuantizedLayout):
     def _qparams(fmt: Format, work: Tensor, scale: Tensor | float | str | None) -> QParams:
         if scale is None or (isinstance(scale, str) and scale == "recalculate"):
             return fmt.absmax(work)
-        grid = fmt.scale_grid(tuple(work.shape))
+        grid = fmt.scale_grid(shape_of(work))
         given = torch.as_tensor(scale, dtype=torch.float32, device=work.device)
         if given.numel() not in (1, grid[0] * grid[1]):
             raise RequestError(
@@ -78,7 +78,7 @@ class QuantPressLayout(QuantizedLayout):
         cls, stored: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, group_size: int | None
     ) -> PlainParams:
         """Params from a layer's tensors as on disk. float32 contiguous tensors keep their storage."""
-        extra = {}
+        extra: dict[str, Any] = {}
         if "weight_codebook" in stored:
             extra["codebook"] = stored["weight_codebook"].to(torch.float32).contiguous()
         return cls.Params(

@@ -116,7 +116,7 @@ def _linear_problem(mixed_precision_ops: Any) -> str:
     import torch
 
     linear = getattr(mixed_precision_ops(), "Linear", None)
-    layer = linear(2, 2, device="meta") if linear is not None else None
+    layer: Any = linear(2, 2, device="meta") if linear is not None else None
     wanted = ("factory_kwargs", "_orig_shape", "_full_precision_mm", "_disabled_formats", "forward", "set_weight")
     missing = [name for name in wanted if not hasattr(layer, name)]
     if missing or not isinstance(layer.factory_kwargs.get("dtype"), torch.dtype):

@@ -69,9 +69,10 @@ def linear(name: str, x: Tensor, qdata: Tensor, params: PlainParams, bias: Tenso
     n, k = stored_shape(params)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     rows = x.shape[:-1].numel()
-    usable = weight is not None and x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k
-    chosen = linear_path(weight.geometry, rows, x.dtype, ability(qdata.device)) if usable else "dequantize"
-    if chosen in ("dequantize", "decode"):  # also a mismatch, so that torch words the error
+    chosen = "dequantize"  # also a mismatch, so that torch words the error
+    if weight is not None and x.device == qdata.device and x.dim() > 0 and x.shape[-1] == k:
+        chosen = linear_path(weight.geometry, rows, x.dtype, ability(qdata.device))
+    if weight is None or chosen in ("dequantize", "decode"):
         return float_linear(x, dequantize(name, qdata, params, x.dtype), bias)
     return on_kernel(chosen, x.reshape(rows, k).contiguous(), weight, bias).view(*x.shape[:-1], n)
 

@@ -15,7 +15,10 @@ _LAUNCH_BYTES = 4096  # shared memory left for the compiler's own use
 @lru_cache(maxsize=16)
 def _shared_bytes(device: torch.device) -> int:
     """What one program may use: 227 KiB on Hopper, 99 KiB on consumer GPUs."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
+    if device.type != "cuda":
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's types lack it
 
 
 def scaled_dot_spec(codes: Tensor, scale: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

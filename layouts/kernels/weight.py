@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...quant_core.formats.base import Format
+from ...quant_core.numerics.scales import given
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def decoded(weight: Weight) -> Tensor:
     n, k = g.shape
     if g.kind == "nibble":
         pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=-1).reshape(n, k)
-        values = weight.codebook[pairs.to(torch.int32)]
+        values = given(weight.codebook)[pairs.to(torch.int32)]
     else:
         values = weight.codes.to(torch.float32)
     view = values.view(n // g.group_rows, g.group_rows, k // g.group_cols, g.group_cols)
