@@ -17,7 +17,8 @@ CAPABILITY = torch.cuda.get_device_capability() if CUDA else (0, 0)
 FORMATS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
 EIGHT_BIT = [fmt for fmt in FORMATS if fmt.element.bits == 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# (M, N, K), dtype, bias. M and N are not multiples of any tile; K is one of the group only. The interpreter is slow: few there.
+# (M, N, K), dtype, bias. M and N are not multiples of any tile; K is one of the group only. The interpreter is slow:
+# few there.
 CASES = [
     ((1, 20, 384), torch.float32, False),
     ((3, 18, 256), torch.float16, True),

@@ -31,7 +31,8 @@ def shared(kernel, codes, options=None, **constants):
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # As at a launch with aligned tensors and sizes; only then are loads pipelined through shared memory.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
-    built = triton.compile(ASTSource(kernel, signature, places, aligned), options=options or {}, target=GPUTarget("cuda", 90, 32))
+    source, target = ASTSource(kernel, signature, places, aligned), GPUTarget("cuda", 90, 32)
+    built = triton.compile(source, options=options or {}, target=target)
     return built.metadata.shared
 
 
@@ -40,11 +41,13 @@ def biggest():
         book = {} if kind == "nibble" else {"codebook": None}
         yield shared(jit.decode_kernel, codes, KIND=kind, **GROUPED, **book, BN=16, BK=256)
         yield shared(jit.gemv_kernel, codes, KIND=kind, **GROUPED, **book, HAS_BIAS=True, BN=4, BK=1024)
-        yield shared(jit.decode_dot_kernel, codes, KIND=kind, **GROUPED, **book, HAS_BIAS=True, BM=64, BN=64, BK=64, GM=8)
+        tiles = {"HAS_BIAS": True, "BM": 64, "BN": 64, "BK": 64, "GM": 8}
+        yield shared(jit.decode_dot_kernel, codes, KIND=kind, **GROUPED, **book, **tiles)
     for codes in ("*i8", "*fp8e4nv"):
         integer = codes == "*i8"
-        yield shared(jit.scaled_dot_kernel, codes, {"num_warps": 8, "num_stages": 4}, GROUP=128, WHOLE_ROW=False, ONE_BLOCK_ROW=False, INTEGER=integer,
-                     HAS_BIAS=True, BM=128, BN=128, BK=128, GM=8)
+        blocks = {"GROUP": 128, "WHOLE_ROW": False, "ONE_BLOCK_ROW": False, "INTEGER": integer}
+        tiles = {"HAS_BIAS": True, "BM": 128, "BN": 128, "BK": 128, "GM": 8}
+        yield shared(jit.scaled_dot_kernel, codes, {"num_warps": 8, "num_stages": 4}, **blocks, **tiles)
         yield shared(jit.quantize_groups_kernel, codes, LARGEST=127.0, INTEGER=integer, ROWS=8, BLOCK=128)
 
 print(json.dumps(max(biggest())))

@@ -1,4 +1,4 @@
-"""Our QuantizedTensor layouts: they keep bits and geometry, multiply in every mode, and dequantize to what was asked."""
+"""Our QuantizedTensor layouts: they keep bits and geometry, multiply in every mode, dequantize to the asked dtype."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def inner(qt):
 def same_bits(a, b):
     assert type(a) is type(b) is QuantizedTensor and a._layout_cls == b._layout_cls
     assert len(inner(a)) == len(inner(b))
-    for one, other in zip(inner(a), inner(b)):
+    for one, other in zip(inner(a), inner(b), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert torch.equal(one.cpu().view(torch.uint8), other.cpu().view(torch.uint8))
 
@@ -241,7 +241,7 @@ def test_copies_and_casts_keep_the_bits(fmt):
     _, qt = layer(fmt)
     copy = qt.clone()
     same_bits(copy, qt)
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(inner(copy), inner(qt)))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(inner(copy), inner(qt), strict=True))
     for moved in (qt.to(torch.float16), qt.to(DEVICE, torch.float32), qt.detach(), qt.to("cpu"), qt.contiguous()):
         same_bits(moved, qt)
     assert qt.to(torch.float16).dequantize().dtype is torch.float16
@@ -269,14 +269,14 @@ def test_flatten_and_unflatten_keep_the_bits(fmt):
 
 @ours
 def test_a_trip_through_one_byte_buffer_keeps_the_bits(fmt):
-    """As ComfyUI offloads: every inner tensor copied into one buffer, each at a multiple of 1024, and viewed from it."""
+    """As ComfyUI offloads: every inner tensor is copied into one buffer, at a multiple of 1024, and viewed there."""
     _, qt = layer(fmt)
     names, context = qt.__tensor_flatten__()
     parts = [getattr(qt, name) for name in names]
     sizes = [-(-part.nbytes // 1024) * 1024 for part in parts]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=DEVICE)
     views, offset = {}, 0
-    for name, part, size in zip(names, parts, sizes):
+    for name, part, size in zip(names, parts, sizes, strict=True):
         views[name] = buffer[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
         views[name].copy_(part)
         offset += size

@@ -90,7 +90,7 @@ def test_cause_3_the_fallback_multiplies_the_dequantized_weight(fmt, monkeypatch
 
 
 def test_cause_4_there_is_one_quantized_tensor_class():
-    """Every module below layouts takes it from comfy_kitchen.tensor, and none imports a module of comfy by a bare name."""
+    """Every module below layouts takes it from comfy_kitchen.tensor, and none imports comfy's by a bare name."""
     imported = set()
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -146,7 +146,7 @@ def test_cause_9_parameters_and_data_stay_quantized(fmt):
 
 @formats
 def test_cause_11_the_flattened_parts_say_their_own_dtypes(fmt):
-    """A cast buffer sized by the shown dtype over packed bytes is garbage: the parts carry storage dtypes and sizes."""
+    """A cast buffer of the shown dtype over packed bytes is garbage: the parts carry storage dtypes and sizes."""
     qt = layer(fmt)
     names, context = qt.__tensor_flatten__()
     assert names[0] == "_qdata" and qt.nbytes == qt._qdata.nbytes

@@ -42,7 +42,7 @@ def inner(qt):
 def same_bits(a, b):
     assert type(a) is type(b) is QuantizedTensor and a._layout_cls == b._layout_cls
     assert len(inner(a)) == len(inner(b))
-    for one, other in zip(inner(a), inner(b)):
+    for one, other in zip(inner(a), inner(b), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert torch.equal(one.cpu().view(torch.uint8), other.cpu().view(torch.uint8))
 
