@@ -56,8 +56,24 @@ def test_a_device_is_asked_once_and_logged_once(caplog):
 def test_every_format_has_a_path_on_every_device(fmt, monkeypatch):
     assert path(fmt, torch.device("cpu")) == "dequantize"
     monkeypatch.setattr(capability, "ability", lambda device: HOPPER)
-    want = "scaled_mm" if fmt.name == "float8_e4m3fn_rowwise" else "triton"
+    decoded_by_kernels = "scaled_mm" if fmt.name == "float8_e4m3fn_rowwise" else "triton"
+    want = "dequantize" if fmt.runtime.kernel is None else decoded_by_kernels
     assert path(fmt, torch.device("cuda")) == want
+
+
+def test_no_format_loses_its_kernels_unseen():
+    """Tests of kernels go through the formats that have them."""
+    have = {fmt.name for fmt in FORMATS if fmt.runtime.kernel is not None}
+    assert have >= {
+        "float8_e4m3fn_rowwise",
+        "float8_e4m3fn_blockwise",
+        "float8_e4m3fn_block3d",
+        "int8_blockwise",
+        "int8_lodewise",
+        "bnb_nf4",
+        "bnb_fp4",
+        "bnb_af4",
+    }
 
 
 ADA = judge((8, 9), "", "linux")

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install --no-
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 CAPABILITY = torch.cuda.get_device_capability() if CUDA else (0, 0)
-FORMATS = [fmt for fmt in all_formats() if fmt.runtime.native_since is None]
+FORMATS = [fmt for fmt in all_formats() if fmt.runtime.kernel is not None]
 EIGHT_BIT = [fmt for fmt in FORMATS if fmt.element.bits == 8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (M, N, K), dtype, bias. M and N are not multiples of any tile; K is one of the group only. The interpreter is slow:
