@@ -59,13 +59,12 @@ class LayerCheck:
     snr_db: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        finite = self.snr_db is not None and math.isfinite(self.snr_db)
         return {
             "layer": self.layer,
             "format": self.format,
             "shape": list(self.shape),
             "relative_error": self.relative_error,
-            "snr_db": round(self.snr_db, 3) if finite else None,
+            "snr_db": round(self.snr_db, 3) if self.snr_db is not None and math.isfinite(self.snr_db) else None,
         }
 
 
@@ -133,7 +132,7 @@ def verify_file(
 
 
 def _with_older_forms(src: Source, report: VerifyReport) -> VerifyReport:
-    """The report with the layers of legacy and foreign forms, which decode, though ComfyUI's rules do not know them."""
+    """The report with the layers of legacy and foreign forms, which decode, though ComfyUI does not know them."""
     known = {check.layer for check in report.layers}
     more = tuple(
         LayerCheck(layer, entry.format.name, entry.shape)

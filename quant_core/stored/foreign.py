@@ -1,4 +1,7 @@
-"""Files that are not models this pack can work with: what they are, and what to do. Told apart by names, nothing is read."""
+"""Files that are not models this pack can work with: what they are, and what to do.
+
+Told apart by names, nothing is read.
+"""
 
 from __future__ import annotations
 
@@ -95,18 +98,18 @@ def refusal(src: Source) -> str | None:
     """Sentences that say what the file is and what to do; None when this pack can work with it."""
     if CALIBRATION_KEY in src.metadata:
         return (
-            f"{src.path}: this file is a calibration: it holds what flows into a model's layers, and no weights. Give the model "
-            "here, and this file as its calibration."
+            f"{src.path}: this file is a calibration: it holds what flows into a model's layers, and no weights. "
+            "Give the model here, and this file as its calibration."
         )
     if is_lora(src):
         return (
-            f"{src.path}: this file is a LoRA: it changes a model's weights and holds none of its own. Give the model here; "
-            "`quantpress merge lora`, or the node Bake LoRA, puts the LoRA into it."
+            f"{src.path}: this file is a LoRA: it changes a model's weights and holds none of its own. Give the model "
+            "here; `quantpress merge lora`, or the node Bake LoRA, puts the LoRA into it."
         )
     if (part := part_of(src)) is not None:
         return (
-            f"{src.path}: this is shard {part[0]} of {part[1]}, a part of the model. Give the *{INDEX_SUFFIX} beside it, or the "
-            "folder."
+            f"{src.path}: this is shard {part[0]} of {part[1]}, a part of the model. Give the *{INDEX_SUFFIX} "
+            "beside it, or the folder."
         )
     family = recognise(src)
     return None if family is None or family.plain else f"{src.path}: this file is {family.name}: {family.sentence}"

@@ -28,8 +28,8 @@ _ALIASES = {"hybrid_mxfp8": "mxfp8"}
 class StoredLayer:
     """One quantized layer. names: {suffix: tensor name in the source}. shape: the logical weight, [N, K].
 
-    kind: "comfy_quant"; "comfy_4bit" and "hybrid_mxfp8" (older comfy_quant forms); "legacy" (fp8_scaled, scale_weight),
-    "bare" (no description), "modelopt", "bitsandbytes". config: the comfy_quant object that it has or would have.
+    kind: "comfy_quant"; "comfy_4bit" and "hybrid_mxfp8" (older comfy_quant forms); "legacy" (fp8_scaled,
+    scale_weight), "bare" (no description), "modelopt", "bitsandbytes". config: the comfy_quant object that it has or would have.
     """
 
     layer: str
@@ -112,8 +112,8 @@ class StoredLayer:
 def stored_layers(src: Source) -> dict[str, StoredLayer]:
     """Every layer that the file says, or that its scales show, is quantized; in whatever form this pack knows.
 
-    Lenient about padding and nesting in the JSON, and about scales of another rank or dtype; InputFileError, naming the
-    layer, where a layer cannot be decoded.
+    Lenient about padding and nesting in the JSON, and about scales of another rank or dtype; InputFileError, naming
+    the layer, where a layer cannot be decoded.
     """
     found: dict[str, StoredLayer] = {}
     states = {state.layer: state for state in bnb_states(src)}

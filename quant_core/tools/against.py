@@ -32,7 +32,7 @@ class Layout:
 
 
 def _candidates() -> Iterator[tuple[str | None, bool]]:
-    """(what is assumed, whether block scales are taken as not swizzled): the file's own word, then what it may not say.
+    """(what is assumed, whether block scales are taken as not swizzled): the file's own word, then what it may omit.
 
     Tensors alone do not tell ComfyUI's order from ModelOpt's, nor a rotated format from its plain twin.
     """

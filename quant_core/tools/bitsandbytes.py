@@ -1,8 +1,8 @@
 """NF4 and FP4 layers as bitsandbytes keeps them, and back. Importing is `migrate`; here is the way out.
 
-The bytes equal those of bitsandbytes 0.50: a weight quantized by round-to-nearest and exported is what `quantize_4bit`
-and `QuantState.as_dict(packed=True)` give, nested statistics included. Those are as its portable kernel rounds them, to
-the nearest code; its CPU kernel first rounds to 65536 steps, and differs in about one code of a thousand.
+The bytes equal those of bitsandbytes 0.50: a weight quantized by round-to-nearest and exported is what
+`quantize_4bit` and `QuantState.as_dict(packed=True)` give, nested statistics included. Those are as its portable
+kernel rounds them, to the nearest code; its CPU kernel first rounds to 65536 steps, and differs in about one code of a thousand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     """Every NF4, FP4 and AF4 layer in bitsandbytes' structure; codes and absmax stay as they are.
 
     nested: absmax is quantized to 8 bits in blocks of 256 as well, as `compress_statistics=True` does; that rounds.
-    Layers in the structure already are left. Raises PlanError: a layer of another format; RequestError: no 4-bit layer.
+    Layers in the structure already are left. Raises PlanError: a layer of another format; RequestError: no
+    4-bit layer.
     """
     stored = stored_layers(src)
     if not stored:
@@ -38,7 +39,8 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     if other:
         raise PlanError(
             [
-                f"{counted(len(other), 'layer is in a format', 'layers are in formats')} that bitsandbytes has not: {some_of(other)}. Requantize them to "
+                f"{counted(len(other), 'layer is in a format', 'layers are in formats')} that "
+                f"bitsandbytes has not: {some_of(other)}. Requantize them to "
                 "bnb_nf4 or bnb_fp4 first."
             ]
         )
@@ -51,7 +53,8 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
     foreign = [layer for layer, entry in stored.items() if entry.format.quant_type not in _LIBRARY_TYPES]
     if foreign:
         draft.notes.append(
-            f"{counted(len(foreign), 'layer is', 'layers are')} AF4: this pack reads them, bitsandbytes itself has no such codebook."
+            f"{counted(len(foreign), 'layer is', 'layers are')} AF4: this pack reads them, "
+            "bitsandbytes itself has no such codebook."
         )
     return draft.finish()
 

@@ -47,7 +47,10 @@ def cleanup_legacy(src: Source, *, marker: int = 0, scale_input: bool = False, n
 
 
 def add_legacy_input(src: Source) -> Rewrite:
-    """scale_input 1.0 for every FP8 layer without one, and a marker of one element. Raises RequestError: not legacy."""
+    """scale_input 1.0 for every FP8 layer without one, and a marker of one element.
+
+    Raises RequestError: not legacy.
+    """
     draft = _legacy_draft(src)
     _add_scale_input(draft)
     _set_marker(draft, 1)

@@ -14,7 +14,10 @@ OWN_FORM = "comfy_quant"
 
 
 def describe(src: Source) -> str:
-    """ "its 6 quantized layers are in ComfyUI's own form (int8_rowwise)", or what else it holds; no path, no full stop."""
+    """ "its 6 quantized layers are in ComfyUI's own form (int8_rowwise)", or what else it holds.
+
+    No path, no full stop.
+    """
     stored = stored_layers(src)
     if not stored:
         kept = Counter(src.tensors[f"{layer}.weight"].dtype for layer in linear_layers(src, stored))
@@ -39,7 +42,10 @@ def require_model(src: Source) -> None:
 
 
 def nothing_to_migrate(src: Source) -> str:
-    """Why `migrate` would change nothing, and what to do instead: sentences without the path."""
+    """Why `migrate` would change nothing, and what to do instead.
+
+    Sentences without the path.
+    """
     stored = stored_layers(src)
     what = describe(src)
     if not stored:
@@ -56,7 +62,10 @@ def holds_bitsandbytes(src: Source) -> bool:
 
 
 def nothing_to_import(src: Source) -> str:
-    """What a file is that has no layer in bitsandbytes' structure, and what to do instead: sentences without the path."""
+    """What a file is that has no layer in bitsandbytes' structure, and what to do instead.
+
+    Sentences without the path.
+    """
     kinds = {entry.kind for entry in stored_layers(src).values()}
     instead = (
         "`quantpress migrate`, or the node Migrate Legacy File, converts such a file."

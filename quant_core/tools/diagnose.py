@@ -101,8 +101,8 @@ def _header_configs(src: Source, found: Diagnosis) -> dict[str, Config]:
         found.note(
             "header-json",
             "",
-            f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, {len(layers) - len(configs)} are not objects and are left "
-            "out.",
+            f"of the {counted(len(layers), 'entry', 'entries')} of {HEADER_KEY}, "
+            f"{len(layers) - len(configs)} are not objects and are left out.",
         )
     missing = [layer for layer in configs if f"{layer}.weight" not in src.tensors]
     if not missing:
@@ -385,7 +385,8 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
         found.note(
             "legacy",
             "",
-            f"{counted(len(legacy), 'layer is', 'layers are')} of the legacy form. `quantpress migrate` converts them.",
+            f"{counted(len(legacy), 'layer is', 'layers are')} of the legacy form. "
+            "`quantpress migrate` converts them.",
             "warning",
             fixed=False,
         )

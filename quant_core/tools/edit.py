@@ -143,7 +143,7 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(item) for item in node.elts]
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_value(key): _value(value) for key, value in zip(node.keys, node.values)}
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
     raise ValueError(f"{ast.unparse(node)} is not a plain value")
 
 

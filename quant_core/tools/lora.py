@@ -123,8 +123,8 @@ def _deltas(
     where = lora.path.name
     if not factors:
         problems.append(
-            f"{where}: this is not a LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; they are "
-            f"called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
+            f"{where}: this is not a LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; "
+            f"they are called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
         )
     elif other:
         problems.append(
@@ -158,7 +158,8 @@ def _deltas(
             f"{where}: {counted(text, 'layer of a text encoder is', 'layers of a text encoder are')} left out."
         )
     if unknown:
-        sentence = f"{where}: {counted(len(unknown), 'layer is', 'layers are')} not in {src.path.name}: {some_of(unknown, shown=4)}."
+        layers = counted(len(unknown), "layer is", "layers are")
+        sentence = f"{where}: {layers} not in {src.path.name}: {some_of(unknown, shown=4)}."
         if skip:
             notes.append(f"{sentence} Left out.")
         else:
@@ -182,7 +183,8 @@ def _factors(lora: Source) -> tuple[dict[str, dict[Factor, str]], set[str]]:
 def _rows(shape: tuple[int, ...], layer: str, base: str) -> slice:
     """The rows of a weight that one part of a fused layer covers; all of them where names agree.
 
-    q, k and v take a third each; with an MLP behind them (Flux's linear1) each takes in_features rows, the MLP the rest.
+    q, k and v take a third each; with an MLP behind them (Flux's linear1) each takes in_features rows, the MLP the
+    rest.
     """
     own, part = strip_prefixes(layer), strip_prefixes(base)
     parts = diffusers_names(own)
@@ -207,7 +209,10 @@ def _misfit(src: Source, lora: Source, layer: str, delta: Delta, rows: slice) ->
     pointwise = all(size == 1 for size in up[2:])  # a 1x1 up factor: the product is a matrix product
     got = (up[0], *down[1:]) if len(up) >= 2 and len(down) >= 2 else (*up, *down)
     if not pointwise or up[1:2] != down[:1] or _flat(got) != _flat(needed):
-        return f"up {list(up)} and down {list(down)} do not make a {list(needed)} change of {layer}. Give a LoRA of this model."
+        return (
+            f"up {list(up)} and down {list(down)} do not make a {list(needed)} change of {layer}. Give a LoRA of this "
+            "model."
+        )
     return None
 
 

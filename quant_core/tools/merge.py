@@ -27,8 +27,8 @@ def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
     """
     if not any(name.startswith(prefix) for name in src.tensors):
         raise RequestError(
-            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. Use "
-            "the file as it is.",
+            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. "
+            "Use the file as it is.",
             "prefix",
             Remedy.PREFIX,
         )
@@ -118,12 +118,12 @@ def split(
     shards = [index.with_name(f"{stem}-{i:05}-of-{len(groups):05}.safetensors") for i in range(1, len(groups) + 1)]
     told = None if progress is None else _Whole(progress, len(src.tensors), src.nbytes)
     with ExitStack() as undo:
-        for path, names in zip(shards, groups):
+        for path, names in zip(shards, groups, strict=True):
             _shard(src, names).apply(path, overwrite=overwrite, force=True, progress=told, cancel=cancel)
             undo.callback(remove, path)
             if told is not None:
                 told.next_shard()
-        weight_map = {name: path.name for path, names in zip(shards, groups) for name in names}
+        weight_map = {name: path.name for path, names in zip(shards, groups, strict=True) for name in names}
         content = {"metadata": {"total_size": src.nbytes}, "weight_map": weight_map}
         _write_text(index, json.dumps(content, indent=2, ensure_ascii=False))
         undo.pop_all()

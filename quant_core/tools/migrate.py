@@ -64,7 +64,9 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
 
 
 def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str | None) -> None:
-    """PlanError: a layer that must be in high precision is quantized; the pattern is not a regex or finds no weight."""
+    """PlanError: a layer that must be in high precision is quantized; the pattern is not a regex or finds no
+    weight.
+    """
     if pattern is None:
         return
     matches = compile_pattern("hp_filter", pattern)
@@ -74,8 +76,8 @@ def check_hp_filter(src: Source, stored: Mapping[str, StoredLayer], pattern: str
     problems = [
         Problem(
             f"{pattern}: {layer} must be in high precision and is "
-            f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file in "
-            "which it is not quantized.",
+            f"{stored[layer].format.name if layer in stored else src.tensors[f'{layer}.weight'].dtype}. Take a file "
+            "in which it is not quantized.",
             "hp_filter",
         )
         for layer in found

@@ -13,7 +13,7 @@ _BESIDE = tuple(suffix for suffix in QUANT_SUFFIXES if suffix != "weight")
 
 
 def moved_layers(src: Source) -> dict[str, str]:
-    """{layer as its scales and description call it: as its weight is called}, where one change of prefix puts all right.
+    """{layer as its scales and description call it: as its weight is called}, where one change of prefix mends all.
 
     Only for weights that are codes and have no scales or description of their own.
     """

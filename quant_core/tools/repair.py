@@ -24,7 +24,9 @@ from .rewrite import Draft, Rewrite
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """findings: all. unfixed: those that stay. rewrite: the repaired file; without changes when nothing is to be done."""
+    """findings: all. unfixed: those that stay. rewrite: the repaired file; without changes where all is
+    well.
+    """
 
     findings: tuple[Finding, ...]
     unfixed: tuple[Finding, ...]
@@ -67,7 +69,10 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
 
 
 def _hidden(src: Source, found: Diagnosis, configs: Mapping[str, Config]) -> tuple[str, ...]:
-    """Note what nobody can repair in layers whose own description could not be read: a check of the file does not look there."""
+    """Note what nobody can repair in layers whose own description could not be read.
+
+    A check of the file does not look there.
+    """
     known = {(finding.code, finding.layer) for finding in found.findings}
     seen: list[Finding] = []
     for layer, config in configs.items():
@@ -88,7 +93,8 @@ def _as_described(stored: StoredLayer) -> StoredLayer:
 def _note_unsettled(draft: Draft, unsettled: Mapping[str, Config]) -> None:
     if unsettled:
         draft.notes.append(
-            f"{counted(len(unsettled), 'layer is left as it is', 'layers are left as they are')}: {some_of(list(unsettled))}."
+            f"{counted(len(unsettled), 'layer is left as it is', 'layers are left as they are')}: "
+            f"{some_of(list(unsettled))}."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Draft:
     def __contains__(self, name: str) -> bool:
         return name in self._outputs
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(list(self._outputs))
 
     def content(self, name: str) -> Copy | Made:
@@ -125,7 +125,7 @@ class Draft:
         after: str | None = None,
         of: tuple[str, ...] = (),
     ) -> None:
-        """A tensor computed when it is written, in the place of an old one of this name, or behind `after`, or last."""
+        """A tensor computed when it is written, in place of an old one of this name, or behind `after`, or last."""
         content = Made(dtype, shape, make, of)
         if name in self._outputs:
             self._outputs[name] = content
@@ -187,7 +187,7 @@ class Rewrite:
     def changes(self) -> tuple[Change, ...]:
         """Everything that differs from the first source; empty when the new file would be the same."""
         src, found = self.sources[0], []
-        used = set()
+        used: set[str] = set()
         for name, content in self.outputs.items():
             after = f"{content.dtype} {list(content.shape)}"
             old = src.tensors.get(name)
@@ -230,8 +230,8 @@ class Rewrite:
     ) -> None:
         """Write and verify the file; nothing appears under the target's name unless all went well.
 
-        Verified: every copied tensor, as Sink.copy does, and that no error of `check_file` is new; force leaves out the
-        latter. Raises QuantPressError.
+        Verified: every copied tensor, as Sink.copy does, and that no error of `check_file` is new; force leaves out
+        the latter. Raises QuantPressError.
         """
         known = Counter() if force else sum((_errors(src.path) for src in self.sources), Counter(self.told))
         files = [file for src in self.sources for file in src.files]

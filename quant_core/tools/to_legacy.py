@@ -46,14 +46,15 @@ def _check(stored: dict[str, StoredLayer]) -> bool:
     ]
     if other:
         problems.append(
-            f"{counted(len(other), 'layer has', 'layers have')} no legacy form, which is FP8 E4M3 with one scale per weight: {some_of(other)}. "
+            f"{counted(len(other), 'layer has', 'layers have')} no legacy form, which is FP8 E4M3 with one scale per "
+            f"weight: {some_of(other)}. "
             "Requantize them to float8_e4m3fn first."
         )
     flags = [bool(entry.config.get("full_precision_matrix_mult")) for entry in stored.values()]
     if len(set(flags)) > 1:
         problems.append(
-            f"{sum(flags)} of {counted(len(flags), 'layer')} have full_precision_matrix_mult; the legacy form knows only all "
-            "or none. Set it everywhere or remove it first: `quantpress edit`."
+            f"{sum(flags)} of {counted(len(flags), 'layer')} have full_precision_matrix_mult; the legacy form "
+            "knows only all or none. Set it everywhere or remove it first: `quantpress edit`."
         )
     if problems:
         raise PlanError(problems)
