@@ -29,7 +29,8 @@ class StoredLayer:
     """One quantized layer. names: {suffix: tensor name in the source}. shape: the logical weight, [N, K].
 
     kind: "comfy_quant"; "comfy_4bit" and "hybrid_mxfp8" (older comfy_quant forms); "legacy" (fp8_scaled,
-    scale_weight), "bare" (no description), "modelopt", "bitsandbytes". config: the comfy_quant object that it has or would have.
+    scale_weight), "bare" (no description), "modelopt", "bitsandbytes". config: the comfy_quant object that it
+    has or would have.
     """
 
     layer: str

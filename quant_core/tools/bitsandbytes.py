@@ -2,7 +2,8 @@
 
 The bytes equal those of bitsandbytes 0.50: a weight quantized by round-to-nearest and exported is what
 `quantize_4bit` and `QuantState.as_dict(packed=True)` give, nested statistics included. Those are as its portable
-kernel rounds them, to the nearest code; its CPU kernel first rounds to 65536 steps, and differs in about one code of a thousand.
+kernel rounds them, to the nearest code; its CPU kernel first rounds to 65536 steps, and differs in about one code of a
+thousand.
 """
 
 from __future__ import annotations
