@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 from ..checkpoint.header import load_json_object
 from ..checkpoint.metadata import CONFIG_SUFFIX, FORMAT_VERSION, HEADER_KEY, Config, encode_config, same_json
@@ -82,7 +83,7 @@ def _set_header(draft: Draft, layers: Mapping[str, object]) -> None:
         draft.metadata[HEADER_KEY] = json.dumps(new, ensure_ascii=False)
 
 
-def header_object(text: str) -> dict[str, object]:
+def header_object(text: str) -> dict[str, Any]:
     """The header's JSON object with a `layers` object in it. Raises InputFileError."""
     content = load_json_object(text.encode("utf-8", "replace"), HEADER_KEY)
     if not isinstance(content.get("layers"), dict):

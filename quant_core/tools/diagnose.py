@@ -174,7 +174,9 @@ def _settle(
     found: Diagnosis,
 ) -> StoredLayer | None:
     """The layer under the description that fits its tensors. Where both fit, the header's: ComfyUI takes that one."""
-    (header, tensor), errors, fitting = described, [], []
+    header, tensor = described
+    errors: list[InputFileError] = []
+    fitting: list[StoredLayer | None] = []
     for config in (header, tensor):
         if config is not None and "format" not in _flat(config):
             fitting.append(None)

@@ -84,7 +84,9 @@ def plan_patch(source: Source, scales: Mapping[str, float], method: str = "") ->
             "that its format uses them (FP8 per tensor and NVFP4 do)."
         )
     present, draft = file_input_scales(source, layers), Draft(source)
-    added, changed, kept = [], [], []
+    added: list[str] = []
+    changed: list[str] = []
+    kept: list[str] = []
     for name, value in wanted.items():
         layer = layers[name]
         tensor = torch.tensor(value, dtype=torch.float32, device="cpu")
