@@ -9,6 +9,7 @@ from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
 from ...quant_core.errors import InputFileError, counted
 from ...quant_core.pipeline.verify import check_file
 from ...quant_core.stored.foreign import refusal
+from ...quant_core.stored.form import Form
 from ...quant_core.stored.layers import stored_layers
 from ...quant_core.tools.rewrite import Draft
 from ..shared.detection import detect
@@ -43,19 +44,19 @@ def describe(path: Path, name: str) -> str:
         problems.setdefault(finding.code, finding.message)
     with open_source(path) as source:
         try:
-            kinds = Counter((layer.kind, layer.format.name) for layer in stored_layers(source).values())
+            forms = Counter((layer.form, layer.format.name) for layer in stored_layers(source).values())
         except InputFileError as err:
-            kinds, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
+            forms, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
         foreign = refusal(source)
         lines = [
             f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, "
             f"{counted(len(source.tensors), 'tensor')}"
         ]
     lines += [
-        f"{count} x {fmt}" + ("" if kind == "comfy_quant" else f", {kind} form")
-        for (kind, fmt), count in kinds.most_common()
+        f"{count} x {fmt}" + ("" if form is Form.COMFY_QUANT else f", {form.value} form")
+        for (form, fmt), count in forms.most_common()
     ]
-    older = sum(count for (kind, _), count in kinds.items() if kind != "comfy_quant")
+    older = sum(count for (form, _), count in forms.items() if form is not Form.COMFY_QUANT)
     if foreign:
         lines.append(foreign)
     elif older:
@@ -65,6 +66,6 @@ def describe(path: Path, name: str) -> str:
             f"{counted(len(problems), 'kind')} of problems. Repair lists all, and puts right what has an exact answer:"
         )
         lines += [f"  {message}" for message in list(problems.values())[:_SHOWN]]
-    elif not kinds:
+    elif not forms:
         lines.append("Nothing in it is quantized. Load Model to Quantize takes such files.")
     return "\n".join(lines)

@@ -173,7 +173,7 @@ def _metadata(
     for layer in layers:
         if isinstance(layer, Quantized):
             configs[layer.layer] = layer.config
-        elif layer.stored is not None and layer.stored.described:
+        elif layer.stored is not None and layer.stored.form.described:
             configs[layer.layer] = layer.stored.config
     record: dict[str, Any] = {
         "version": __version__,
@@ -229,7 +229,7 @@ def _quantized_again(quantized: Sequence[Quantized]) -> tuple[str, ...]:
 
 
 def _mixed_forms(kept: Sequence[Kept]) -> str | None:
-    forms = sorted({layer.stored.kind for layer in kept if layer.stored is not None and not layer.stored.described})
+    forms = sorted({one.stored.form.value for one in kept if one.stored is not None and not one.stored.form.described})
     if not forms:
         return None
     return (

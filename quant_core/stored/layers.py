@@ -14,10 +14,12 @@ from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
 from ..formats import format_of_layer, get_format
 from ..formats.base import Format
+from ..formats.families.codebook import CodebookFormat
 from .bnb_state import BnbState, bnb_states
-from .canonical import INPUT_SCALE, shape_variants, steps_to, to_canonical
 from .configs import layer_configs
-from .legacy import modelopt_to_comfy, undescribed_layers
+from .fit import INPUT_SCALE, Part, Step, fit, fit_layer, shape_variants
+from .form import Form
+from .legacy import REORDERED, modelopt_to_comfy, undescribed_layers
 from .suffixes import BESIDE_THE_WEIGHT, QUANT_SUFFIXES
 
 # `hybrid_mxfp8` is MXFP8 with one more number, for GPUs without block scaling; the weight does not depend on it.
@@ -28,9 +30,8 @@ _ALIASES = {"hybrid_mxfp8": "mxfp8"}
 class StoredLayer:
     """One quantized layer. names: {suffix: tensor name in the source}. shape: the logical weight, [N, K].
 
-    kind: "comfy_quant"; "comfy_4bit" and "hybrid_mxfp8" (older comfy_quant forms); "legacy" (fp8_scaled,
-    scale_weight), "bare" (no description), "modelopt", "bitsandbytes". config: the comfy_quant object that it
-    has or would have.
+    config: the comfy_quant object that it has or would have. parts: {suffix: part} of what the file holds of that
+    which the format writes, and of `input_scale`.
     """
 
     layer: str
@@ -38,76 +39,90 @@ class StoredLayer:
     config: Mapping[str, Any]
     names: Mapping[str, str]
     shape: tuple[int, int]
-    kind: str
-    state: BnbState | None = None
-
-    @property
-    def described(self) -> bool:
-        """Whether the file has a comfy_quant description of it."""
-        return self.kind in ("comfy_quant", "comfy_4bit", "hybrid_mxfp8")
+    form: Form
+    parts: Mapping[str, Part]
 
     def decode(self, src: Source) -> Tensor:
         """float32 [N, K] on the CPU, in the original basis, with the layer's own scales."""
-        if self.state is not None:
-            return self.state.decode(src)
         w = self.format.dequantize(self.tensors(src), self.shape)
         if "pre_quant_scale" in self.names:  # the runtime multiplies the inputs by it
             w = w * src.read(self.names["pre_quant_scale"]).to(torch.float32)
         return w
 
-    def tensors(self, src: Source, only: str | None = None) -> dict[str, Tensor]:
+    def tensors(self, src: Source) -> dict[str, Tensor]:
         """{suffix: tensor} exactly as the format writes them, `comfy_quant` and what serves the inputs excepted.
 
-        only: one suffix; the others are not read. Raises InputFileError when the layer cannot be written so.
+        Raises InputFileError when the layer cannot be written so.
         """
-        if self.state is not None:
-            return self._from_bitsandbytes(src)
-        read = {
-            suffix: src.read(name)
-            for suffix, name in self.names.items()
-            if suffix not in BESIDE_THE_WEIGHT and (only in (None, suffix) or self.kind == "modelopt")
-        }
-        infos = {suffix: src.tensors[self.names[suffix]] for suffix in read}
-        if self.kind == "modelopt":
-            read["weight"], read["weight_scale"] = modelopt_to_comfy(read["weight"], read["weight_scale"])
-            infos = {
-                s: replace(i, dtype={"weight_scale": "F8_E4M3"}.get(s, i.dtype), shape=tuple(read[s].shape))
-                for s, i in infos.items()
-            }
-        specs = {spec.suffix: spec for spec in self.format.tensor_specs(self.shape)}
-        result = {
-            suffix: to_canonical(self.names[suffix], tensor, infos[suffix], specs[suffix], self.format, self.shape)
-            for suffix, tensor in read.items()
-            if suffix in specs
-        }
-        if "weight_codebook" in specs and "weight_codebook" not in self.names:
-            result["weight_codebook"] = self._codebook()
-        return result
+        suffixes = [suffix for suffix in self.parts if suffix not in BESIDE_THE_WEIGHT]
+        if isinstance(self.format, CodebookFormat):
+            suffixes.append("weight_codebook")
+        return {suffix: self.tensor(src, suffix) for suffix in dict.fromkeys(suffixes)}
+
+    def tensor(self, src: Source, suffix: str) -> Tensor:
+        """One of `tensors`. Raises as that does."""
+        part = self.parts.get(suffix)
+        if part is not None:
+            return part.convert(src.read(part.found.name))
+        listed = self.config.get("quant_map")  # the codebook is in the JSON of older files
+        if isinstance(listed, list):
+            return torch.tensor(listed, dtype=torch.float32)
+        assert isinstance(self.format, CodebookFormat), suffix  # of the others nothing is optional
+        return self.format.codebook()
 
     def input_scale(self, src: Source) -> Tensor | None:
         """float32 (), or None when there is none. Raises InputFileError when it is not one number."""
-        name = self.names.get("input_scale")
-        if name is None:
-            return None
-        return to_canonical(name, src.read(name), src.tensors[name], INPUT_SCALE, self.format, self.shape)
+        return self.tensor(src, "input_scale") if "input_scale" in self.parts else None
 
-    def _codebook(self) -> Tensor:
-        """The one in the JSON, as older files have it, or the format's own."""
-        listed = self.config.get("quant_map")
-        return torch.tensor(listed, dtype=torch.float32) if isinstance(listed, list) else self.format.codebook()
 
-    def _from_bitsandbytes(self, src: Source) -> dict[str, Tensor]:
-        n, k = self.shape
-        if k % self.format.group_size:
+@dataclass(frozen=True, slots=True)
+class ModelOptLayer(StoredLayer):
+    """Weight and block scales are in ModelOpt's order, and only together can they be put right."""
+
+    def tensors(self, src: Source) -> dict[str, Tensor]:
+        ordered = self._in_order(src)
+        return ordered | {s: self.tensor(src, s) for s in self.parts if s not in (*ordered, *BESIDE_THE_WEIGHT)}
+
+    def tensor(self, src: Source, suffix: str) -> Tensor:
+        # Not super(): dataclass makes a new class for the slots, which super() without arguments does not know.
+        return self._in_order(src)[suffix] if suffix in REORDERED else StoredLayer.tensor(self, src, suffix)
+
+    def _in_order(self, src: Source) -> dict[str, Tensor]:
+        weight, scale = modelopt_to_comfy(*(src.read(self.names[suffix]) for suffix in REORDERED))
+        return {"weight": self._fitted("weight", weight), "weight_scale": self._fitted("weight_scale", scale)}
+
+    def _fitted(self, suffix: str, tensor: Tensor) -> Tensor:
+        part = self.parts[suffix]
+        dtype = "F8_E4M3" if suffix == "weight_scale" else part.found.dtype
+        found = replace(part.found, dtype=dtype, shape=tuple(tensor.shape))
+        return fit(part.spec, found, self.format, self.shape).convert(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class BitsAndBytesLayer(StoredLayer):
+    """Only its weight is as the format writes it; the rest follows from its state."""
+
+    state: BnbState
+
+    def decode(self, src: Source) -> Tensor:
+        return self.state.decode(src)
+
+    def tensors(self, src: Source) -> dict[str, Tensor]:
+        suffixes = ("weight", "weight_scale", "weight_codebook")
+        return {suffix: self.tensor(src, suffix) for suffix in suffixes}
+
+    def tensor(self, src: Source, suffix: str) -> Tensor:
+        (n, k), block = self.shape, self.state.block_size
+        if k % block:
             raise InputFileError(
-                f"{self.layer}: its blocks of {self.format.group_size} run over the ends of the rows "
-                f"(in_features={k}), which only bitsandbytes itself reads. Requantize the layer instead."
+                f"{self.layer}: its blocks of {block} run over the ends of the rows (in_features={k}), which only "
+                "bitsandbytes itself reads. Requantize the layer instead."
             )
-        return {
-            "weight": src.read(self.names["weight"]).view(torch.uint8).reshape(n, k // 2),
-            "weight_scale": self.state.absmax(src).reshape(n, k // self.format.group_size),
-            "weight_codebook": src.read(self.names["quant_map"]).to(torch.float32),
-        }
+        if suffix == "weight":
+            return src.read(self.names["weight"]).view(torch.uint8).reshape(n, k // 2)
+        if suffix == "weight_scale":
+            return self.state.absmax(src).reshape(n, k // block)
+        return src.read(self.names["quant_map"]).to(torch.float32)
 
 
 def stored_layers(src: Source) -> dict[str, StoredLayer]:
@@ -124,7 +139,7 @@ def stored_layers(src: Source) -> dict[str, StoredLayer]:
     for layer, state in states.items():
         found[layer] = _from_state(src, state)
     for other in undescribed_layers(src, found):
-        found[other.layer] = describe_layer(src, other.layer, other.config, other.names, other.kind)
+        found[other.layer] = describe_layer(src, other.layer, other.config, other.names, other.form)
     return found
 
 
@@ -137,7 +152,7 @@ def layer_names(src: Source, layer: str) -> dict[str, str]:
 
 
 def describe_layer(
-    src: Source, layer: str, config: Mapping[str, Any], names: Mapping[str, str], kind: str = "comfy_quant"
+    src: Source, layer: str, config: Mapping[str, Any], names: Mapping[str, str], form: Form = Form.COMFY_QUANT
 ) -> StoredLayer:
     """The layer under this config. InputFileError when its tensors do not fit it, or one is missing."""
     if "weight" not in names:
@@ -147,26 +162,35 @@ def describe_layer(
         )
     name = str(config.get("format"))
     if name in _ALIASES:
-        kind = name
+        form = Form.HYBRID_MXFP8
     elif names.get("weight_scale") == f"{layer}.absmax":
-        kind = "comfy_4bit"
+        form = Form.COMFY_4BIT
     fmt, shape = _format_and_shape(src, layer, {**config, "format": _ALIASES.get(name, name)}, names)
+    parts = _parts(src, layer, fmt, shape, names, form)
+    kind = ModelOptLayer if form is Form.MODELOPT else StoredLayer
+    return kind(layer, fmt, dict(config), dict(names), shape, form, parts)
+
+
+def _parts(
+    src: Source, layer: str, fmt: Format, shape: tuple[int, int], names: Mapping[str, str], form: Form
+) -> dict[str, Part]:
+    infos = {suffix: src.tensors[name] for suffix, name in names.items()}
+    found = fit_layer(fmt, shape, infos)
     for spec in fmt.tensor_specs(shape):
-        if spec.suffix not in names:
-            if not spec.optional:
-                raise InputFileError(
-                    f"{src.path}: {layer} is {fmt.on_disk} and lacks {layer}.{spec.suffix}. Run `quantpress "
-                    "verify` on the file, or take it from its source again."
-                )
-            continue
-        info = src.tensors[names[spec.suffix]]
-        if kind != "modelopt" and steps_to(info, spec, fmt, shape) is None:
+        part = found.parts.get(spec.suffix)
+        if part is None and not spec.optional:
             raise InputFileError(
-                f"{src.path}: {info.name} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a {list(shape)} "
-                f"weight needs {spec.dtype} {list(spec.shape)}. The metadata names another format than the "
-                "data holds: run `quantpress repair` on the file."
+                f"{src.path}: {layer} is {fmt.on_disk} and lacks {layer}.{spec.suffix}. Run `quantpress "
+                "verify` on the file, or take it from its source again."
             )
-    return StoredLayer(layer, fmt, dict(config), dict(names), shape, kind)
+        if part is not None and part.steps is None and form is not Form.MODELOPT:
+            raise part.error(f"{src.path}: ")
+    parts = dict(found.parts)
+    if form is Form.MODELOPT:  # whether they fit shows when they are in order
+        parts |= {suffix: replace(parts[suffix], steps=(Step.REORDER,)) for suffix in REORDERED}
+    if "input_scale" in infos:  # one that does not fit is an error of those who need it
+        parts.setdefault("input_scale", fit(INPUT_SCALE, infos["input_scale"], fmt, shape))
+    return parts
 
 
 def _format_and_shape(
@@ -201,7 +225,12 @@ def _from_state(src: Source, state: BnbState) -> StoredLayer:
     names = {**state.names}
     if f"{state.layer}{CONFIG_SUFFIX}" in src.tensors:
         names["comfy_quant"] = f"{state.layer}{CONFIG_SUFFIX}"
-    return StoredLayer(state.layer, fmt, config, names, state.shape, "bitsandbytes", state)
+    packed = replace(
+        fit(fmt.tensor_specs(state.shape)[0], src.tensors[names["weight"]], fmt, state.shape), steps=(Step.FLAT,)
+    )
+    return BitsAndBytesLayer(
+        state.layer, fmt, config, names, state.shape, Form.BITSANDBYTES, {"weight": packed}, state
+    )
 
 
 def config_tensor_name(layer: str) -> str:

@@ -14,6 +14,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.source import Source
 from ..errors import InputFileError, Remedy
 from ..numerics.packing import swizzle_scales
+from .form import Form
 from .inferred import infer
 from .suffixes import DESCRIPTION, QUANT_SUFFIXES
 
@@ -27,10 +28,10 @@ _INVERSE = "weight_scale_inv"  # transformers' name for 2-D block scales; they m
 
 @dataclass(frozen=True, slots=True)
 class Undescribed:
-    """kind: "legacy", "bare" (only the description is missing) or "modelopt". names: {suffix: tensor name}."""
+    """names: {suffix: tensor name}. config: the comfy_quant object that it would have."""
 
     layer: str
-    kind: str
+    form: Form
     config: dict[str, Any]
     names: dict[str, str]
 
@@ -61,16 +62,16 @@ def _legacy(src: Source, layer: str) -> Undescribed:
         suffix: f"{layer}.{old}" for old, suffix in LEGACY_NAMES.items() if f"{layer}.{old}" in src.tensors
     }
     found = infer(layer, _infos(src, names), unrotated=True)
-    return Undescribed(layer, "legacy", found.config, names)
+    return Undescribed(layer, Form.LEGACY, found.config, names)
 
 
 def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Undescribed:
     infos = _infos(src, names)
     found = infer(layer, infos)
     if not found.format.modelopt_differs:
-        return Undescribed(layer, "bare", found.config, names)
+        return Undescribed(layer, Form.BARE, found.config, names)
     if exported:
-        return Undescribed(layer, "modelopt", found.config, names)
+        return Undescribed(layer, Form.MODELOPT, found.config, names)
     if found.format.modelopt_order_fits(infos):
         raise InputFileError(
             f"{layer}: {found.format.name.upper()} without metadata: ComfyUI and ModelOpt order nibbles and block "
@@ -79,7 +80,7 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
             "assume",
             Remedy.SAY_FORMAT,
         )
-    return Undescribed(layer, "bare", found.config, names)
+    return Undescribed(layer, Form.BARE, found.config, names)
 
 
 def _infos(src: Source, names: dict[str, str]) -> dict[str, TensorInfo]:
@@ -107,6 +108,9 @@ def _names_modelopt(text: str) -> bool:
     method = (inner if isinstance(inner, dict) else content).get("quant_method")
     producer = content.get("producer")
     return method == "modelopt" or (isinstance(producer, dict) and producer.get("name") == "modelopt")
+
+
+REORDERED = ("weight", "weight_scale")
 
 
 def modelopt_to_comfy(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
 from ..stored.bnb_state import STATE_PREFIX
+from ..stored.form import Form
 from ..stored.layers import StoredLayer, stored_layers
 from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
@@ -46,7 +47,7 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
             ]
         )
     draft = Draft(src)
-    outside = {layer: entry for layer, entry in stored.items() if entry.kind != "bitsandbytes"}
+    outside = {layer: entry for layer, entry in stored.items() if entry.form is not Form.BITSANDBYTES}
     for entry in outside.values():
         canonicalize(draft, entry)
         _export(draft, entry, nested)
@@ -99,7 +100,7 @@ def _export(draft: Draft, stored: StoredLayer, nested: bool) -> None:
 
 
 def _absmax(stored: StoredLayer, src: Source) -> Tensor:
-    return stored.tensors(src, only="weight_scale")["weight_scale"].reshape(-1)
+    return stored.tensor(src, "weight_scale").reshape(-1)
 
 
 def dynamic_map() -> Tensor:

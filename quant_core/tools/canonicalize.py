@@ -5,12 +5,11 @@ from __future__ import annotations
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 from ..checkpoint.header import TORCH_TO_CODE
 from ..checkpoint.metadata import Config
 from ..formats.records import TensorSpec
-from ..stored.canonical import INPUT_SCALE, steps_to
+from ..stored.fit import Step
 from ..stored.layers import StoredLayer
 from .rewrite import Draft
 
@@ -33,9 +32,9 @@ def canonical_config(stored: StoredLayer, full_precision: bool | None = None, *,
     """
     config: Config = {key: value for key, value in stored.config.items() if key not in _STALE}
     config["format"] = stored.format.on_disk
-    if complete or not stored.described:
+    if complete or not stored.form.described:
         derived = stored.format.config(stored.shape, torch.bfloat16)
-        if stored.described:
+        if stored.form.described:
             derived.pop("dtype", None)  # of the weight it was made from, which nothing tells
         config |= {key: value for key, value in derived.items() if key not in config}
     if full_precision is not None and is_fp8(stored):
@@ -66,60 +65,35 @@ def canonicalize(draft: Draft, stored: StoredLayer, input_scale: InputScale = In
 
 
 def _place(draft: Draft, stored: StoredLayer, spec: TensorSpec) -> None:
-    src, name = draft.src, f"{stored.layer}.{spec.suffix}"
-    old, code, shape = stored.names.get(spec.suffix), TORCH_TO_CODE[spec.dtype], tuple(spec.shape)
-    if old is not None and _same_bytes(draft, stored, spec, old):
-        draft.rename(old, name)
-        if (src.tensors[old].dtype, src.tensors[old].shape) != (code, shape):
+    name, code, shape = f"{stored.layer}.{spec.suffix}", TORCH_TO_CODE[spec.dtype], tuple(spec.shape)
+    part = stored.parts.get(spec.suffix)
+    if part is not None and part.found.name in draft:
+        draft.rename(part.found.name, name)
+    if part is not None and part.keeps_bytes:
+        if (part.found.dtype, part.found.shape) != (code, shape):
             draft.retype(name, code, shape)
         return
-    if old is not None and old in draft:
-        draft.rename(old, name)
     draft.make(
         name,
         code,
         shape,
-        lambda: stored.tensors(src, only=spec.suffix)[spec.suffix],
+        lambda: stored.tensor(draft.src, spec.suffix),
         after=f"{stored.layer}.weight",
         of=tuple(stored.names.values()),
     )
 
 
-def _same_bytes(draft: Draft, stored: StoredLayer, spec: TensorSpec, old: str) -> bool:
-    if stored.kind == "modelopt" and spec.suffix != "weight_scale_2":
-        return False
-    if stored.state is not None and spec.suffix == "weight":
-        return True  # packed alike, under another shape
-    steps = steps_to(draft.src.tensors[old], spec, stored.format, stored.shape)
-    return steps is not None and not {"scale-dtype", "scale-unswizzled"} & set(steps)
-
-
 def _place_input_scale(draft: Draft, stored: StoredLayer, wanted: InputScale) -> None:
-    src, name = draft.src, f"{stored.layer}.input_scale"
-    old = stored.names.get("input_scale")
-    if old is not None:
-        draft.rename(old, name)
-        info = src.tensors[old]
-        steps = steps_to(info, INPUT_SCALE, stored.format, stored.shape)
-        if steps == ("scale-rank",):
+    name, part = f"{stored.layer}.input_scale", stored.parts.get("input_scale")
+    if part is not None:
+        draft.rename(part.found.name, name)
+        if part.steps == (Step.RANK,):
             draft.retype(name, "F32", ())
-        elif steps != ():
-            draft.make(name, "F32", (), lambda: _known(stored.input_scale(src)), of=(old,))
+        elif part.steps != ():
+            draft.make(name, "F32", (), lambda: stored.tensor(draft.src, "input_scale"), of=(part.found.name,))
         return
     always = any(spec.suffix == "input_scale" for spec in stored.format.tensor_specs(stored.shape))
     if always or (wanted is InputScale.UNIT and is_fp8(stored)):
         draft.put(name, torch.ones(()), after=f"{stored.layer}.weight")
     elif wanted is InputScale.WEIGHT and stored.format.name in ("float8_e4m3fn", "float8_e5m2"):
-        draft.make(
-            name,
-            "F32",
-            (),
-            lambda: stored.tensors(src, only="weight_scale")["weight_scale"],
-            after=f"{stored.layer}.weight",
-        )
-
-
-def _known(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise ValueError("the layer has no input_scale")
-    return tensor
+        draft.make(name, "F32", (), lambda: stored.tensor(draft.src, "weight_scale"), after=f"{stored.layer}.weight")

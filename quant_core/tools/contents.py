@@ -8,9 +8,8 @@ from ..checkpoint.source import Source
 from ..errors import InputFileError, counted
 from ..pipeline.layer_plan import linear_layers
 from ..stored.foreign import refusal
+from ..stored.form import Form
 from ..stored.layers import stored_layers
-
-OWN_FORM = "comfy_quant"
 
 
 def describe(src: Source) -> str:
@@ -23,14 +22,14 @@ def describe(src: Source) -> str:
         kept = Counter(src.tensors[f"{layer}.weight"].dtype for layer in linear_layers(src, stored))
         plain = ", ".join(f"{count} in {dtype}" for dtype, count in kept.most_common())
         return f"nothing in it is quantized; its linear layers: {plain or 'none'}"
-    forms = Counter((entry.kind, entry.format.name) for entry in stored.values())
-    if {kind for kind, _ in forms} == {OWN_FORM}:
+    forms = Counter((entry.form, entry.format.name) for entry in stored.values())
+    if {form for form, _ in forms} == {Form.COMFY_QUANT}:
         names = ", ".join(name for _, name in forms)
         return (
             f"its {counted(len(stored), 'quantized layer is', 'quantized layers are')} in ComfyUI's own form ({names})"
         )
     return "it holds " + ", ".join(
-        f"{counted(count, 'layer')} of the {kind} form ({name})" for (kind, name), count in forms.items()
+        f"{counted(count, 'layer')} of the {form.value} form ({name})" for (form, name), count in forms.items()
     )
 
 
@@ -55,10 +54,10 @@ def nothing_to_migrate(src: Source) -> str:
 
 def holds_bitsandbytes(src: Source) -> bool:
     """Whether a layer is stored in bitsandbytes' way. InputFileError for what is not a model at all."""
-    kinds = {entry.kind for entry in stored_layers(src).values()}
-    if not kinds:
+    forms = {entry.form for entry in stored_layers(src).values()}
+    if not forms:
         require_model(src)
-    return "bitsandbytes" in kinds
+    return Form.BITSANDBYTES in forms
 
 
 def nothing_to_import(src: Source) -> str:
@@ -66,12 +65,12 @@ def nothing_to_import(src: Source) -> str:
 
     Sentences without the path.
     """
-    kinds = {entry.kind for entry in stored_layers(src).values()}
+    forms = {entry.form for entry in stored_layers(src).values()}
     instead = (
         "`quantpress migrate`, or the node Migrate Legacy File, converts such a file."
-        if kinds - {OWN_FORM}
+        if forms - {Form.COMFY_QUANT}
         else "Use it as it is."
-        if kinds
+        if forms
         else "Quantize it, or use it as it is."
     )
     return f"no layer of it is stored in bitsandbytes' way, so there is nothing to import: {describe(src)}. {instead}"

@@ -16,7 +16,8 @@ from ..formats.base import Format
 from ..names.diffusers import diffusers_warning
 from ..names.prefixes import prefix_changes
 from ..pipeline.verify import Finding, check_file
-from ..stored.canonical import INPUT_SCALE, STEPS, steps_to
+from ..stored.fit import WORDS
+from ..stored.form import Form
 from ..stored.inferred import Inferred, infer
 from ..stored.layers import StoredLayer, describe_layer, layer_names
 from ..stored.legacy import CODED, is_modelopt
@@ -73,7 +74,7 @@ def diagnose(src: Source, assume: str | None = None) -> Diagnosis:
         stored = _settle(src, layer, names, (header.get(layer), tensors.get(layer)), assume, found)
         if stored is not None:
             found.layers[layer] = stored
-            _tensor_steps(src, stored, found)
+            _tensor_steps(stored, found)
         said = header.get(layer) or tensors.get(layer)
         if layer not in found.layers and said and f"{layer}{CONFIG_SUFFIX}" not in found.drop:
             found.unsettled[layer] = said
@@ -226,14 +227,14 @@ def _infer(
         _not_quantized(src, layer, names, found)
         return None
     infos = {suffix: src.tensors[name] for suffix, name in names.items()}
-    kind = MODELOPT if assume == MODELOPT or (assume is None and is_modelopt(src)) else "bare"
+    form = Form.MODELOPT if assume == MODELOPT or (assume is None and is_modelopt(src)) else Form.BARE
     try:
-        inferred = _assumed(infos, assume) if assume and kind == "bare" else infer(layer, infos)
+        inferred = _assumed(infos, assume) if assume and form is Form.BARE else infer(layer, infos)
         config, reordered = inferred.config, inferred.format.modelopt_differs
         # A description that cannot be read still says that ComfyUI's order is meant: ModelOpt writes none.
-        if reordered and kind == "bare" and not assume and not errors and "comfy_quant" not in names:
+        if reordered and form is Form.BARE and not assume and not errors and "comfy_quant" not in names:
             _require_swizzled(layer, inferred.format, infos)
-        stored = describe_layer(src, layer, config, names, kind if reordered else "bare")
+        stored = describe_layer(src, layer, config, names, form if reordered else Form.BARE)
     except InputFileError as err:
         text = " ".join(_reason(src, one) for one in (*errors[:1], err))
         problem = err.problems[0]
@@ -309,14 +310,13 @@ def _not_quantized(src: Source, layer: str, names: Mapping[str, str], found: Dia
         found.drop += [name for suffix, name in names.items() if suffix != "weight"]
 
 
-def _tensor_steps(src: Source, stored: StoredLayer, found: Diagnosis) -> None:
-    specs = {spec.suffix: spec for spec in (*stored.format.tensor_specs(stored.shape), INPUT_SCALE)}
+def _tensor_steps(stored: StoredLayer, found: Diagnosis) -> None:
     for suffix, name in stored.names.items():
-        if suffix not in specs or stored.kind == MODELOPT:
+        part = stored.parts.get(suffix)
+        if part is None or stored.form is Form.MODELOPT:
             continue
-        info = src.tensors[name]
-        steps = steps_to(info, specs[suffix], stored.format, stored.shape)
-        if steps is None:
+        info = part.found
+        if part.steps is None:
             found.note(
                 "tensor-shape",
                 stored.layer,
@@ -326,13 +326,13 @@ def _tensor_steps(src: Source, stored: StoredLayer, found: Diagnosis) -> None:
             )
             found.layers.pop(stored.layer, None)
             return
-        for step in steps:
+        for step in part.steps:
             severity = "error" if info.shape != (1,) else "warning"
-            found.note(step, stored.layer, f"{name} ({info.dtype} {list(info.shape)}): {STEPS[step]}.", severity)
-    if stored.kind in ("comfy_4bit", "hybrid_mxfp8", MODELOPT):
-        found.note(
-            "older-form", stored.layer, f"{stored.layer} is in the {stored.kind} form; it is rewritten.", "warning"
-        )
+            text = f"{name} ({info.dtype} {list(info.shape)}): {WORDS[step]}."
+            found.note(step.value, stored.layer, text, severity)
+    if stored.form in (Form.COMFY_4BIT, Form.HYBRID_MXFP8, Form.MODELOPT):
+        text = f"{stored.layer} is in the {stored.form.value} form; it is rewritten."
+        found.note("older-form", stored.layer, text, "warning")
 
 
 def _header_state(src: Source, header: Mapping[str, Config], found: Diagnosis) -> None:

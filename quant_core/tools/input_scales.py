@@ -20,6 +20,7 @@ from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
 from ..progress import Progress
 from ..stored.configs import layer_configs
+from ..stored.form import Form
 from ..stored.layers import StoredLayer, stored_layers
 from .rewrite import Draft, Rewrite
 
@@ -95,7 +96,7 @@ def plan_patch(source: Source, scales: Mapping[str, float], method: str = "") ->
         if same and present[name] == float(tensor):
             kept.append(name)
             continue
-        target = old or f"{name}.{'scale_input' if layer.kind == 'legacy' else 'input_scale'}"
+        target = old or f"{name}.{'scale_input' if layer.form is Form.LEGACY else 'input_scale'}"
         draft.put(target, tensor, after=_last(source, layer))
         (changed if old else added).append(name)
     draft.metadata[METADATA_KEY] = json.dumps({"pack_version": __version__, "method": method, "layers": len(wanted)})

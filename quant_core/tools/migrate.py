@@ -13,6 +13,7 @@ from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, Problem, RequestError, counted, some_of
 from ..names.diffusers import diffusers_warning
 from ..stored.foreign import refusal
+from ..stored.form import Form
 from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import CODED, LEGACY_NAMES, is_marker
 from .canonicalize import InputScale, canonical_config, canonicalize
@@ -51,13 +52,13 @@ def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     configs: dict[str, Config] = {}
     for layer, entry in stored.items():
         configs[layer] = canonical_config(
-            entry, from_marker if entry.kind == "legacy" else full_precision, complete=True
+            entry, from_marker if entry.form is Form.LEGACY else full_precision, complete=True
         )
         canonicalize(draft, entry, options.input_scale)
     write_configs(draft, configs, HeaderMode.BUILD if options.header and configs else HeaderMode.KEEP)
     drop_dummies(draft, stored)
-    kinds = Counter(f"{entry.kind} {entry.format.name}" for entry in stored.values() if entry.kind != "comfy_quant")
-    draft.notes += [f"{counted(count, 'layer')}: {kind} -> comfy_quant" for kind, count in kinds.items()]
+    older = Counter((e.form, e.format.name) for e in stored.values() if e.form is not Form.COMFY_QUANT)
+    draft.notes += [f"{counted(n, 'layer')}: {form.value} {name} -> comfy_quant" for (form, name), n in older.items()]
     foreign_names = diffusers_warning(src.tensors) if stored else None
     draft.notes += [foreign_names] if foreign_names else []
     return draft.finish()

@@ -54,7 +54,7 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
     draft = Draft(src)
     configs: dict[str, Config] = {}
     for layer, stored in found.layers.items():
-        configs[layer] = canonical_config(_as_described(stored))
+        configs[layer] = canonical_config(stored)
         canonicalize(draft, stored)
     if unswizzled:
         _swizzle(draft, [stored for stored in found.layers.values() if stored.format.pad_to > 1], found.findings)
@@ -85,11 +85,6 @@ def _hidden(src: Source, found: Diagnosis, configs: Mapping[str, Config]) -> tup
     return tuple(finding.code for finding in hidden)
 
 
-def _as_described(stored: StoredLayer) -> StoredLayer:
-    """Inferred layers have no config of their own yet: what the format writes completes it."""
-    return replace(stored, kind="bare") if stored.kind == "modelopt" else stored
-
-
 def _note_unsettled(draft: Draft, unsettled: Mapping[str, Config]) -> None:
     if unsettled:
         draft.notes.append(
@@ -114,6 +109,6 @@ def _swizzle(draft: Draft, layers: list[StoredLayer], findings: list[Finding]) -
 
 def _swizzled(stored: StoredLayer, src: Source) -> Callable[[], Tensor]:
     def make() -> Tensor:
-        return swizzle_scales(stored.tensors(src, only="weight_scale")["weight_scale"])
+        return swizzle_scales(stored.tensor(src, "weight_scale"))
 
     return make

@@ -22,7 +22,7 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa:
 from comfyui_quantpress.quant_core.errors import RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.policy.presets import PRESETS  # noqa: E402
-from comfyui_quantpress.quant_core.stored.canonical import STEPS  # noqa: E402
+from comfyui_quantpress.quant_core.stored.fit import WORDS  # noqa: E402
 from tool_files import bystanders, canonical_file, config_of, quantized, save, weight  # noqa: E402
 
 # As its parser and its log name them. Every one must also be taken with - and _ exchanged.
@@ -526,7 +526,7 @@ def test_every_finding_code_and_field_is_documented(tmp_path, capsys):
         re.findall(
             r'found\.note\(\s*"([a-z0-9-]+)"', (root / "quant_core/tools/diagnose.py").read_text(encoding="utf-8")
         )
-    ) | set(STEPS)
+    ) | {step.value for step in WORDS}
     assert len(codes) > 20 and {code for code in codes if f"`{code}`" not in text} == set()
     assert main(["repair", str(canonical_file(tmp_path / "a.safetensors", header=False)), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
