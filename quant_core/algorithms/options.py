@@ -58,7 +58,7 @@ def check_options(options: JsonOptions, kinds: Sequence[type[Settings]]) -> None
     strangers = [name for name in options if name not in known]
     if strangers:
         raise RequestError(
-            f": there is no setting {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
+            f": there is no option {strangers[0]!r}.{did_you_mean(strangers[0], known)} Known options: "
             f"{', '.join(sorted(known))}.",
             "options",
         )

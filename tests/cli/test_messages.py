@@ -162,7 +162,7 @@ def test_a_wrong_file_is_named_for_what_it_is(args, words, run, tmp_path):
         ([*QUANTIZE, "--rounding", "up"], ["--rounding: there is no method 'up'"]),
         (
             [*QUANTIZE, "--option", "iteratons=3"],
-            ["--option: there is no setting 'iteratons'", "Did you mean iterations?"],
+            ["--option: there is no option 'iteratons'", "Did you mean iterations?"],
         ),
         ([*QUANTIZE, "--option", "iterations=few"], ["--option iterations: found 'few'"]),
         ([*QUANTIZE, "--group-size", "37"], ["--group-size 37 is not offered"]),
