@@ -76,6 +76,7 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
     if not candidates:
         names = ", ".join(dict.fromkeys(fmt.on_disk for fmt in all_formats()))
         raise RequestError(f"{layer}: the format {on_disk!r} is unknown. This pack reads: {names}.")
+    _require_sizes(layer, config)
     for fmt in candidates:
         variant = fmt.accepts(config, shapes)
         if variant is not None:
@@ -94,3 +95,18 @@ def format_of_layer(layer: str, config: dict[str, Any], shapes: dict[str, tuple[
         f"{layer}: stored as {on_disk}, but its tensors do not fit each other or its description: {found}; {config}. "
         "Quantize the original anew, or give the right values with Edit Metadata."
     )
+
+
+def _require_sizes(layer: str, config: dict[str, Any]) -> None:
+    """Raises RequestError when a size in the layer's JSON is none."""
+    for key, count in (("orig_shape", 2), ("shape", 2), ("group_size", 1), ("convrot_groupsize", 1)):
+        recorded = config.get(key)
+        if not recorded:
+            continue
+        sizes = recorded if count > 1 and isinstance(recorded, list | tuple) else [recorded]
+        if len(sizes) != count or not all(type(size) is int and size > 0 for size in sizes):
+            needed = "a list of two positive integers" if count > 1 else "a positive integer"
+            raise RequestError(
+                f"{layer}: {key} in its comfy_quant object is {recorded!r}; needed is {needed}. "
+                "Give the right value with Edit Metadata, or take the file from its source again."
+            )

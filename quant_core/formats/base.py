@@ -82,7 +82,14 @@ class Format(ElementGrid):
         """The inverse of pack."""
 
     def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
-        """The logical [N, K] of a stored layer, from its tensors' shapes and its JSON."""
+        """The logical [N, K] of a stored layer: what its JSON records, else what its tensors' shapes say.
+
+        Whoever reads the layer compares `tensor_specs` of the result with the tensors, and so finds a record that
+        contradicts them.
+        """
+        recorded = config.get("orig_shape") or config.get("shape")
+        if recorded:
+            return int(recorded[0]), int(recorded[1])
         stored = tensors["weight"]
         return stored[0], stored[1] * (8 // self.element.bits)
 

@@ -53,10 +53,6 @@ class CodebookFormat(Format):
             "shape": list(shape),
         }
 
-    def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
-        recorded = config.get("shape")
-        return (int(recorded[0]), int(recorded[1])) if recorded else super().shape_from(tensors, config)
-
     def codebook(self, device: torch.device | str = "cpu") -> Tensor:
         """float32 [16], in code order."""
         return torch.tensor(self.element.table, dtype=torch.float32, device=device)

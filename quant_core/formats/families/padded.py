@@ -23,10 +23,6 @@ class PaddedBlockFormat(Format):
             config["orig_shape"] = list(shape)  # ComfyUI takes it from the module; a reader of the file cannot
         return config
 
-    def shape_from(self, tensors: dict[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[int, int]:
-        recorded = config.get("orig_shape")
-        return (int(recorded[0]), int(recorded[1])) if recorded else super().shape_from(tensors, config)
-
     def accepts(self: Self, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Self | None:
         return self  # the block size is fixed; a recorded group_size changes nothing
 
