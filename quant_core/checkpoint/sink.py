@@ -12,8 +12,8 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ class Sink(Closing):
         except OSError as err:
             raise cannot_write(self.target, err) from err
 
-    def _check_copies(self, file: BinaryIO) -> None:
+    def _check_copies(self, file: BufferedReader) -> None:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for name, (path, expected) in self._copies.items():
             info, checksum = self.tensors[name], 0

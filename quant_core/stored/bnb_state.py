@@ -78,15 +78,24 @@ def _parse(src: Source, layer: str, names: dict[str, str], quant_type: str) -> B
     missing = [part for part in ("weight", "absmax", "quant_map") if names.get(part) not in src.tensors]
     if missing:
         raise InputFileError(f"{where} has a bitsandbytes state and lacks {', '.join(missing)}. Take the file again.")
-    state = load_json_object(src.read(names["quant_state"]).numpy().tobytes(), f"{where}: {names['quant_state']}")
+    text = src.read(names["quant_state"]).numpy().tobytes()
+    state: dict[str, Any] = load_json_object(text, f"{where}: {names['quant_state']}")
     quant_type = str(state.get("quant_type", quant_type))
-    block_size, shape = state.get("blocksize"), state.get("shape")
-    if quant_type not in QUANT_TYPES or type(block_size) is not int or block_size < 1 or not _is_shape(shape):
+    block_size: Any = state.get("blocksize")
+    shape: Any = state.get("shape")
+    nested = state.get("nested_blocksize") if "nested_absmax" in names else None
+    offset = state.get("nested_offset", 0.0)
+    if (
+        quant_type not in QUANT_TYPES
+        or not _is_size(block_size)
+        or not _is_shape(shape)
+        or not (nested is None or _is_size(nested))
+        or not isinstance(offset, int | float)
+    ):
         raise InputFileError(
             f"{where}: the bitsandbytes state {state} is not one this pack reads (nf4 or fp4 with blocksize "
             "and shape). Take the unquantized model instead."
         )
-    nested = state.get("nested_blocksize") if "nested_absmax" in names else None
     parsed = BnbState(
         layer,
         names,
@@ -95,14 +104,18 @@ def _parse(src: Source, layer: str, names: dict[str, str], quant_type: str) -> B
         str(state.get("dtype", "float32")),
         tuple(shape),
         nested,
-        float(state.get("nested_offset", 0.0)),
+        float(offset),
     )
     _check_sizes(src, where, parsed)
     return parsed
 
 
 def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and bool(shape) and all(type(size) is int and size > 0 for size in shape)
+    return isinstance(shape, list) and bool(shape) and all(_is_size(size) for size in shape)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _check_sizes(src: Source, where: str, state: BnbState) -> None:

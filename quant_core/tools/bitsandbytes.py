@@ -9,6 +9,7 @@ thousand.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,16 +64,17 @@ def export_bitsandbytes(src: Source, *, nested: bool = False) -> Rewrite:
 
 def _export(draft: Draft, stored: StoredLayer, nested: bool) -> None:
     src, weight = draft.src, f"{stored.layer}.weight"
-    n, k = stored.shape
+    (n, k), group_size = stored.shape, stored.format.group_size
+    assert group_size is not None, stored.layer  # every codebook format has one
     draft.retype(weight, "U8", (n * k // 2, 1))
     draft.rename(f"{stored.layer}.weight_codebook", f"{weight}.quant_map")
-    state = {
+    state: dict[str, Any] = {
         "quant_type": stored.format.quant_type,
-        "blocksize": stored.format.group_size,
+        "blocksize": group_size,
         "dtype": str(stored.config.get("dtype", "bfloat16")),
         "shape": [n, k],
     }
-    scales, name, count = f"{stored.layer}.weight_scale", f"{weight}.absmax", n * k // stored.format.group_size
+    scales, name, count = f"{stored.layer}.weight_scale", f"{weight}.absmax", n * k // group_size
     draft.rename(scales, name)
     if nested:
         offset = _absmax(stored, src).mean()

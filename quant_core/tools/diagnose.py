@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, Config, decode_config, same_json
 from ..checkpoint.source import Source
@@ -274,7 +276,7 @@ def _assumed(infos: Mapping[str, TensorInfo], assume: str) -> Inferred:
     fmt = get_format(assume)
     shape = fmt.shape_from({suffix: info.shape for suffix, info in infos.items()}, {})
     try:
-        return Inferred(fmt, fmt.for_shape(shape).config(shape, None))
+        return Inferred(fmt, fmt.for_shape(shape).config(shape, torch.float32))
     except RequestError as err:
         raise InputFileError(str(err)) from err
 

@@ -137,13 +137,16 @@ def _value(node: ast.expr) -> Any:
         isinstance(node, ast.UnaryOp)
         and isinstance(node.op, ast.USub)
         and isinstance(node.operand, ast.Constant)
-        and type(node.operand.value) in (int, float)
+        and isinstance(node.operand.value, (int, float))
+        and not isinstance(node.operand.value, bool)
     ):
         return -node.operand.value
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(item) for item in node.elts]
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.Dict):
+        keys = [key for key in node.keys if key is not None]
+        if len(keys) == len(node.keys):  # a None there is a `**mapping`
+            return {_value(key): _value(value) for key, value in zip(keys, node.values, strict=True)}
     raise ValueError(f"{ast.unparse(node)} is not a plain value")
 
 

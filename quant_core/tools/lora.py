@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,9 +90,7 @@ def bake(src: Source, loras: Sequence[tuple[Source, float]], *, skip_unmatched: 
     for layer, changes in deltas.items():
         name = f"{layer}.weight"
         info = src.tensors[name]
-        draft.make(
-            name, info.dtype, info.shape, lambda name=name, changes=changes: _merged(src, name, changes), of=(name,)
-        )
+        draft.make(name, info.dtype, info.shape, partial(_merged, src, name, changes), of=(name,))
     draft.metadata[RECORD_KEY] = _record(src, loras)
     draft.notes.append(f"{counted(len(deltas), 'weight')} changed")
     return draft.finish()
