@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,14 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print_json(content)
         return 0
+    _print_runs(args.file, content)
+    _print_layers(rows if args.all else sorted(rows, key=lambda row: -row.absmax / max(row.rms, 1e-30))[:_SHOWN])
+    return 0
+
+
+def _print_runs(path: Path, content: dict[str, Any]) -> None:
     print(
-        f"{args.file}: {counted(len(rows), 'layer')} captured in {counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}"
+        f"{path}: {counted(len(content['layers']), 'layer')} captured in {counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}"
     )
     calls = content["calls"]
     if calls["count"]:
@@ -65,7 +72,9 @@ def _inspect(args: argparse.Namespace) -> int:
         print(
             f"  run {number}: {counted(run['steps'], 'step')}{state}{', ' + run['note'] if run['note'] else ''}{loras}"
         )
-    ordered = rows if args.all else sorted(rows, key=lambda row: -row.absmax / max(row.rms, 1e-30))[:_SHOWN]
+
+
+def _print_layers(rows: Sequence[LayerSummary]) -> None:
     cells = [
         (
             row.layer,
@@ -77,7 +86,7 @@ def _inspect(args: argparse.Namespace) -> int:
             row.hessian,
             " ".join(str(channel) for channel, _, _ in row.channels),
         )
-        for row in ordered
+        for row in rows
     ]
     print(
         "\n".join(
@@ -89,7 +98,6 @@ def _inspect(args: argparse.Namespace) -> int:
             )
         )
     )
-    return 0
 
 
 def _content(path: Path, reader: CalibrationReader, rows: list[LayerSummary]) -> dict[str, Any]:

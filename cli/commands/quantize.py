@@ -35,6 +35,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a .safetensors file, a *.safetensors.index.json, or a folder with one of them",
     )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="the new file, *.safetensors")
+    _add_layers(parser)
+    calibration_options.add_arguments(parser)
+    recipe_options.add_arguments(parser)
+    _add_outcome(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers become what."""
     parser.add_argument("--format", required=True, metavar="NAME", help="see `quantpress formats`")
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="weights per scale, for formats that offer a choice"
@@ -61,8 +70,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--rounding", metavar="NAME", help="how weights are rounded (default: nearest; auto with --calibration)"
     )
-    calibration_options.add_arguments(parser)
-    recipe_options.add_arguments(parser)
+
+
+def _add_outcome(parser: argparse.ArgumentParser) -> None:
+    """Where it is computed, and what comes out."""
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="where to compute (default: %(default)s)"
     )
@@ -78,7 +89,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the report, or the plan, as JSON (see docs/json.md)"
     )
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ Reads kohya, diffusers, peft and LyCORIS-LoRA names, fused layers (q, k and v of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -120,15 +120,7 @@ def _deltas(
     """(layer, change) of one LoRA; problems and notes are added to."""
     factors, other = _factors(lora)
     where = lora.path.name
-    if not factors:
-        problems.append(
-            f"{where}: this is not a LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; "
-            f"they are called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
-        )
-    elif other:
-        problems.append(
-            f"{where}: {some_of(sorted(other))}: only plain LoRAs can be baked. Bake it with the tool it was made for."
-        )
+    problems += _no_plain_lora(lora, factors, other)
     found, unknown, text = [], [], 0
     for base, parts in factors.items():
         layer = names.resolve(base)
@@ -164,6 +156,20 @@ def _deltas(
         else:
             problems.append(Problem(f"{sentence} Give a LoRA of this model.", "skip_unmatched", Remedy.LEAVE_OUT))
     return found
+
+
+def _no_plain_lora(lora: Source, factors: Mapping[str, Mapping[Factor, str]], other: set[str]) -> list[str]:
+    where = lora.path.name
+    if not factors:
+        return [
+            f"{where}: this is not a LoRA: none of its {counted(len(lora.tensors), 'tensor')} is a factor of one; "
+            f"they are called like {next(iter(lora.tensors), '')!r}. Give the file of a LoRA."
+        ]
+    if other:
+        return [
+            f"{where}: {some_of(sorted(other))}: only plain LoRAs can be baked. Bake it with the tool it was made for."
+        ]
+    return []
 
 
 def _factors(lora: Source) -> tuple[dict[str, dict[Factor, str]], set[str]]:
