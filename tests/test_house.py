@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pytest brings it
+
+sys.path.append(str(Path(__file__).parent))  # last: tests/comfy must hide nobody's comfy
+from import_graph import Import, circles, graph, imports_in_functions, pack_imports, upward  # noqa: E402  the line above
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "comfyui_quantpress"
@@ -106,9 +110,9 @@ def violations(source: str, path: str) -> list[str]:
     if home in MAY_NAME_NO_FLAG:
         told = docstrings(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in told:
-                if FLAG.search(node.value):
-                    found.append(f"{path}:{node.lineno}: a flag in {home}: errors carry the setting, see errors.py")
+            text = node.value if isinstance(node, ast.Constant) and node not in told else None
+            if isinstance(text, str) and FLAG.search(text):
+                found.append(f"{path}:{node.lineno}: a flag in {home}: errors carry the setting, see errors.py")
     return found
 
 
@@ -224,6 +228,106 @@ def test_all_of_quant_core_imports_without_comfyui(tmp_path):
     assert int(run_python(BLOCK_COMFYUI + textwrap.dedent(code), tmp_path)) == on_disk
 
 
+# --- the order of the rooms ----------------------------------------------------------------------------------------
+
+
+def an_import(source: str, target: str) -> Import:
+    return Import(source, target, 1, "")
+
+
+def test_an_import_of_a_room_above_is_found():
+    assert upward([an_import("quant_core.tools.edit", "quant_core.formats.base")]) == []
+    assert upward([an_import("quant_core.formats.nvfp4", "quant_core.formats.families.padded")]) == []
+    (found,) = upward([an_import("quant_core.formats.base", "quant_core.tools.edit")])
+    assert "quant_core.formats.base:1 imports quant_core.tools.edit" in found
+    (found,) = upward([an_import("quant_core.errors", "quant_core.numerics.scales")])
+    assert "quant_core/numerics stands above quant_core" in found
+
+
+def test_a_circle_is_found():
+    arrows = graph([("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")])
+    assert circles(arrows) == [["a", "b", "c"]]
+
+
+def test_rooms_import_downwards_only():
+    assert upward(pack_imports()) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """An import inside a function, or for types only, counts too."""
+    assert circles(graph((edge.source, edge.target) for edge in pack_imports())) == []
+
+
+# Imports inside functions, counted: they may only become fewer, and each kind has a reason.
+#   cli: a command loads torch and the engine when it runs, so that `quantpress --help` answers at once.
+#   layouts, nodes, the root: parts of ComfyUI and comfy-kitchen exist only where ComfyUI runs, some only in newer.
+#   kernels, search, feedback: Triton exists on few machines, and its kernels load with the first CUDA tensor.
+#   lockstep: greenlet is needed for one way of quantizing only.
+IMPORTS_IN_FUNCTIONS = {
+    "__init__.py": 2,
+    "cli": 93,
+    "layouts/__init__.py": 1,
+    "layouts/comfyui.py": 8,
+    "layouts/comfyui_audit.py": 2,
+    "layouts/comfyui_formats.py": 3,
+    "layouts/kernels/activation.py": 2,
+    "layouts/kernels/decode.py": 2,
+    "layouts/kernels/scaled_dot.py": 2,
+    "layouts/kernels/weight_only.py": 4,
+    "nodes/extension.py": 2,
+    "nodes/shared/detection.py": 3,
+    "nodes/shared/load_model.py": 7,
+    "nodes/shared/progress.py": 1,
+    "nodes/shared/recipe.py": 2,
+    "quant_core/algorithms/choosers/search.py": 1,
+    "quant_core/algorithms/rounders/feedback.py": 1,
+    "quant_core/pipeline/in_order/lockstep.py": 1,
+}
+
+
+def parsed(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_imports_inside_functions_become_no_more():
+    counts: Counter[str] = Counter()
+    for path in pack_modules():
+        counts["cli" if path.startswith("cli/") else path] += imports_in_functions(parsed(path))
+    assert {path: count for path, count in counts.items() if count} == IMPORTS_IN_FUNCTIONS
+
+
+# --- short functions -----------------------------------------------------------------------------------------------
+
+LONGEST = 50  # lines, the signature and the docstring among them
+# A list of a node's inputs with their tooltips is long and has no steps; a kernel's body is one loop on the chip.
+MAY_BE_LONG = ("define_schema", "widgets", "scaled_dot_kernel", "_round_block")
+
+
+def long_functions(path: str) -> list[str]:
+    return [
+        f"{path}:{node.lineno}: {node.name} has {lines} lines"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in MAY_BE_LONG
+        if (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > LONGEST
+    ]
+
+
+@pytest.mark.parametrize("path", pack_modules())
+def test_functions_are_short(path):
+    assert long_functions(path) == []
+
+
+def test_the_exceptions_are_needed():
+    """Of each name that may be long, one function is."""
+    names = {
+        node.name
+        for path in pack_modules()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or node.lineno) - node.lineno + 1 > LONGEST
+    }
+    assert set(MAY_BE_LONG) <= names
+
+
 # --- the root, as ComfyUI and as pip see it ------------------------------------------------------------------------
 
 
@@ -327,7 +431,10 @@ def requirement_name(requirement: str) -> str:
 
 
 def test_requirements_txt_cannot_change_what_comfyui_chose():
-    """ComfyUI's manager installs it into the user's ComfyUI: bare names only, and nothing that ComfyUI itself pins a build of."""
+    """ComfyUI's manager installs it into the user's ComfyUI.
+
+    So: bare names only, and nothing of which ComfyUI itself pins a build.
+    """
     lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+", line)] == []
     assert {"torch", "torchvision", "triton", "comfy-kitchen"}.isdisjoint(lines)
