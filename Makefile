@@ -1,4 +1,4 @@
-# make test   run all tests        make demo   run the demo
+# make test   run all tests        make demo   run the demo        make check   style and types of the code
 # Each sets up $(VENV) first; the second run finds it done.
 #
 # Override on the command line:
@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 # --no-input: CI has no terminal, and a question would hang.
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 
-.PHONY: test demo clean
+.PHONY: test demo check clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready-test
@@ -26,9 +26,14 @@ test: $(VENV)/.ready-test
 demo: $(VENV)/.ready
 	$(VENV)/bin/quantpress demo $(ARGS)
 
+check: $(VENV)/.ready-check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(PY) -m mypy
+
 clean:
-	rm -rf build dist *.egg-info demo_out .pytest_cache .hypothesis
-	rm -f $(VENV)/.ready $(VENV)/.ready-test
+	rm -rf build dist *.egg-info demo_out .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f $(VENV)/.ready $(VENV)/.ready-test $(VENV)/.ready-check
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # An existing $(VENV) with a pip is used as it is; one that an interrupted `python -m venv` left half made is completed.
@@ -54,4 +59,9 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	@$(PIP) install -q -e ".[test]"
 	@if [ "$$(uname -s)" = Linux ]; then $(PIP) install -q --no-deps triton; fi
 	@$(PIP) install -q --no-deps bitsandbytes
+	@touch $@
+
+$(VENV)/.ready-check: $(VENV)/.ready
+	@echo "Installing what the checks need ..."
+	@$(PIP) install -q -e ".[check]"
 	@touch $@
