@@ -17,9 +17,10 @@ from ..quant_core.errors import OutputError, RequestError
 from ..quant_core.formats import all_formats, get_format
 from ..quant_core.formats.base import Format
 from ..quant_core.numerics.metrics import snr_db
+from ..quant_core.pipeline.compare import verify_file
 from ..quant_core.pipeline.request import Request
 from ..quant_core.pipeline.run import convert
-from ..quant_core.pipeline.verify import VerifyReport, verify_file
+from ..quant_core.pipeline.verify import VerifyReport
 from ..quant_core.policy.recipe import Recipe
 from .autoencoder import decode, load_decoder
 from .load import LoadedModel, load_model

@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...quant_core.cancel import cancel_scope
     from ...quant_core.checkpoint.source import open_source
-    from ...quant_core.pipeline.verify import verify_file
+    from ...quant_core.pipeline.compare import verify_file
     from ...quant_core.tools.contents import require_model
 
     if args.against is not None:

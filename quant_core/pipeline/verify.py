@@ -1,29 +1,23 @@
-"""Checks a file by the rules of the loaders that will read it, and against its source by decoding every layer."""
+"""Checks a file by the rules of the loaders that will read it."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..cancel import poll
-from ..checkpoint.header import CODE_TO_TORCH, TORCH_TO_CODE
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, Problem, Remedy, RequestError, VerificationError, counted
 from ..formats import format_of_layer
-from ..numerics.metrics import relative_error, snr_db
-from ..progress import Clock, Progress
 from ..stored.configs import layer_configs
-from ..stored.layers import stored_layers
+from ..stored.fit import fit
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..stored.suffixes import QUANT_SUFFIXES
-from .plan import RECIPE_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,39 +103,6 @@ def check_file(path: str | Path) -> VerifyReport:
         return VerifyReport(str(path), tuple(layers), tuple(findings))
 
 
-def verify_file(
-    path: str | Path,
-    against: str | Path | None = None,
-    *,
-    worst_allowed: float = 0.5,
-    progress: Callable[[Progress], None] | None = None,
-) -> VerifyReport:
-    """check_file, and with a source the error of every layer against it; copied tensors must be equal byte for byte.
-
-    worst_allowed: a layer whose relative error is larger is an error finding; such a layer draws noise.
-    """
-    report = check_file(path)
-    if against is None or report.errors:
-        return report
-    findings = list(report.findings)
-    with open_source(path) as src, open_source(against) as ref:
-        report = _with_older_forms(src, report)
-        layers = tuple(_compare_layers(src, ref, report, worst_allowed, findings, progress))
-        findings += _compare_copies(src, ref, report)
-    return VerifyReport(str(path), layers, tuple(findings))
-
-
-def _with_older_forms(src: Source, report: VerifyReport) -> VerifyReport:
-    """The report with the layers of legacy and foreign forms, which decode, though ComfyUI does not know them."""
-    known = {check.layer for check in report.layers}
-    more = tuple(
-        LayerCheck(layer, entry.format.name, entry.shape)
-        for layer, entry in stored_layers(src).items()
-        if layer not in known
-    )
-    return replace(report, layers=report.layers + more)
-
-
 def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every layer's strict JSON; a finding for each that a loader cannot read, and for a header out of sync."""
     for name in src.tensors:
@@ -193,7 +154,10 @@ def _configs(src: Source, findings: list[Finding]) -> Iterator[tuple[str, dict[s
 
 def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[Finding]) -> LayerCheck | None:
     names = {s: f"{layer}.{s}" for s in QUANT_SUFFIXES if f"{layer}.{s}" in src.tensors and s != "comfy_quant"}
-    problem = lambda code, text: findings.append(Finding(code, "error", layer, text))  # noqa: E731
+
+    def problem(code: str, text: str) -> None:
+        findings.append(Finding(code, "error", layer, text))
+
     if "weight" not in names:
         problem("weight-missing", f"{layer} has a comfy_quant tensor and no weight.")
         return None
@@ -212,12 +176,8 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
         info = src.tensors.get(f"{layer}.{spec.suffix}")
         if info is None:
             problem("tensor-missing", f"{layer}.{spec.suffix} is missing; {fmt.on_disk} needs it.")
-        elif CODE_TO_TORCH.get(info.dtype) != spec.dtype or info.shape != spec.shape:
-            problem(
-                "tensor-shape",
-                f"{layer}.{spec.suffix} is {info.dtype} {list(info.shape)}; {fmt.on_disk} of a "
-                f"{list(shape)} weight needs {TORCH_TO_CODE[spec.dtype]} {list(spec.shape)}.",
-            )
+        elif (part := fit(spec, info, fmt, shape)).steps != ():
+            problem("tensor-shape", f"{part.difference}.")
     signed = {spec.suffix for spec in specs if spec.signed} | {"pre_quant_scale"}
     _check_scales(src, layer, names, signed, findings)
     bias = src.tensors.get(f"{layer}.bias")
@@ -272,93 +232,3 @@ def _orphans(src: Source, layers: set[str]) -> list[Finding]:
         if name == LEGACY_MARKER or last in LEGACY_NAMES:
             findings.append(Finding("legacy", "warning", layer, f"{name} is of the legacy fp8_scaled form."))
     return findings
-
-
-def _compare_layers(
-    src: Source,
-    ref: Source,
-    report: VerifyReport,
-    worst_allowed: float,
-    findings: list[Finding],
-    progress: Callable[[Progress], None] | None,
-) -> Iterator[LayerCheck]:
-    ours, theirs = stored_layers(src), stored_layers(ref)
-    sizes = {
-        check.layer: sum(src.tensors[name].nbytes for name in ours[check.layer].names.values())
-        for check in report.layers
-    }
-    clock = Clock(len(sizes), sum(sizes.values()))
-    for check in report.layers:
-        poll()
-        if progress is not None:
-            progress(clock.state(check.layer))
-        clock.advance(check.layer, sizes[check.layer])
-        layer = check.layer
-        if f"{layer}.weight" not in ref.tensors:
-            findings.append(Finding("not-in-source", "error", layer, f"{layer} is not in the source {ref.path.name}."))
-            yield check
-            continue
-        reference = theirs[layer].decode(ref) if layer in theirs else ref.read(f"{layer}.weight").to(torch.float32)
-        if tuple(reference.shape) != check.shape:
-            findings.append(
-                Finding(
-                    "source-shape",
-                    "error",
-                    layer,
-                    f"{layer} is {list(check.shape)} here and "
-                    f"{list(reference.shape)} in the source; this is another model.",
-                )
-            )
-            yield check
-            continue
-        error = relative_error(reference, ours[layer].decode(src))
-        if not error <= worst_allowed:
-            findings.append(
-                Finding(
-                    "large-error",
-                    "error",
-                    layer,
-                    f"{layer}: relative error {error:.3f} against the source; "
-                    f"above {worst_allowed} the layer is noise. Keep it, or choose a finer format.",
-                )
-            )
-        yield LayerCheck(layer, check.format, check.shape, error, snr_db(error))
-
-
-def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Finding]:
-    quantized = {f"{layer.layer}." for layer in report.layers}
-    consumed = {name for layer in stored_layers(src).values() for name in layer.names.values()}
-    corrected = {f"{layer.layer}.bias" for layer in report.layers} if _biases_corrected(src) else set()
-    findings = []
-    for name, info in src.tensors.items():
-        owner, last = name.rpartition(".")[0] + ".", name.rpartition(".")[2]
-        if (
-            (owner in quantized and last != "bias")
-            or name in consumed
-            or last in LEGACY_NAMES
-            or last == LEGACY_MARKER
-        ):
-            continue
-        poll()
-        other = ref.tensors.get(name)
-        if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
-            findings.append(
-                Finding("copy-differs", "error", owner[:-1], f"{name} is not in the source with this dtype and shape.")
-            )
-        elif name not in corrected and not torch.equal(src.read_bytes(name), ref.read_bytes(name)):
-            findings.append(
-                Finding(
-                    "copy-differs", "error", owner[:-1], f"{name} differs from the source, though it is not quantized."
-                )
-            )
-    return findings
-
-
-def _biases_corrected(src: Source) -> bool:
-    """Whether the file records that its quantized layers' biases were corrected, and so may differ from the source."""
-    try:
-        record = json.loads(src.metadata.get(RECIPE_KEY, "{}"))
-    except ValueError:  # not written by QuantPress: nothing may differ
-        return False
-    use = record.get("calibration") if isinstance(record, dict) else None
-    return isinstance(use, dict) and use.get("bias_correction") is True

@@ -14,10 +14,10 @@ from comfyui_quantpress.quant_core.calibration.use import CalibrationUse
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import InputFileError, OutputError, RequestError
 from comfyui_quantpress.quant_core.formats import get_format
+from comfyui_quantpress.quant_core.pipeline.compare import verify_file
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY
 from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.pipeline.verify import verify_file
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from safetensors import safe_open

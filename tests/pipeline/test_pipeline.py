@@ -13,11 +13,12 @@ import torch
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
+from comfyui_quantpress.quant_core.pipeline.compare import verify_file
 from comfyui_quantpress.quant_core.pipeline.feed import count_nonfinite
 from comfyui_quantpress.quant_core.pipeline.plan import RECIPE_KEY, make_plan
 from comfyui_quantpress.quant_core.pipeline.request import Request, pick_device
 from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file
+from comfyui_quantpress.quant_core.pipeline.verify import check_file
 from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
 from safetensors import safe_open

@@ -17,7 +17,8 @@ from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa:
 from comfyui_quantpress.quant_core.errors import InputFileError, PlanError, Remedy, RequestError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import all_formats, get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.packing import unswizzle_scales  # noqa: E402
-from comfyui_quantpress.quant_core.pipeline.verify import check_file, verify_file  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.compare import verify_file  # noqa: E402
+from comfyui_quantpress.quant_core.pipeline.verify import check_file  # noqa: E402
 from comfyui_quantpress.quant_core.stored.layers import stored_layers  # noqa: E402
 from comfyui_quantpress.quant_core.tools.canonicalize import InputScale  # noqa: E402
 from comfyui_quantpress.quant_core.tools.merge import split  # noqa: E402
