@@ -12,9 +12,13 @@ from golden_file import golden_path, write  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.golden",
+        description="Writes the golden file of a new format: corner weights, and the bytes that its encoder stores "
+        "for them. A file that exists is never overwritten.",
+    )
     parser.add_argument(
-        "--format", required=True, help="the format's name, as `quantpress quantize --format` takes it"
+        "--format", required=True, metavar="NAME", help="the format's name, as `quantpress quantize --format` takes it"
     )
     name = parser.parse_args().format
     try:

@@ -154,9 +154,25 @@ def golden(registered: Format) -> dict[str, Any]:
     }
 
 
+def file_text(value: Any, indent: int = 0) -> str:
+    """JSON, in which a list or an object stands on one line where that is short enough to be read."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, list | dict) or (indent and len(line) + indent <= 119):
+        return line
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {file_text(entry, indent + 1)}" for key, entry in value.items()]
+    else:
+        items = [file_text(entry, indent + 1) for entry in value]
+    blank, (first, last) = " " * indent, "{}" if isinstance(value, dict) else "[]"
+    return f"{first}\n{blank} " + f",\n{blank} ".join(items) + f"\n{blank}{last}"
+
+
 def write(fmt: Format) -> Path:
     """FileExistsError when there is a file: a golden changes by hand, with a reason, and is never overwritten."""
     path = golden_path(fmt)
+    if path.exists():
+        raise FileExistsError(path)
+    text = file_text(golden(fmt)) + "\n"  # before the file is made: an encoder that fails leaves no empty file
     with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(golden(fmt), indent=1) + "\n")
+        file.write(text)
     return path

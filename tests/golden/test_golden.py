@@ -18,11 +18,15 @@ def decode_stored(fmt, tensors, shape):
     return fmt.decode(*fmt.unpack(tensors, shape))[: shape[0], : shape[1]]
 
 
-@pytest.mark.parametrize("fmt", all_formats(), ids=lambda fmt: fmt.name)
-def test_encoder_and_decoder_keep_to_the_golden_file(fmt):
+def kept_file(fmt):
     if not golden_path(fmt).exists():
         pytest.fail(f"{fmt.name} has no golden file. Write it, then check every block by hand: {command(fmt)}")
-    kept, ours = json.loads(golden_path(fmt).read_text(encoding="utf-8")), golden(fmt)
+    return json.loads(golden_path(fmt).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("fmt", all_formats(), ids=lambda fmt: fmt.name)
+def test_encoder_and_decoder_keep_to_the_golden_file(fmt):
+    kept, ours = kept_file(fmt), golden(fmt)
     for block, mine in zip(kept["blocks"], ours["blocks"], strict=True):
         assert mine == block, f"{fmt.name}, {block['name']}: {block['why']}"
         rows = parse_rows(block.get("weight") or block["weight, rotated"])
@@ -38,17 +42,27 @@ def test_golden_files_are_those_of_the_formats():
     assert {path.stem for path in FOLDER.glob("*.json")} <= {fmt.name for fmt in all_formats()}
 
 
+def test_a_format_without_a_golden_file_fails_with_the_command_that_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("golden_file.FOLDER", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="python -m tests.golden --format nvfp4"):
+        kept_file(get_format("nvfp4"))
+
+
 def test_a_golden_file_is_written_once_and_never_overwritten(tmp_path, monkeypatch):
     fmt = get_format("int8_rowwise")
     monkeypatch.setattr("golden_file.FOLDER", tmp_path)
-    assert write(fmt).read_text(encoding="utf-8") == (FOLDER / "int8_rowwise.json").read_text(encoding="utf-8")
+    path = write(fmt)
+    assert json.loads(path.read_text(encoding="utf-8")) == golden(fmt)
+    path.write_text("kept", encoding="utf-8")
     with pytest.raises(FileExistsError):
         write(fmt)
+    assert path.read_text(encoding="utf-8") == "kept"
 
 
 def test_the_command_says_why_it_does_not_overwrite():
-    before = (FOLDER / "nvfp4.json").read_bytes()
-    call = [sys.executable, *command(get_format("nvfp4")).split()[1:]]
+    path = min(FOLDER.glob("*.json"))  # one that is there, so that this test never writes a file
+    before = path.read_bytes()
+    call = [sys.executable, *command(get_format(path.stem)).split()[1:]]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "exists, and is not overwritten" in done.stderr
-    assert (FOLDER / "nvfp4.json").read_bytes() == before
+    assert path.read_bytes() == before
