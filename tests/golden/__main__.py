@@ -32,8 +32,7 @@ def main() -> int:
             "If the bytes are to change, delete the file first and say in the commit why."
         )
     print(
-        f"Wrote {path}. Check every block against its `why`. "
-        "The corners of a new format are written in golden_corners.py."
+        f"Wrote {path}. Say in each block's `why` what the bytes must be by the format's definition, and check them."
     )
     return 0
 

@@ -1,8 +1,11 @@
 """Golden files: what they hold, and how a weight and its stored bytes are written so that a person can check them.
 
-One file per format. `blocks`: corners with a `why`, from golden_corners.py; `random`: one block of seeded weights;
+One file per format. `blocks`: corners with a `why`; `random`: one block of seeded weights;
 `whole`: the first codes and a hash of a weight of 64 x 256. Bytes are hex, element by element, little-endian,
 `00*13` for thirteen equal elements, one line per row of the tensor.
+
+To add a corner, write a block with `name`, `why`, `weight`, `tensors` {} and `decoded` []. The test then fails, and
+its message is the whole block. Check it against the `why`, and put it into the file.
 """
 
 import hashlib
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from comfyui_quantpress.quant_core.formats.base import Format
 from comfyui_quantpress.quant_core.numerics.hadamard import rotate_columns
-from golden_corners import Corner, corners, variant
+from golden_corners import Corner, general_corners, variant
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
@@ -87,7 +90,7 @@ def write_bytes(tensor: Tensor) -> dict[str, Any]:
     """{"of": dtype and shape, "hex": lines}."""
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
     size = tensor.element_size()
-    raw = [row.contiguous().view(torch.uint8).numpy().tobytes().hex() for row in rows]
+    raw = [row.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes().hex() for row in rows]
     lines = [runs([line[i : i + 2 * size] for i in range(0, len(line), 2 * size)]) for line in raw]
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {"of": f"{dtype} {list(tensor.shape)}", "hex": equal_rows(lines)}
@@ -134,11 +137,21 @@ def stored(fmt: Format, weight: Tensor) -> tuple[dict[str, Any], list[str]]:
     return written, write_rows(decoded + 0.0)  # no -0: rotating loses its sign
 
 
-def golden(registered: Format) -> dict[str, Any]:
-    """The whole file, by today's code."""
+def kept_corners(kept: dict[str, Any]) -> list[Corner]:
+    """The corners of a golden file."""
+    return [
+        Corner(block["name"], block["why"], tuple(block[where]), rotated=where == "weight, rotated")
+        for block in kept["blocks"]
+        for where in ("weight", "weight, rotated")
+        if where in block
+    ]
+
+
+def golden(registered: Format, corners: list[Corner]) -> dict[str, Any]:
+    """The whole file with these corners, by today's code."""
     fmt = variant(registered)
     blocks = []
-    for corner in corners(fmt):
+    for corner in corners:
         where = "weight, rotated" if corner.rotated else "weight"
         tensors, decoded = stored(fmt, corner_weight(fmt, corner))
         entry = {"name": corner.name, "why": corner.why, where: list(corner.rows)}
@@ -172,7 +185,9 @@ def write(fmt: Format) -> Path:
     path = golden_path(fmt)
     if path.exists():
         raise FileExistsError(path)
-    text = file_text(golden(fmt)) + "\n"  # before the file is made: an encoder that fails leaves no empty file
+    text = (
+        file_text(golden(fmt, general_corners(variant(fmt)))) + "\n"
+    )  # before the file is made: an encoder that fails leaves no empty file
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
     return path
