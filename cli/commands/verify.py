@@ -65,7 +65,8 @@ def _print_report(report: VerifyReport) -> None:
         print(f"and {len(texts) - _FINDINGS_SHOWN} more lines like these (--json lists every finding)")
     verdict = "not ok" if report.errors else "ok"
     print(
-        f"{report.path}: {verdict}, {counted(len(report.layers), 'quantized layer')}, {counted(len(report.errors), 'error')}, "
+        f"{report.path}: {verdict}, {counted(len(report.layers), 'quantized layer')}, "
+        f"{counted(len(report.errors), 'error')}, "
         f"{counted(len(report.findings) - len(report.errors), 'warning')}"
     )
     if not report.layers:
@@ -84,7 +85,8 @@ def _print_report(report: VerifyReport) -> None:
 
 
 def _badness(layer: LayerCheck) -> float:
-    return math.inf if math.isnan(layer.relative_error) else layer.relative_error
+    error = layer.relative_error
+    return math.inf if error is None or math.isnan(error) else error
 
 
 def _format_cells(name: str, layers: list[LayerCheck]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Layers that differ only in their numbers, as one line: `blocks.{0..11}.attn.qkv`; and sentences about such layers."""
+"""Layers that differ only in their numbers, as one line: `blocks.{0..11}.attn.qkv`; sentences about them likewise."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def _merge(patterns: list[tuple[tuple[_Part, ...], int]], position: int) -> list
     """Join the patterns that are equal but for the numbers at this position."""
     merged: dict[tuple, tuple[tuple[_Part, ...], set[int], int]] = {}
     for parts, count in patterns:
-        if position >= len(parts) or isinstance(parts[position], str):
+        part = parts[position] if position < len(parts) else ""
+        if isinstance(part, str):
             merged[("as it is", parts)] = (parts, set(), count)
             continue
         key = ("numbered", parts[:position], parts[position + 1 :])
         _, numbers, before = merged.get(key, (parts, set(), 0))
-        merged[key] = (parts, numbers | set(parts[position]), before + count)
+        merged[key] = (parts, numbers | set(part), before + count)
     return [
         (parts[:position] + (tuple(sorted(numbers)),) + parts[position + 1 :] if numbers else parts, count)
         for parts, numbers, count in merged.values()
