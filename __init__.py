@@ -12,7 +12,8 @@ WEB_DIRECTORY = "./web"
 
 
 def _inside_comfyui() -> bool:
-    # `comfy` is a namespace package, so any folder called comfy in the working directory would pass for it: ask for a module.
+    # `comfy` is a namespace package, so any folder called comfy in the working directory would pass for it.
+    # So ask for a module in it.
     return find_spec("comfy") is not None and find_spec("comfy.ops") is not None
 
 

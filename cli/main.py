@@ -53,7 +53,10 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. Every sub-parser sets `run`, a function of the parsed arguments that returns the exit code."""
+    """The whole command line.
+
+    Every sub-parser sets `run`, a function of the parsed arguments that returns the exit code.
+    """
     parser = argparse.ArgumentParser(
         prog="quantpress",
         description="Quantize diffusion models for ComfyUI.",

@@ -100,7 +100,8 @@ def _requantize(args: argparse.Namespace) -> int:
         f"{size_text(run.output_bytes)}; written and verified"
     )
     print(
-        f"  added error  {run.weight_error:.5f} relative to the decoded source; {counted(report.lossless_layers, 'layer')} lossless"
+        f"  added error  {run.weight_error:.5f} relative to the decoded source; "
+        f"{counted(report.lossless_layers, 'layer')} lossless"
     )
     print("\n".join(_worst(run.quantized, args.worst)))
     return 0

@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     what = "would be written" if args.dry_run else "written and verified"
     print(
-        f"{args.output}: {what}; input scales from {method}: {len(report.added)} added, {len(report.changed)} changed, "
-        f"{len(report.kept)} as they were, {len(report.skipped)} skipped"
+        f"{args.output}: {what}; input scales from {method}: {len(report.added)} added, "
+        f"{len(report.changed)} changed, {len(report.kept)} as they were, {len(report.skipped)} skipped"
     )
     for line in (*(f"skipped {name}: {why}" for name, why in list(report.skipped.items())[:10]), *report.notes):
         print(f"  {line}")

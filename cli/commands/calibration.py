@@ -61,7 +61,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _print_runs(path: Path, content: dict[str, Any]) -> None:
     print(
-        f"{path}: {counted(len(content['layers']), 'layer')} captured in {counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}"
+        f"{path}: {counted(len(content['layers']), 'layer')} captured in "
+        f"{counted(len(content['runs']), 'run')}, {size_text(content['bytes'])}"
     )
     calls = content["calls"]
     if calls["count"]:
@@ -136,6 +137,7 @@ def _merge(args: argparse.Namespace) -> int:
         merged = merge_files(args.files, args.output, args.overwrite, progress)
     calls = f", {counted(merged.calls, 'model call')}" if merged.calls else ""
     print(
-        f"{args.output}: {len(args.files)} calibrations merged, {counted(merged.layers, 'layer')}, {counted(merged.runs, 'run')}{calls}"
+        f"{args.output}: {len(args.files)} calibrations merged, "
+        f"{counted(merged.layers, 'layer')}, {counted(merged.runs, 'run')}{calls}"
     )
     return 0

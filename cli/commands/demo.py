@@ -67,7 +67,8 @@ def _show(state: DemoProgress) -> None:
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:
     return "  ".join(
-        cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, _WIDTHS))
+        cell.rjust(width) if i else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, _WIDTHS, strict=True))
     )
 
 

@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
     header = ("name", "on disk", "bits", "group", "runs in", "fast from", "max error", "source")
     print("\n".join(table_lines([_cells(row) for row in rows], header, right=(2, 6))))
     print(
-        f"\nbits: per weight, scales included, of a {_EXAMPLE_SHAPE[0]}x{_EXAMPLE_SHAPE[1]} layer. max error: of a weight, as a "
-        "fraction of\nthe largest in its group. fast from: where the matrix product itself runs in the format; elsewhere "
-        "the\nweight is decoded first. A group marked * is the default."
+        f"\nbits: per weight, scales included, of a {_EXAMPLE_SHAPE[0]}x{_EXAMPLE_SHAPE[1]} layer. "
+        "max error: of a weight, as a fraction of\nthe largest in its group. "
+        "fast from: where the matrix product itself runs in the format; elsewhere the\nweight is decoded first. "
+        "A group marked * is the default."
     )
     return 0
 

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if stay:
         where = f"{args.output} was written, and" if changes and not args.dry_run else f"{args.input}:"
         print(
-            f"quantpress: error: {where} {counted(stay, 'error remains', 'errors remain')} that no exact repair exists for; the list "
-            "above says what to do",
+            f"quantpress: error: {where} {counted(stay, 'error remains', 'errors remain')} that no exact repair "
+            "exists for; the list above says what to do",
             file=sys.stderr,
         )
     return int(stay > 0)
@@ -88,7 +88,8 @@ def _look_at_source(args: argparse.Namespace, src: Source) -> None:
     if not args.json:
         words = [f"--assume {layout.assume}"] * bool(layout.assume) + ["--unswizzled"] * layout.unswizzled
         print(
-            f"against the source: {layout.layer} is {layout.error:.4f} off{' with ' + ' '.join(words) if words else ''}"
+            f"against the source: {layout.layer} is {layout.error:.4f} off"
+            f"{' with ' + ' '.join(words) if words else ''}"
         )
 
 

@@ -21,8 +21,8 @@ MODES = (
     "actcal",
 )
 _REFUSED = {
-    "make_hybrid_mxfp8": "hybrid MXFP8 is not written: ComfyUI has no such format. Such files are read, and `quantpress "
-    "migrate` turns them into mxfp8.",
+    "make_hybrid_mxfp8": "hybrid MXFP8 is not written: ComfyUI has no such format. Such files are read, and "
+    "`quantpress migrate` turns them into mxfp8.",
 }
 # Ours has them under the same names.
 _LEARNED = (

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--residual-lora",
         type=Path,
         metavar="FILE",
-        help="also write what quantizing lost as a low-rank LoRA, for ComfyUI's Load LoRA (Bypass, Model Only); the usual "
-        "Load LoRA rounds it away and makes the model worse (docs/loras.md)",
+        help="also write what quantizing lost as a low-rank LoRA, for ComfyUI's Load LoRA (Bypass, Model Only); "
+        "the usual Load LoRA rounds it away and makes the model worse (docs/loras.md)",
     )
     parser.add_argument("--residual-rank", type=int, metavar="N", help=f"its rank (default: {DEFAULT_RANK})")
 

@@ -10,13 +10,13 @@ from typing import Any
 
 def size_text(count: float) -> str:
     """Bytes as "23.1 MB": powers of 1000, as disks and file managers count."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            break
+    if abs(count) < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        if abs(count) < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
 
 
 def duration_text(seconds: float) -> str:
@@ -46,7 +46,7 @@ def table_lines(
             indent
             + "  ".join(
                 cell.rjust(width) if i in right else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
         ).rstrip()
         for line in lines

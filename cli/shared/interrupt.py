@@ -16,7 +16,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as SIGINT does. Handlers are restored at the end; a no-op off the main thread."""
+    """SIGTERM raises KeyboardInterrupt as SIGINT does.
+
+    Handlers are restored at the end. Off the main thread nothing happens.
+    """
     with _handling(_raise_interrupt):
         yield
 

@@ -27,7 +27,10 @@ def check_report_path(report: Path, target: Path, sources: Iterable[Path], overw
 
 
 def write_report(report: Path, content: Any) -> None:
-    """Into a temporary file beside it, then renamed. OutputError when the disk refuses; the model is complete by then."""
+    """Into a temporary file beside it, then renamed.
+
+    OutputError when the disk refuses; the model is complete by then.
+    """
     part = report.with_name(f".{report.name}.{os.getpid()}.part")
     try:
         try:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 EXIT_CODES = (
-    "Exit code 0 means that OUTPUT is there, or with --dry-run that it could be. A file in which nothing is to be changed is "
-    "not copied: the reason is printed, nothing is written, and the exit code is 1."
+    "Exit code 0 means that OUTPUT is there, or with --dry-run that it could be. A file in which nothing is to be "
+    "changed is not copied: the reason is printed, nothing is written, and the exit code is 1."
 )
 
 
@@ -73,7 +73,10 @@ def content(rewrite: Rewrite, args: argparse.Namespace, written: bool = True) ->
 
 
 def lines(rewrite: Rewrite, target: Path | None, done: str = "written and verified") -> list[str]:
-    """What changes, like changes of like layers as one row. target: None for a preview. done: what is said of the target."""
+    """What changes, like changes of like layers as one row.
+
+    target: None for a preview. done: what is said of the target.
+    """
     changes = rewrite.changes()
     counts = Counter(change.kind for change in changes)
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "every tensor as it was"
