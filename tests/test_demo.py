@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch():
 def test_sigmas_fall_from_one_to_zero(steps):
     sigmas = simple_sigmas(steps)
     assert len(sigmas) == steps + 1 and sigmas[0] == 1.0 and sigmas[-1] == 0.0
-    assert all(later < earlier for earlier, later in zip(sigmas, sigmas[1:]))
+    assert all(later < earlier for earlier, later in pairwise(sigmas))
 
 
 def test_original_has_no_quantized_layers(original):
@@ -168,7 +169,7 @@ def test_csv_and_json_agree_with_the_rows(demo):
     with result.csv.open(encoding="utf-8", newline="") as file:
         in_csv = list(csv.DictReader(file))
     assert len(in_csv) == len(in_json) == len(result.rows)
-    for line, entry, row in zip(in_csv, in_json, result.rows):
+    for line, entry, row in zip(in_csv, in_json, result.rows, strict=True):
         assert list(line) == list(entry)
         for key in entry:
             assert entry[key] == getattr(row, key)

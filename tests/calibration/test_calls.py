@@ -1,8 +1,9 @@
-"""Recorded model calls: what is recorded comes back to the bit, the sample is even and deterministic, and files keep it."""
+"""Recorded model calls: what is recorded comes back to the bit, the sample is even and repeatable, files keep it."""
 
 import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def assert_same(one, other):
             assert_same(one[name], other[name])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other)
-        for a, b in zip(one, other):
+        for a, b in zip(one, other, strict=True):
             assert_same(a, b)
     else:
         assert one == other or (one != one and other != other)
@@ -110,7 +111,9 @@ def filled(limit, seed=0, calls=30, run=1, **budget):
     """The call's number is in its arguments."""
     sample = CallSample(limit, **budget)
     for number in range(calls):
-        sample.offer(lambda: {"number": number, "x": torch.full((8,), float(number))}, call_key(seed, run, number))
+        sample.offer(
+            lambda number=number: {"number": number, "x": torch.full((8,), float(number))}, call_key(seed, run, number)
+        )
     return sample
 
 
@@ -213,7 +216,7 @@ def test_a_call_that_is_not_kept_is_not_copied(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: copies.append(source) or plain_copy(self, source))
     sample, kept = CallSample(4), 0
     for number in range(100):
-        kept += sample.offer(lambda: {"x": torch.full((8,), float(number))}, call_key(0, 0, number))
+        kept += sample.offer(lambda number=number: {"x": torch.full((8,), float(number))}, call_key(0, 0, number))
     assert len(copies) == kept < 30
     assert not sample.offer(lambda: 1 / 0, 2**53) and sample.refused == 0  # it is not even looked at
 
@@ -243,12 +246,14 @@ def test_texts_have_a_budget_of_their_own_for_they_go_into_the_header():
 
 
 def test_calls_that_cannot_be_recorded_are_counted_and_take_no_place():
+    def recorded(number):
+        if number % 4 == 3:
+            return None
+        return {"number": number, "control": object() if number % 4 == 1 else None}
+
     sample = CallSample(3)
     for number in range(20):
-        sample.offer(
-            lambda: {"number": number, "control": object() if number % 4 == 1 else None} if number % 4 != 3 else None,
-            call_key(0, 0, number),
-        )
+        sample.offer(partial(recorded, number), call_key(0, 0, number))
     assert numbers(sample) == expected(3, [(0, 0, number) for number in range(0, 20, 2)]) and 0 < sample.refused <= 10
 
 
@@ -330,9 +335,8 @@ def test_a_layer_of_any_name_keeps_its_tensors_apart(tmp_path):
 def test_a_file_without_calls_loads_with_none(tmp_path):
     path = save_calibration(calibration(CallSample()), tmp_path / "c.safetensors")
     with safe_open(path, "pt") as file:
-        assert "calls" not in json.loads(file.metadata()[METADATA_KEY]) and not any(
-            "__calls__" in name for name in file.keys()
-        )
+        assert "calls" not in json.loads(file.metadata()[METADATA_KEY])
+        assert not any("__calls__" in name for name in file.keys())  # noqa: SIM118 - safe_open cannot be iterated
     with open_calibration(path) as reader:
         assert reader.call_count == 0 and list(reader.calls()) == []
 

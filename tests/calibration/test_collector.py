@@ -1,4 +1,4 @@
-"""Watching a model: hooks come and go, rows are balanced and reproducible, budgets are kept, compiled models refused."""
+"""Watching a model: hooks come and go, rows are balanced and repeatable, budgets are kept, compiled models refused."""
 
 import pytest
 import torch
@@ -42,7 +42,10 @@ class Net(nn.Module):
         return x
 
 
-def collector(net, budget=Budget(), **settings):
+DEFAULT_BUDGET = Budget()
+
+
+def collector(net, budget=DEFAULT_BUDGET, **settings):
     modules = linear_modules(net)
     return Collector(
         modules, plan_budget({name: m.in_features for name, m in modules.items()}, budget), CaptureSettings(**settings)
@@ -401,7 +404,7 @@ def test_chosen_rows_are_disjoint_capped_and_inside_their_chunk(chunks, size, mo
     chosen = select_rows(chunks * size, [(str(i), 1.0, most) for i in range(chunks)], holdout, seed, "key")
     assert len(set(chosen.index.tolist())) == len(chosen.index) == sum(part.count for part in chosen.parts)
     taken = {str(i): [0, 0] for i in range(chunks)}
-    for part, index in zip(chosen.parts, chosen.index.split([part.count for part in chosen.parts])):
+    for part, index in zip(chosen.parts, chosen.index.split([part.count for part in chosen.parts]), strict=True):
         assert all(int(part.label) * size <= row < (int(part.label) + 1) * size for row in index.tolist())
         taken[part.label][part.keys is not None] += part.count
         assert part.keys is None or (len(part.keys) == part.count and bool((part.keys <= 0).all()))

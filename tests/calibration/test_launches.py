@@ -1,4 +1,4 @@
-"""What a capture costs a GPU, counted without one: on the meta device every kernel is seen, and whatever waits fails."""
+"""What a capture costs a GPU, counted without one: the meta device sees every kernel, and whatever waits fails."""
 
 from collections import Counter
 

@@ -124,7 +124,7 @@ def test_staged_rows_end_in_the_same_sums_as_rows_added_at_once(staged_rows):
     x, g = inputs(rows=300), torch.Generator().manual_seed(0)
     staged = LayerStatistics(48, "cpu", settings=StatisticsSettings(staged_rows=staged_rows, reservoir_rows=500))
     direct = LayerStatistics(48, "cpu", settings=StatisticsSettings(reservoir_rows=500))
-    for at in range(0, 300, 30):
+    for _ in range(10):
         index, keys = torch.randperm(300, generator=g)[:20], draw_keys(4, 1.0, g)
         staged.stage(x, index, [Part("cond", 1.0, 10), Part("uncond", 0.5, 6), Part("cond", 1.0, 4, keys)])
         direct.add(x[index[:10]], 1.0, "cond")
@@ -155,7 +155,10 @@ batches = st.lists(whole, min_size=0, max_size=9)
 
 
 def of_integers(rows, seed):
-    """Integers: sums of them are exact in float32, so equal means equal; square sums go through a root, and are rounded back."""
+    """Sums of integers are exact in float32, so equal means equal.
+
+    Square sums go through a root, and are rounded back.
+    """
     x = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
     statistics = LayerStatistics(6, "cpu", settings=StatisticsSettings(reservoir_rows=4))
     statistics.see(x)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 SETTINGS = StatisticsSettings(histogram_rows=50, reservoir_rows=6, sketch_size=4)
 LAYERS = {"blocks.0.up": (24, 10), "blocks.0.down": (10, 24), "blocks.0.mod": (8, 12)}
-KINDS = dict(zip(LAYERS, HessianKind))
+KINDS = dict(zip(LAYERS, HessianKind, strict=True))
 
 
 def calibration(seed=0, layers=LAYERS, fingerprint_="abc"):

@@ -1,4 +1,4 @@
-"""`quantpress compat`: every option of the older tool is taken, does what it says or is named, and runs our commands."""
+"""`quantpress compat`: each option of the older tool is taken, does what it says or is named; our commands run."""
 
 from __future__ import annotations
 

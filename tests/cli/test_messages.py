@@ -1,4 +1,4 @@
-"""What the command line says: flags by name, equal lines as one, files that are not models, and nothing written for nothing."""
+"""What the command line says: flags by name, equal lines as one, files that are not models, no needless writing."""
 
 import argparse
 import json
@@ -74,7 +74,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, tmp_path, capsys):
-    """(exit code, stdout, stderr) of a command: names without a slash or dash are files of the folder, "out" is a new one."""
+    """(exit code, stdout, stderr) of a command.
+
+    Names without a slash or dash are files of the folder, and "out" is a new one.
+    """
     known = {path.stem: str(path) for path in folder.iterdir()}
 
     def run(*args: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Run by ComfyUI's Python: writes tiny random models of other architectures, from ComfyUI's own classes, as bf16 files.
+"""Run by ComfyUI's Python: writes tiny random models of other architectures from ComfyUI's own classes, as bf16 files.
 
 build_models.py COMFYUI_DIR FOLDER        -> FOLDER/random_flux.safetensors, FOLDER/random_wan.safetensors
 """

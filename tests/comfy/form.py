@@ -42,8 +42,12 @@ OURS = (
 
 @dataclass(slots=True)
 class File:
-    """A file in the making. tensors: with the codes. configs: of the quantized layers. raw: comfy_quant tensors that are not
-    what configs say; None leaves one out. header: the layers in the header, None for no header. beside: {name: text}."""
+    """A file in the making.
+
+    tensors: with the codes. configs: of the quantized layers.
+    raw: comfy_quant tensors that are not what configs say; None leaves one out.
+    header: the layers in the header, None for no header. beside: {name: text}.
+    """
 
     tensors: dict[str, Tensor]
     configs: dict[str, dict]
@@ -122,9 +126,13 @@ def repairing(src: Source) -> Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """damage: what makes the format's canonical file this form. stock: what ComfyUI 0.29 does with the form itself, before any
-    tool: "same" latents, "fails", or "differs". truth: a change of the canonical file that the form cannot express (a rounded
-    scale), for the comparison; None when there is none."""
+    """A way in which files of a format differ from the canonical one.
+
+    damage: what makes the format's canonical file this form.
+    stock: what ComfyUI 0.29 does with the form itself, before any tool: "same" latents, "fails", or "differs".
+    truth: a change of the canonical file that the form cannot express (a rounded scale), for the comparison; None when
+    there is none.
+    """
 
     name: str
     format: str

@@ -1,9 +1,10 @@
 """Run by ComfyUI's Python: loads files with the stock loaders and samples them; no server, no custom nodes.
 
     load_script.py COMFYUI_DIR JOBS.json        writes what the JSON's "out" names: latents, and beside it FILE.json
-The JSON: out; pack (its folder, or null for a ComfyUI without it); conditioning; fp8 (true: pretend that this CPU multiplies
-in fp8, so that inputs are quantized, too); jobs. A job: id, file, and where wanted checkpoint, loras [file, strength, how],
-partly (all layers stay offloaded), probe (latents to measure single steps on), pictures (how many latents; 1).
+The JSON: out; pack (its folder, or null for a ComfyUI without it); conditioning; fp8 (true: pretend that this CPU
+multiplies in fp8, so that inputs are quantized, too); jobs. A job: id, file, and where wanted checkpoint, loras [file,
+strength, how], partly (all layers stay offloaded), probe (latents to measure single steps on), pictures (how many
+latents; 1).
 """
 
 import asyncio

@@ -20,7 +20,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_O
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """latents: by job id, and velocities under "<id>/velocities". known: {"quantized", "layouts"} of each, or {"error"}."""
+    """What the jobs gave.
+
+    latents: by job id, and velocities under "<id>/velocities". known: {"quantized", "layouts"} of each, or {"error"}.
+    """
 
     latents: dict[str, Tensor]
     known: dict[str, dict[str, Any]]
@@ -29,7 +32,7 @@ class Loaded:
         return self.known[job].get("error")
 
     def difference(self, one: str, other: str) -> float:
-        """Relative; 0.0 means bit-identical. AssertionError, with the loader's words, when one of them did not load."""
+        """Relative; 0.0 means bit-identical. AssertionError, with the loader's words, when one did not load."""
         for job in (one, other):
             assert self.error(job.removesuffix("/velocities")) is None, f"{job}: {self.error(job)}"
         x, y = self.latents[one], self.latents[other]

@@ -83,7 +83,7 @@ def collected(capture):
     with pack("quant_core.calibration.storage").open_calibration(handle.path) as reader:
         calls, keys = list(reader.calls()), [kept.key for kept in reader.header.calls.kept]
     handle.path.unlink()
-    return dict(zip(keys, calls)), text
+    return dict(zip(keys, calls, strict=True)), text
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def replayed_inputs(model, call, device):
 
 def assert_same(one, other):
     assert [name for name, _ in one] == [name for name, _ in other] and len(one) > 10
-    for (name, a), (_, b) in zip(one, other):
+    for (name, a), (_, b) in zip(one, other, strict=True):
         assert a.dtype is b.dtype and torch.equal(a, b), name
 
 

@@ -113,7 +113,8 @@ def every_format_loads_runs_and_saves_the_same_bits():
                 + state["l.bias"].float()
             )
             error = float((out.float() - exact).norm() / exact.norm())
-            # comfy-kitchen's AWQ layout promotes its bfloat16 scales: float16 comes out as float32, in stock ComfyUI too.
+            # comfy-kitchen's AWQ layout promotes its bfloat16 scales. So float16 comes out as float32, in stock
+            # ComfyUI too.
             assert out.dtype is dtype or (fmt.name, dtype) == ("awq_w4a16", torch.float16), (fmt.name, out.dtype)
             bound = 0.2 if fmt.name == "convrot_w4a4" else 0.05 if fmt.runtime.quantizes_input else 0.01
             assert error < bound, (fmt.name, dtype, error)
@@ -137,19 +138,19 @@ def the_older_packs_matmul_error_cannot_come_back():
         ops = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
         net, state = model(ops, 128, 256), stored(pack, fmt, w)
         del state["l.weight"]
-        fails(errors.InputFileError, "l: the file calls it", lambda: net.load_state_dict(state, strict=False))
+        fails(errors.InputFileError, "l: the file calls it", net.load_state_dict, state, strict=False)
         state = stored(pack, fmt, w)
         scale = next(key for key in state if key.startswith("l.weight_"))
         state[scale] = state[scale].reshape(-1)[:3].clone()
-        fails(errors.QuantPressError, "l", lambda: model(ops, 128, 256).load_state_dict(state, strict=False))
+        fails(errors.QuantPressError, "l", model(ops, 128, 256).load_state_dict, state, strict=False)
         net = torch.nn.Module()
         net.l = ops.Embedding(128, 256)
-        fails(errors.InputFileError, "l.weight is", lambda: net.load_state_dict(stored(pack, fmt, w), strict=False))
+        fails(errors.InputFileError, "l.weight is", net.load_state_dict, stored(pack, fmt, w), strict=False)
 
 
-def fails(kind, text, call):
+def fails(kind, text, call, *args, **kwargs):
     try:
-        call()
+        call(*args, **kwargs)
     except kind as err:
         assert text in str(err), err
         return
@@ -177,7 +178,7 @@ def layers_without_an_entry_stay_comfyuis_business():
 
 
 def a_partly_loaded_model_gives_the_same_latents_as_a_whole_one():
-    """What --lowvram does (it cannot be combined with --cpu): most layers stay offloaded and are cast for each call."""
+    """What --lowvram does (it does not go with --cpu): most layers stay offloaded and are cast for each call."""
     load_pack()
     for file in files:
         outs = [partly_loaded_output(file, full_load) for full_load in (True, False)]
@@ -219,7 +220,7 @@ def load_clip_gives_a_text_encoder_our_layers():
         "nvfp4",
     )
     state, weights = {}, {}
-    for (part, shape), name in zip(shapes.items(), names):
+    for (part, shape), name in zip(shapes.items(), names, strict=True):
         layer = f"model.layers.0.{part}"
         weights[part] = torch.randn(shape) * 0.02
         state |= {
@@ -237,7 +238,7 @@ def load_clip_gives_a_text_encoder_our_layers():
         safetensors.torch.save_file(state, path)
         clip = comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
         block = next(m for n, m in clip.cond_stage_model.named_modules() if n.endswith("model.layers.0"))
-        for part, name in zip(shapes, names):
+        for part, name in zip(shapes, names, strict=True):
             linear = block.get_submodule(part)
             assert isinstance(linear.weight, QuantizedTensor), part
             assert (linear.weight._layout_cls.startswith("QuantPress")) is (name != "nvfp4"), linear.weight
@@ -264,8 +265,8 @@ def checkpoint_save_keeps_every_bit_of_our_layers():
                 elif name.rpartition(".")[0] + ".comfy_quant" in ours and not name.endswith(".bias"):
                     assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
             again = comfy.sd.load_checkpoint_guess_config(str(saved), output_clip=False)[0]
-            # All bits are equal; but kept weights were cast from bf16 in one and lie in the file's float32 in the other,
-            # and the matrix product of a CPU depends on how its operands are aligned.
+            # All bits are equal. But kept weights were cast from bf16 in one, and lie in the file's float32 in the
+            # other. The matrix product of a CPU depends on how its operands are aligned.
             one, other = output_of(comfy.sd.load_diffusion_model(file)), output_of(again)
             assert float((one - other).norm() / one.norm()) < 1e-5, file
 

@@ -1,4 +1,4 @@
-"""The capture on ComfyUI's own samplers: capture_script.py's checks, each in a process of its own with ComfyUI's Python."""
+"""The capture on ComfyUI's own samplers: capture_script.py's checks, each in its own process with ComfyUI's Python."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Capturing in a real ComfyUI with the trained model: what is captured helps, is reproducible, and leaves no hook behind."""
+"""Capturing in a real ComfyUI with the trained model: it helps, is repeatable, and leaves no hook behind."""
 
 import json
 import time
@@ -14,7 +14,7 @@ MODEL = "trained_sd3.safetensors"
 
 
 class Calibrating(Graph):
-    """Graphs around one capture. Node ids are the same from one to the next, so that ComfyUI's cache keeps the capture."""
+    """Graphs around one capture. Node ids are the same in all of them, so that ComfyUI's cache keeps the capture."""
 
     def __init__(self, runs="accumulate", model=MODEL, patch=None, **settings):
         super().__init__()

@@ -1,5 +1,7 @@
-"""Checkpoint tools in a running ComfyUI: formats into each other, bitsandbytes, LoRAs, checkpoints and shards; and the rarer
-settings of Quantize Model."""
+"""Checkpoint tools in a running ComfyUI: formats into each other, bitsandbytes, LoRAs, checkpoints and shards.
+
+The rarer settings of Quantize Model are here, too.
+"""
 
 import json
 import time
@@ -494,7 +496,7 @@ def formats(path):
     with safe_open(path, "pt") as file:
         return {
             name.removesuffix(".comfy_quant"): json.loads(bytes(file.get_tensor(name).tolist()))["format"]
-            for name in file.keys()
+            for name in file.keys()  # noqa: SIM118 - safe_open cannot be iterated
             if name.endswith(".comfy_quant")
         }
 

@@ -1,4 +1,4 @@
-"""The nodes in a running ComfyUI: caching, Cancel, LoRAs, saving, sources of all kinds, and errors as a user sees them."""
+"""The nodes in a running ComfyUI: caching, Cancel, LoRAs, saving, all kinds of sources, errors as users see them."""
 
 import json
 import time
@@ -271,7 +271,7 @@ def test_formats_mix_in_one_file(server):
         with safe_open(server.base / f"models/diffusion_models/{name}.safetensors", "pt") as file:
             formats = {
                 json.loads(bytes(file.get_tensor(key).tolist()))["format"]
-                for key in file.keys()
+                for key in file.keys()  # noqa: SIM118 - safe_open cannot be iterated
                 if "comfy_quant" in key
             }
         assert formats == {fmt, fallback}
@@ -344,7 +344,7 @@ def test_a_quantized_layer_that_reaches_no_module_is_named(server):
 
 
 def test_a_layer_with_a_damaged_scale_is_named_by_the_stock_loader(server):
-    """A damaged tensor of ours in a layer: the stock loader stops with its name, and not with a matmul's error later."""
+    """A damaged tensor of ours in a layer: the stock loader stops with its name, not with a matmul's error later."""
     graph = Graph()
     node = graph.quantize(graph.source("random_flux"), format="bnb_nf4")
     graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name="to_damage", overwrite=True)
@@ -381,7 +381,8 @@ def test_a_checkpoint_with_prefixed_keys_goes_through_the_stock_checkpoint_loade
     server.run(graph)
     assert (server.latent("checkpoint/graph") == server.latent("checkpoint/file")).all()
     with safe_open(server.base / "models/checkpoints/prefixed-af4.safetensors", "pt") as file:
-        assert sum(name.endswith(".comfy_quant") for name in file.keys()) == 29
+        names = file.keys()
+    assert sum(name.endswith(".comfy_quant") for name in names) == 29
 
 
 def test_a_spool_file_that_is_gone_is_named(server):

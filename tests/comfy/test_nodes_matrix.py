@@ -1,4 +1,4 @@
-"""Every format on three architectures: quantize in the graph and sample, save, load with the stock node, sample again."""
+"""Every format on three architectures: quantize in the graph, sample, save, load with the stock node, sample again."""
 
 import pytest
 from comfy_server import Graph, Server, relative_error

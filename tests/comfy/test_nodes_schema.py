@@ -1,4 +1,4 @@
-"""What every node promises its user, checked on the list that a running ComfyUI serves, and the example workflows run."""
+"""What every node promises its user, checked on the list that a running ComfyUI serves; the example workflows run."""
 
 import ast
 import json

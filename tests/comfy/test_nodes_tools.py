@@ -1,4 +1,4 @@
-"""The tools' nodes in a running ComfyUI: what each writes, what it refuses and how it says so, previews, caching and Cancel."""
+"""The tools' nodes in a running ComfyUI: what each writes and what it refuses, previews, caching and Cancel."""
 
 import hashlib
 import json

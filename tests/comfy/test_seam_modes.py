@@ -1,4 +1,4 @@
-"""The seam under other ways to run ComfyUI, without what it needs, and beside another pack that patches the loaders."""
+"""The seam under other ways to run ComfyUI, without what it needs, beside another pack that patches the loaders."""
 
 import pytest
 from comfy_server import Graph, WorkflowError, relative_error

@@ -1,4 +1,4 @@
-"""Every form that the tools claim to read, put right by its tool, in the stock loader: does it sample as its source does?
+"""Each form that the tools claim to read, put right by its tool, in the stock loader: does it sample as its source?
 
 The files of all forms are written once and loaded in three processes: a ComfyUI without this pack, one with it for the
 formats that are the pack's own, and one that is made to multiply in fp8, where activation scales count.
@@ -84,7 +84,7 @@ def test_what_the_tool_writes_loads_and_samples_as_the_canonical_file_does(resul
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_what_stock_comfyui_makes_of_the_form_before(results, form):
-    """Where it reads the form itself, the tool's file gives the same latents, bit for bit; elsewhere the tool was needed."""
+    """Where it reads the form itself, the tool's file gives the same latents, bit for bit. Else it was needed."""
     if form.stock == "fails":
         assert results.stock.error(f"before/{form.name}")
         return

@@ -1,5 +1,6 @@
-"""Baked LoRAs, a quantized model put back into its checkpoint, requantized, joined from shards, and the residual LoRA, in the
-stock loaders.
+"""What the tools write, in the stock loaders.
+
+Baked LoRAs, the residual LoRA, and a quantized model: put back into its checkpoint, requantized, joined from shards.
 
 One-step errors: the model's outputs at four noise levels of two latents, against the 16-bit model's.
 """
@@ -198,7 +199,10 @@ def test_baking_before_quantizing_beats_applying_the_lora_to_quantized_weights(r
 
 @pytest.mark.parametrize("fmt", RESIDUAL)
 def test_a_model_put_back_into_its_checkpoint_is_what_the_stock_checkpoint_loader_takes(results, fmt):
-    """load_script.py has decoded a latent with the checkpoint's VAE as well. Kept weights are copied from other alignments."""
+    """load_script.py has decoded a latent with the checkpoint's VAE as well.
+
+    Kept weights are copied from other alignments.
+    """
     found = results.found
     assert found.difference(f"{fmt} put back", f"{fmt} alone") < 1e-4
     assert (
@@ -228,7 +232,7 @@ def test_shards_put_together_are_the_model_that_was_split(results):
 
 
 def test_a_model_under_diffusers_names_loads_in_16_bits_and_is_lost_when_it_is_quantized(results):
-    """ComfyUI's loader says nothing; the conversion has warned. When this fails, a newer ComfyUI may have learned it."""
+    """ComfyUI's loader says nothing; the conversion has warned. If this fails, a newer ComfyUI may have learned it."""
     assert results.error("diffusers", "bf16") < 1e-4
     assert results.error("diffusers-fp8", "bf16") > 0.5 and results.found.known["diffusers-fp8"]["quantized"] == 0
     assert any("diffusers' names (SD3)" in str(warning) for warning in results.reports["diffusers"].warnings)
@@ -236,8 +240,11 @@ def test_a_model_under_diffusers_names_loads_in_16_bits_and_is_lost_when_it_is_q
 
 @pytest.mark.parametrize("fmt", RESIDUAL)
 def test_a_residual_lora_helps_where_it_stays_apart_and_harms_where_it_is_rounded_in(results, fmt):
-    """The bypass loader, and the stock loader on offloaded layers, add it to float weights or outputs. On resident layers
-    the stock loader rounds the sum into the format again, by chance, which costs more than the LoRA gives."""
+    """The bypass loader, and the stock loader on offloaded layers, add it to float weights or outputs.
+
+    On resident layers the stock loader rounds the sum into the format again, by chance. That costs more than the LoRA
+    gives.
+    """
     alone, bypass, offloaded, merged = (
         results.error(job, "bf16")
         for job in (fmt, f"{fmt}+residual bypass", f"{fmt}+residual stock partly", f"{fmt}+residual stock")

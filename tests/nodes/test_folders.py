@@ -1,4 +1,4 @@
-"""Which files node inputs may name, on a stand-in for ComfyUI's folder_paths (the real one needs no more than these)."""
+"""Which files node inputs may name, on a stand-in for ComfyUI's folder_paths (the real one needs no more)."""
 
 import os
 import sys

@@ -263,7 +263,7 @@ def test_another_models_calibration_is_refused_and_a_fine_tunes_is_named(made, t
 
 
 def test_split_projections_share_the_statistics_of_the_joined_layer(tmp_path):
-    """A file with diffusers' names has to_q, to_k and to_v where the running model has qkv: their inputs are the same."""
+    """A file with diffusers' names has to_q, to_k and to_v where the running model has qkv. Their inputs are equal."""
     layers = {"joint_blocks.0.x_block.attn.qkv": nn.Linear(WIDTH, 3 * WIDTH)}
     collector = Collector(layers, plan_budget({name: WIDTH for name in layers}, Budget()))
     with torch.no_grad(), collector.capture(layers["joint_blocks.0.x_block.attn.qkv"]):

@@ -104,7 +104,10 @@ def test_a_layer_too_large_for_the_gpu_is_followed_on_the_cpu_and_says_so(monkey
 
 
 def test_calls_of_one_picture_do_not_judge_each_other():
-    """Ten calls of each of eight pictures that are all but equal: judged by calls, chance in a picture would look like the rule."""
+    """Each of eight pictures has ten calls that are all but equal.
+
+    Judged by calls, chance in a picture would look like the rule.
+    """
     generator = torch.Generator().manual_seed(3)
     pictures = [torch.randn(6, 64, generator=generator) for _ in range(8)]
     off = [0.3 * torch.randn(6, 64, generator=generator) for _ in range(8)]
@@ -474,8 +477,8 @@ def test_each_layer_sees_what_the_finished_file_delivers(deep, tmp_path, monkeyp
     for seed in range(6):
         finished(draw(seed))
     assert len(hooks) == len(seen) == 8
-    for delivered, name in zip(seen.values(), inputs):
-        assert all(torch.equal(one, other) for one, other in zip(delivered, inputs[name])), name
+    for delivered, name in zip(seen.values(), inputs, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(delivered, inputs[name], strict=True)), name
 
 
 def test_the_same_calls_give_the_same_bytes(deep, tmp_path):

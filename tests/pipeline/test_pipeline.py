@@ -1,4 +1,4 @@
-"""From file to file: what is planned is written, what is not quantized is untouched, and nothing half-written stays."""
+"""From file to file: what is planned is written, what is not quantized is untouched, nothing half-written stays."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def test_plan_run_and_verify_agree(fmt, source, tmp_path):
     assert {r.layer for r in report.quantized} == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.qkv", "mlp.fc2")}
     verified = verify_file(target, against=source)
     assert not verified.findings
-    for row, check in zip(report.quantized, verified.layers):
+    for row, check in zip(report.quantized, verified.layers, strict=True):
         assert row.layer == check.layer and check.relative_error == pytest.approx(row.weight_error, rel=2e-2)
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".part"]
 

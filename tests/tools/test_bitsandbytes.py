@@ -31,8 +31,8 @@ TYPES = ["nf4", "fp4"]
 def portable(name: str, *args):
     """The library's portable kernel of an operation, in place of the CPU's own.
 
-    On the CPU quantize_blockwise rounds to 65536 steps before it looks codes up, and dequantize_4bit decodes blocks that
-    run over the ends of rows wrongly (relative error 0.58 where the portable kernel has 0.10).
+    On the CPU quantize_blockwise rounds to 65536 steps before it looks codes up. And dequantize_4bit wrongly decodes
+    blocks that run over the ends of rows (relative error 0.58 where the portable kernel has 0.10).
     """
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     return getattr(torch.ops.bitsandbytes, name).default.redispatch(keys, *args)

@@ -1,4 +1,4 @@
-"""Editing configs: tensors and header stay in sync, everything else stays byte for byte, unloadable results are refused."""
+"""Editing configs: tensors and header agree, everything else stays byte for byte, unloadable results are refused."""
 
 from __future__ import annotations
 
@@ -172,9 +172,11 @@ def test_anything_else_is_refused(text):
 
 
 def test_a_pattern_that_finds_nothing_is_an_error(tmp_path):
-    with open_source(canonical_file(tmp_path / "a.safetensors")) as src:
-        with pytest.raises(RequestError, match="finds none of the 2"):
-            edit(src, Edit(add={"x": 1}, layers="nowhere"))
+    with (
+        open_source(canonical_file(tmp_path / "a.safetensors")) as src,
+        pytest.raises(RequestError, match="finds none of the 2"),
+    ):
+        edit(src, Edit(add={"x": 1}, layers="nowhere"))
 
 
 def legacy(path: Path) -> Path:

@@ -340,6 +340,8 @@ def test_a_cancelled_split_leaves_nothing(tmp_path):
 
 
 def test_two_tensors_cannot_get_one_name(tmp_path):
-    with open_source(canonical_file(tmp_path / "a.safetensors")) as src:
-        with pytest.raises(RequestError, match="there already"):
-            Draft(src).rename("norm.weight", "final.weight")
+    with (
+        open_source(canonical_file(tmp_path / "a.safetensors")) as src,
+        pytest.raises(RequestError, match="there already"),
+    ):
+        Draft(src).rename("norm.weight", "final.weight")

@@ -67,10 +67,10 @@ def legacy_file(path: Path, name: str, marker: int | None = 0, scale_input: bool
     return save(path, {prefix + key: t for key, t in {**old, **bystanders()}.items()})
 
 
-def migrated(source: Path, options: MigrateOptions = MigrateOptions()) -> Path:
+def migrated(source: Path, options: MigrateOptions | None = None) -> Path:
     target = source.with_name(source.stem + "_new.safetensors")
     with open_source(source) as src:
-        migrate(src, options).apply(target, overwrite=True)
+        migrate(src, options or MigrateOptions()).apply(target, overwrite=True)
     return target
 
 

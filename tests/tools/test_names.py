@@ -1,4 +1,4 @@
-"""Models under diffusers' names, whose scales ComfyUI leaves behind: every tool that writes quantized layers says so."""
+"""Models under diffusers' names, whose scales ComfyUI leaves behind: each tool that writes such layers says so."""
 
 import sys
 from pathlib import Path

@@ -88,7 +88,7 @@ def assert_untouched(
     touched: set[str] = frozenset(),
     header: set[str] = frozenset({"_quantization_metadata"}),
 ) -> None:
-    """Every tensor and header entry outside of `touched` and `header` is there, with the same dtype, shape and bytes."""
+    """Tensors and header entries outside of `touched` and `header` are there, with the same dtype, shape and bytes."""
     with open_source(before) as one, open_source(after) as two:
         checked = 0
         for name, info in one.tensors.items():
