@@ -1,11 +1,13 @@
 """What a captured calibration is worth, on the trained model in assets/: JSON rows, one per measurement.
 
-    python bench/calibration/activations.py snr          nearest, search and gptq per format, judged on other seeds
-    python bench/calibration/activations.py curve        gptq's gain by the number of prompts, steps and rows
-    python bench/calibration/activations.py weighting    the same by how rows are weighted over steps and prompts
-    python bench/calibration/activations.py lora         a Hessian from a LoRA's directions, against nearest, search and captured ones
-    python bench/calibration/activations.py activations  input_scale from absmax, percentiles and guesses, activations quantized
-    python bench/calibration/activations.py overhead     slowdown of a run while it is watched, on layers of a large model's size
+    python bench/calibration/activations.py PART
+
+snr          nearest, search and gptq per format, judged on other seeds
+curve        gptq's gain by the number of prompts, steps and rows
+weighting    the same by how rows are weighted over steps and prompts
+lora         a Hessian from a LoRA's directions, against nearest, search and captured ones
+activations  input_scale from absmax, percentiles and guesses, activations quantized
+overhead     slowdown of a run while it is watched, on layers of a large model's size
 
 How it is judged: see model.py. How the LoRA is made: see lora.py.
 """

@@ -1,12 +1,15 @@
-"""What quantizing in order of execution is worth on top of a calibration: JSON rows, one per format and number of calls.
+"""What quantizing in order of execution is worth on top of a calibration: JSON rows.
 
-    python bench/calibration/in_order.py --seeds 4 --calls 16 64 256 --formats nvfp4 bnb_nf4 float8_e4m3fn_rowwise int8_rowwise
+There is one row per format and number of calls.
 
-The engine's whole way (convert, quant_core/in_order.py) on the trained model of assets/: a calibration of 40 pictures x 20
-steps, then `calls` recorded calls of a picture with and without its prompt, at random steps of the calibration's seeds.
-With --classes 5 all of these are of classes 0 to 4, and classes 5 to 9, which no layer was fitted to, are judged beside.
-Judged by one step and by latents on other seeds (model.py), weights alone. `stale` fits every layer to a
-model that was quantized before, instead of the final layers before it: the same sums, from one pass over a finished model.
+    python bench/calibration/in_order.py --seeds 4 --calls 16 64 256 --formats nvfp4 bnb_nf4
+
+The engine's whole way (convert, quant_core/pipeline/in_order) on the trained model of assets/: a calibration of 40
+pictures x 20 steps, then `calls` recorded calls of a picture with and without its prompt, at random steps of the
+calibration's seeds. With --classes 5 all of these are of classes 0 to 4. Classes 5 to 9, which no layer was fitted to,
+are then judged beside. Judged by one step and by latents on other seeds (model.py), weights alone. `stale` fits every
+layer to a model that was quantized before, instead of the final layers before it: the same sums, from one pass over a
+finished model.
 
 Rows: results/rounding_in_order_h200.jsonl.
 """

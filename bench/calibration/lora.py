@@ -1,7 +1,7 @@
 """What a LoRA tells about a layer's inputs. Called by bench/calibration/activations.py lora and activations.
 
-The LoRA is a real one, trained here in a minute: guidance distillation. With it one pass of the model with a class is to
-give what two passes with CFG 3 give without it, on points of the model's own paths. Rank 8, A drawn at random and
+The LoRA is a real one, trained here in a minute: guidance distillation. With it one pass of the model with a class is
+to give what two passes with CFG 3 give without it, on points of the model's own paths. Rank 8, A drawn at random and
 trained as B is, as every trainer does. How well it learned its task is in the rows (`distilled_db` against `base_db`).
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ class Bench:
         """Latents [steps + 1, B, 16, 16, 16]. look: told the step and sigma before each call of the model."""
         rows = torch.tensor([*labels, *[self.null] * len(labels)], device=self.device)
         path, sigmas = [starting_noise(seed, labels).to(self.device)], simple_sigmas(steps)
-        for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
+        for step, (sigma, following) in enumerate(pairwise(sigmas)):
             if look is not None:
                 look(step, sigma)
             t = torch.full((len(rows),), 1000.0 * sigma, device=self.device)
@@ -131,12 +132,13 @@ class Bench:
                 seed=first, rows_per_step=rows, weighting=weighting, weighting_name=name, absmax_stride=absmax_stride
             ),
         )
+        now = [CallContext()]
+
+        def look(step: int, sigma: float) -> None:
+            now[0] = CallContext(step, sigma, ("cond", "uncond"))
+
         for start in range(0, prompts, classes):
-            now = [CallContext()]
-
-            def look(step: int, sigma: float) -> None:
-                now[0] = CallContext(step, sigma, ("cond", "uncond"))
-
+            now[0] = CallContext()
             with collector.capture(self.model, lambda: now[0]):
                 self.sample(self.model, first + start // classes, range(min(classes, prompts - start)), steps, look)
         return collector.result()

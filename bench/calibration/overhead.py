@@ -1,4 +1,7 @@
-"""Slowdown of a run while it is watched, on layers of a large model's size. Called by bench/calibration/activations.py overhead."""
+"""Slowdown of a run while it is watched, on layers of a large model's size.
+
+Called by bench/calibration/activations.py overhead.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def no_sync(device: str) -> Iterator[None]:
 
 
 def hessian_error(device: str, dtype: torch.dtype, width: int, rows: int = 4096) -> float:
-    """Of a captured Hessian against float64: the largest error of an entry, relative to the sizes of its two channels."""
+    """Of a captured Hessian against float64: the largest error of an entry, relative to its two channels' sizes."""
     layer = nn.Linear(width, 8, bias=False, device=device, dtype=dtype).requires_grad_(False)
     collector = Collector(
         {"layer": layer}, plan_budget({"layer": width}, Budget()), CaptureSettings(rows_per_step=rows, holdout=0.0)
@@ -105,13 +108,16 @@ def measure_overhead(device: str, row: Callable[..., None], width: int, tokens: 
         plan = plan_budget(shapes, Budget(64 * 2**30, hessians=hessians))
         collector = Collector(modules, plan, CaptureSettings(rows_per_step=rows, absmax_stride=stride))
         watched(collector, 2)  # makes the accumulators
-        with collector.capture(model, lambda: CallContext(next(step), 1.0, ("cond", "uncond"))), no_sync(device):
-            with torch.inference_mode():
-                for _ in range(9):
-                    model(x)
+        with (
+            collector.capture(model, lambda: CallContext(next(step), 1.0, ("cond", "uncond"))),
+            no_sync(device),
+            torch.inference_mode(),
+        ):
+            for _ in range(9):
+                model(x)
         # In turns, as the clock of a GPU drifts; a run of 20 steps works in all that it staged, as a sampling does.
         pairs = [(run(20), watched(collector, 20)) for _ in range(5)]
-        plain, seen = (min(times) for times in zip(*pairs))
+        plain, seen = (min(times) for times in zip(*pairs, strict=True))
         row(
             hessians=hessians,
             rows_per_step=rows,

@@ -1,4 +1,4 @@
-"""The pack in a real ComfyUI on a GPU: memory modes, capture, LoRAs, timing, and what a calibration is worth. JSON rows.
+"""The pack in a real ComfyUI on a GPU: memory modes, capture, LoRAs, timing, a calibration's worth. JSON rows.
 
     COMFYUI_ARGS="" COMFYUI_DIR=... COMFYUI_PYTHON=... python bench/comfyui/gpu.py PART ... --out ROWS.jsonl
 
@@ -7,7 +7,8 @@ timing   a sampling of a model of 1.5 GB, watched and not
 proof    nearest, search and gptq per format, judged by pictures and single steps (--precision bf16 fp32)
 curve    the gain by the number of prompts and steps
 floor    the unquantized model in bf16 against float32
-Parts are independent; one that fails leaves a row and the log's end, and the next goes on. --small: a quick look that it runs.
+Parts are independent; one that fails leaves a row and the log's end, and the next goes on.
+--small: a quick look that it runs.
 """
 
 from __future__ import annotations
@@ -54,20 +55,25 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         started = time.monotonic()
-
-        def row(**values: Any) -> None:
-            rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
-            text = json.dumps({"part": part, **rounded, "at_s": round(time.monotonic() - started, 1)})
-            with lock, open(args.out, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-            print(" ".join(f"{key}={value}" for key, value in rounded.items() if key != "part")[:320], flush=True)
-
-        errors = run(part, args, row)
+        errors = run(part, args, row_writer(part, args.out, lock, started))
         failed += len(errors)
         print(f"--- {part}: {time.monotonic() - started:.0f} s, {len(errors)} failed", flush=True)
         if errors:
             keep_logs(args.work, args.out.with_suffix(".log"))
     return 1 if failed else 0
+
+
+def row_writer(part: str, out: Path, lock: threading.Lock, started: float) -> Row:
+    """A function that adds its named values to the file as one row, and prints them."""
+
+    def row(**values: Any) -> None:
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+        text = json.dumps({"part": part, **rounded, "at_s": round(time.monotonic() - started, 1)})
+        with lock, open(out, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        print(" ".join(f"{key}={value}" for key, value in rounded.items() if key != "part")[:320], flush=True)
+
+    return row
 
 
 def keep_logs(work: Path, target: Path) -> None:

@@ -1,4 +1,7 @@
-"""The same workflows in every memory mode of ComfyUI at once, and on the CPU: what must be equal, and how close the rest is."""
+"""The same workflows in every memory mode of ComfyUI at once, and on the CPU.
+
+Some results must be equal; of the rest the rows say how close they are.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +172,7 @@ class Flow:
         )
 
     def ordered(self) -> None:
-        """Quantized in order beside the model itself, from a capture of its own; the file is compared between the modes."""
+        """Quantized in order beside the model itself, from a capture of its own; modes are compared by the file."""
         graph = self.drawing()
         node = graph.capture(rows_per_step=64)
         calibration = graph.calibration(node, graph.captured(node, PROMPTS, self.steps), "ordered")

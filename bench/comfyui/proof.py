@@ -1,8 +1,8 @@
 """What a calibration captured by the nodes is worth, through the nodes: nearest, search and gptq side by side.
 
-Every picture is drawn by ComfyUI's KSampler; one step is a KSamplerAdvanced from the unquantized model's own latents, so that both
-start from the same ones. Velocity SNR: over all pictures and probed steps together. Latent SNR: per picture after all
-steps, mean and spread. Calibration uses seeds below 1000, judging seeds from 1000 on.
+Every picture is drawn by ComfyUI's KSampler; one step is a KSamplerAdvanced from the unquantized model's own latents,
+so that both start from the same ones. Velocity SNR: over all pictures and probed steps together. Latent SNR: per
+picture after all steps, mean and spread. Calibration uses seeds below 1000, judging seeds from 1000 on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ SCALE, SHIFT = 1.5305, 0.0609  # of SD3's latent format
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much of it. prompts: pictures of the calibration; batch: judged pictures per class; probed: one-step looks."""
+    """How much of it.
+
+    prompts: pictures of the calibration; batch: judged pictures per class; probed: one-step looks.
+    """
 
     classes: int = CLASSES
     batch: int = 32
@@ -127,7 +130,10 @@ class Judge:
         return float(10 * torch.log10(torch.tensor(power / max(error, 1e-30))))
 
     def model_latent(self, name: str, step: int) -> torch.Tensor:
-        """What the sampler held at that step: it divides by 1 - sigma when it stops early, and undoes the latent's scale."""
+        """What the sampler held at that step.
+
+        It divides by 1 - sigma when it stops early, and undoes the latent's scale.
+        """
         return (latents(self.server, name) - SHIFT) * SCALE * (1 - simple_sigmas(self.size.steps)[step])
 
     def noise(self, label: int) -> torch.Tensor:
@@ -166,7 +172,11 @@ def prove(
     size: Size,
     chosen: Sequence[str] = (),
 ) -> list[BaseException]:
-    """chosen: methods, the format's own where none are. precision: bf16, as users run it; or fp32, computed in float32 with decoded weights, so that only the weights differ."""
+    """The proof's rows; the formats are shared out among the servers.
+
+    chosen: methods, the format's own where none are.
+    precision: bf16, as users run it; or fp32, in float32 with decoded weights, so that only the weights differ.
+    """
     shards = {f"proof-{precision}-{i}": tuple(formats[i::servers]) for i in range(min(servers, len(formats)))}
 
     def shard(name: str, mine: Sequence[str]) -> None:
@@ -219,7 +229,10 @@ def measured(
 def curve(
     folder: Path, row: Row, formats: Sequence[str], size: Size, counts: Sequence[int], steps: Sequence[int]
 ) -> list[BaseException]:
-    """gptq's gain by the number of prompts, and with size.prompts prompts by that of steps; float32, decoded weights."""
+    """gptq's gain by the number of prompts, and with size.prompts prompts by that of steps.
+
+    Computed in float32 with decoded weights.
+    """
     errors: list[BaseException] = []
 
     def shard(fmt: str) -> None:

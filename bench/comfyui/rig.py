@@ -23,8 +23,8 @@ MODEL = "trained_sd3"
 CLASSES, SIDE = 10, 128  # the trained model's; its pictures are SIDE x SIDE
 Row = Callable[..., None]
 
-# Two nodes for the bench alone: a model with its quantized weights decoded, so that only the weights differ; and waiting for
-# two samplers (ComfyUI's own node for that sits in a module with large requirements).
+# Two nodes for the bench alone. One decodes a model's quantized weights, so that only the weights differ. The other
+# waits for two samplers (ComfyUI's own node for that sits in a module with large requirements).
 NODES = """
 import torch
 class QuantPressBenchDecode:
@@ -70,8 +70,11 @@ def make_base(folder: Path, models: Mapping[str, Path]) -> Path:
 
 
 class Drawing(Graph):
-    """Graphs of the trained model, whose node ids agree as long as they begin with the same calls, so that ComfyUI's cache
-    keeps what an earlier graph of the same beginning made. info: /object_info, for the defaults of our nodes' inputs."""
+    """Graphs of the trained model.
+
+    Node ids agree as long as graphs begin with the same calls. So ComfyUI's cache keeps what an earlier graph of the
+    same beginning made. info: /object_info, for the defaults of our nodes' inputs.
+    """
 
     def __init__(
         self, info: Mapping[str, Any], model: str = MODEL, side: int = SIDE, kind: str = "demo shapes"

@@ -1,4 +1,7 @@
-"""How much slower a sampling is while it is watched, in ComfyUI: a Flux of real widths with random weights, 1024 x 1024."""
+"""How much slower a sampling is while it is watched, in ComfyUI.
+
+The model is a Flux of real widths with random weights, at 1024 x 1024.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ comfy.options.enable_args_parsing()
 import comfy.ldm.flux.model, comfy.ops
 from safetensors.torch import save_file
 model = comfy.ldm.flux.model.Flux(
-    image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=width,
-    mlp_ratio=4.0, num_heads=width // 128, depth=1, depth_single_blocks=single, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True,
-    txt_ids_dims=[], guidance_embed=False, dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
+    image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096,
+    hidden_size=width, mlp_ratio=4.0, num_heads=width // 128, depth=1, depth_single_blocks=single,
+    axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, txt_ids_dims=[], guidance_embed=False, dtype=torch.bfloat16,
+    device="meta", operations=comfy.ops.disable_weight_init)
 device, state = "cuda" if torch.cuda.is_available() else "cpu", {}
 generator = torch.Generator(device).manual_seed(7)
 for key, value in model.state_dict().items():

@@ -32,7 +32,7 @@ def conditional_cdf(points: int = 20001, steps: int = 8001):
     fine = np.linspace(0.0, 8.0, 200001)
     table = half_normal_cdf(fine)
     cdf = np.zeros_like(x)
-    for value, mass, total in zip(m, weight, inside):
+    for value, mass, total in zip(m, weight, inside, strict=True):
         if mass > 1e-13:
             cdf += mass * np.interp(x * value, fine, table) / total
     return x, cdf

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def demo_model(device: str) -> Trained:
         labels = torch.arange(table.null_row, device=device)
         x, null = starting_noise(seed, labels.tolist()).to(device), torch.full_like(labels, table.null_row)
         sigmas = simple_sigmas(20)
-        for now, after in zip(sigmas, sigmas[1:]):
+        for now, after in pairwise(sigmas):
             t = torch.full((len(labels),), now * 1000, device=device)
             with torch.device(device):  # the model's constants
                 wanted, plain = model(x, t, context[labels], pooled[labels]), model(x, t, context[null], pooled[null])

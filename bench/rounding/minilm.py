@@ -43,12 +43,10 @@ class BertLayer(nn.Module):
     def __init__(self, size: BertSize) -> None:
         super().__init__()
         self.heads, width = size.heads, size.hidden
-        projection = lambda: nn.ModuleDict(
-            {
-                "dense": nn.Linear(width, width),  # noqa: E731
-                "LayerNorm": nn.LayerNorm(width, size.eps),
-            }
-        )
+
+        def projection() -> nn.ModuleDict:
+            return nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, size.eps)})
+
         self.attention = nn.ModuleDict(
             {
                 "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
@@ -94,7 +92,10 @@ class Encoder(nn.Module):
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """float32, from the folder that holds config.json and model.safetensors. The pooler, which is never run, is left out."""
+    """float32, from the folder that holds config.json and model.safetensors.
+
+    The pooler, which is never run, is left out.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = BertSize(
         config["hidden_size"],

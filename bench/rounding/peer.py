@@ -1,4 +1,6 @@
-"""convert_to_quant's learned rounding on the layers of bench/rounding/synthetic.py, run as its users run it, read with our decoder.
+"""convert_to_quant's learned rounding on the layers of bench/rounding/synthetic.py.
+
+It runs as its users run it, and our decoder reads what it writes.
 
 It stays an external program; `--peer FOLDER` of bench/rounding/synthetic.py names a folder with it and what it needs:
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ OPTIONS = {
 }
 METHOD = "peer learned"
 _SMALL = 256  # side of the layer that warms up
-# Runs in a process of its own, with the peer on its path. One line of JSON jobs comes in, one file of seconds goes out.
+# Runs in a process of its own, with the peer on its path. JSON jobs come in, and a file of seconds goes out.
 _DRIVER = """
 import json, sys, time
 import torch
@@ -63,7 +66,7 @@ for warming, arguments in jobs:
 
 
 def measure_peer(layer: Layer, formats: list[str], peer: Path) -> Iterator[dict[str, Any]]:
-    """A row for each of `formats` that the peer has; those it fails at have `failed`, its last words, and no errors."""
+    """A row for each of `formats` that the peer has. Where it fails, `failed` is its last words, instead of errors."""
     known = [name for name in formats if name in OPTIONS]
     if not known:
         return
@@ -88,7 +91,7 @@ def measure_peer(layer: Layer, formats: list[str], peer: Path) -> Iterator[dict[
         )
         timings = folder / "seconds.json"
         seconds = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else []
-        for name, took in zip(known, [*seconds, *[None] * len(known)]):
+        for name, took in zip_longest(known, seconds):
             row: dict[str, Any] = {
                 "layer": layer.name,
                 "shape": list(layer.weight.shape),

@@ -1,4 +1,6 @@
-"""Many rows of bench/rounding/synthetic.py to one per format and method: medians over the layers, the worst, how many are above nearest.
+"""Many rows of bench/rounding/synthetic.py to one per format and method.
+
+Each has medians over the layers, the worst layer, and how many layers are above nearest.
 
     python bench/rounding/summary.py rows.jsonl ... > summary.jsonl      the same as a table on standard error
 
@@ -56,8 +58,8 @@ def table(rows: list[dict[str, Any]], single: bool = False) -> None:
                 file=sys.stderr,
             )
     print(
-        f"{'layer':22s} {'format':24s} {'method':16s} {'out':>8s} {'x near':>7s} {'worst':>6s} {'above':>5s} {'fell':>4s} "
-        f"{'w x near':>8s} {'s':>8s} {'copies':>6s}",
+        f"{'layer':22s} {'format':24s} {'method':16s} {'out':>8s} {'x near':>7s} {'worst':>6s} {'above':>5s} "
+        f"{'fell':>4s} {'w x near':>8s} {'s':>8s} {'copies':>6s}",
         file=sys.stderr,
     )
     for row in summary(rows, single):

@@ -1,10 +1,12 @@
-"""What scale search and rounding are worth and what they cost: JSON rows on standard output, a table on standard error.
+"""What scale search and rounding are worth and cost: JSON rows on standard output, a table on standard error.
 
-    python bench/rounding/synthetic.py synthetic --size 3072x3072 3072x12288     one layer per shape, calibration and held-out rows
-    python bench/rounding/synthetic.py model                                     every Linear of the demo's trained model
-    python bench/rounding/synthetic.py model --models DIR --names tiny_mmdit_192 the same of DIR/<name>.safetensors and DIR/tiny_models.py
-    python bench/rounding/synthetic.py minilm --minilm DIR                       of all-MiniLM-L6-v2 (how to get it: minilm.py)
-    python bench/rounding/synthetic.py project                                   seconds for a DiT of 12 billion parameters
+    python bench/rounding/synthetic.py PART
+
+synthetic --size 3072x3072 3072x12288      one layer per shape, calibration and held-out rows
+model                                      every Linear of the demo's trained model
+model --models DIR --names tiny_mmdit_192  the same of DIR/<name>.safetensors and DIR/tiny_models.py
+minilm --minilm DIR                        of all-MiniLM-L6-v2 (how to get it: minilm.py)
+project                                    seconds for a DiT of 12 billion parameters
 
 Where the layers come from: layers.py. The public tool's learned rounding on the same layers: peer.py.
 `output_error` is |X (W - Wq)^T| / |X W^T| on held-out rows; `ratio` compares it with round-to-nearest in the same run.
@@ -84,8 +86,8 @@ def synchronize(device: str) -> None:
 def measure(layer: Layer, fmt_name: str, method: str, repeat: int) -> dict[str, Any]:
     """One row. The fastest of `repeat` timed runs after a first one on a GPU, where kernels compile.
 
-    peak_weight_copies: float32 copies of the weight that were allocated beside one such copy and the Hessian, on a GPU; in a run
-    on a bfloat16 weight and a Hessian from the CPU, as they come from files.
+    peak_weight_copies: on a GPU, float32 copies of the weight allocated beside one such copy and the Hessian.
+    That run takes a bfloat16 weight and a Hessian from the CPU, as they come from files.
     """
     how = METHODS[method]
     device, shape = str(layer.weight.device), tuple(layer.weight.shape)

@@ -3,9 +3,9 @@
     python bench/speed/convert.py [--gigabytes 8] [--formats nvfp4,bnb_nf4] [--folder DIR] [--double]
 
 The file holds DiT-like layers in bf16 (3072 wide, the largest 12288 x 3072). Each conversion is a process of its own:
-its time includes start-up, reading, quantizing, measuring each layer's error, writing, fsync and verification. Peak memory is the
-process's VmHWM. --double also converts a file twice as long, to show that memory does not grow. The peer's figures on
-two cores: convert_to_quant 1.3.1 --simple 14 to 56 MB/s at 2.2 to 2.8 times the input in memory.
+its time includes start-up, reading, quantizing, measuring each layer's error, writing, fsync and verification. Peak
+memory is the process's VmHWM. --double also converts a file twice as long, to show that memory does not grow. The
+peer's figures on two cores: convert_to_quant 1.3.1 --simple 14 to 56 MB/s at 2.2 to 2.8 times the input in memory.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Times linear layers through the layouts, and prints one JSON row per format, shape and route.
 
 Rows: bf16 F.linear; each of our formats through its layout and as dequantize-then-matmul (the torch specification of
-decoding, then F.linear, which is what the layout does where it has no kernel); with --routes also every kernel that can
-run the shape, which is what the thresholds in layouts/capability.py are read from; comfy-kitchen's native layouts;
-bitsandbytes NF4. ms: the median over runs, by CUDA events on a GPU, inputs rotated so that no run finds the last one's in
-the cache. relative_error: against the float32 product with the same stored weights, so it shows what the route adds
-(activation rounding, output rounding), not the format. Asserts nothing. A package that is missing is a row that says so.
+decoding, then F.linear, which is what the layout does where it has no kernel); with --routes also every kernel that
+can run the shape, which is what the thresholds in layouts/capability.py are read from; comfy-kitchen's native layouts;
+bitsandbytes NF4. ms: the median over runs, by CUDA events on a GPU, inputs rotated so that no run finds the last one's
+in the cache. relative_error: against the float32 product with the same stored weights, so it shows what the route adds
+(activation rounding, output rounding), not the format. Asserts nothing. A package that is missing is a row that says
+so.
 
     python bench/speed/layouts.py [--out rows.jsonl] [--routes]
 """

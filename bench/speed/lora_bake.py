@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import all_formats
+from comfyui_quantpress.quant_core.formats.base import Format
 from comfyui_quantpress.quant_core.policy.general import name_rule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,12 @@ def main() -> None:
             )
 
 
-def compare(fmt, weights: dict[str, torch.Tensor], size: float) -> dict[str, float]:
+def through(fmt: Format, w: torch.Tensor) -> torch.Tensor:
+    """w as it comes back from the format."""
+    return fmt.dequantize(fmt.quantize(w), tuple(w.shape))
+
+
+def compare(fmt: Format, weights: dict[str, torch.Tensor], size: float) -> dict[str, float]:
     """SNR in dB of the three ways, over all layers that the format takes."""
     errors = {"baked": 0.0, "requant": 0.0, "beside": 0.0}
     total, layers = 0.0, 0
@@ -64,12 +70,13 @@ def compare(fmt, weights: dict[str, torch.Tensor], size: float) -> dict[str, flo
         )
         change *= size * w.norm() / change.norm()
         target = w + change
-
-        def through(x: torch.Tensor) -> torch.Tensor:
-            return fitting.dequantize(fitting.quantize(x), tuple(x.shape))
-
-        plain = through(w)
-        for way, got in (("baked", through(target)), ("requant", through(plain + change)), ("beside", plain + change)):
+        plain = through(fitting, w)
+        ways = {
+            "baked": through(fitting, target),
+            "requant": through(fitting, plain + change),
+            "beside": plain + change,
+        }
+        for way, got in ways.items():
             errors[way] += float((got - target).double().square().sum())
         total += float(target.double().square().sum())
         layers += 1
