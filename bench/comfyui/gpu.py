@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import modes  # noqa: E402
+# The modules beside this one use the server of ComfyUI's tests.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/comfy"))
+import modes  # noqa: E402 - after the path that it needs; so are the next ones
 import proof  # noqa: E402
 import timing  # noqa: E402
 from rig import Row  # noqa: E402

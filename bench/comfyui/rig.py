@@ -1,23 +1,21 @@
-"""Servers and graphs for comfy_gpu.py: a real ComfyUI with this pack, on whatever device COMFYUI_ARGS says."""
+"""Servers and graphs for gpu.py: a real ComfyUI with this pack, on whatever device COMFYUI_ARGS says."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import comfy_server
 import torch
+from comfy_server import Graph, Server
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/comfy"))
-import comfy_server  # noqa: E402
-from comfy_server import Graph, Server  # noqa: E402
 
-comfy_server.RUN_S = 150  # a workflow of this bench takes seconds; one that hangs must not take the lease
+comfy_server.RUN_S = 150  # a workflow of this bench takes seconds; one that hangs must not hold up the others
 
 MODEL = "trained_sd3"
 CLASSES, SIDE = 10, 128  # the trained model's; its pictures are SIDE x SIDE
