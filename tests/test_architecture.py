@@ -35,3 +35,11 @@ def test_paths_named_on_the_pages_exist():
     named = set(re.findall(r"`((?:quant_core|layouts|nodes|cli|demo|tests|bench|docs|web)/[\w./-]*)`", pages))
     assert len(named) > 20
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+def test_the_page_of_measurements_names_every_script_and_every_file_of_rows():
+    page = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    names = [path.name for path in (ROOT / "bench").rglob("*.py")]
+    names += [path.stem for path in (ROOT / "bench" / "results").glob("*.jsonl")]
+    assert len(names) > 20
+    assert [name for name in names if f"{name}`" not in page and f"{name} " not in page] == []
