@@ -30,13 +30,6 @@ def test_every_room_has_one_line():
     assert [room for room, says in ROOMS if not 10 < len(says) < 120] == []
 
 
-def test_paths_named_on_the_pages_exist():
-    pages = TEXT + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:quant_core|layouts|nodes|cli|demo|tests|bench|docs|web)/[\w./-]*)`", pages))
-    assert len(named) > 20
-    assert sorted(path for path in named if not (ROOT / path).exists()) == []
-
-
 def test_the_page_of_measurements_names_every_script_and_every_file_of_rows():
     page = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in (ROOT / "bench").rglob("*.py")]
