@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "bytes. A captured calibration is the best source; the others are guesses.",
     )
     parser.add_argument("input", metavar="FILE", type=Path, help="the quantized model")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the new file; FILE itself with --overwrite")
+    parser.add_argument("output", metavar="OUT", type=Path, help="the new file")
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--from", dest="calibration", type=Path, metavar="CALIBRATION", help="captured in ComfyUI")
     sources.add_argument(
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                     scales,
                     method=method,
                     overwrite=args.overwrite,
+                    reads=[path for path in (args.calibration, args.input_scales, args.lora) if path is not None],
                     progress=progress,
                     cancel=cancel,
                 )

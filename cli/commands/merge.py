@@ -79,7 +79,8 @@ def _lora(args: argparse.Namespace) -> int:
         src = stack.enter_context(open_source(args.input))
         require_model(src)
         loras = [(stack.enter_context(open_source(path)), strength) for path, strength in map(parse_lora, args.lora)]
-        return rewriting.finish(bake(src, loras, skip_unmatched=args.skip_unmatched), args, "baking")
+        rewrite = bake(src, loras, skip_unmatched=args.skip_unmatched)
+        return rewriting.finish(rewrite, args, "baking", reads=[file for lora, _ in loras for file in lora.files])
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...quant_core.errors import counted
@@ -54,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
     args.dry_run = args.dry_run or args.output is None
     with open_source(args.input) as src:
-        if args.against:
-            _look_at_source(args, src)
+        reads = _look_at_source(args, src) if args.against else ()
         result = repair(src, assume=args.assume, unswizzled=args.unswizzled)
         changes = bool(result.rewrite.changes())
         if changes:
-            rewriting.write(result.rewrite, args, "repairing")
+            rewriting.write(result.rewrite, args, "repairing", reads=reads)
         if args.json:
             print_json({**rewriting.content(result.rewrite, args, changes), "findings": result.to_json()["findings"]})
         else:
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     return int(stay > 0)
 
 
-def _look_at_source(args: argparse.Namespace, src: Source) -> None:
-    """Set --assume and --unswizzled to what decodes to the source."""
+def _look_at_source(args: argparse.Namespace, src: Source) -> tuple[Path, ...]:
+    """Set --assume and --unswizzled to what decodes to the source; returns its files."""
     from ...quant_core.checkpoint.source import open_source
     from ...quant_core.tools.against import find_layout
 
@@ -91,6 +91,7 @@ def _look_at_source(args: argparse.Namespace, src: Source) -> None:
             f"against the source: {layout.layer} is {layout.error:.4f} off"
             f"{' with ' + ' '.join(words) if words else ''}"
         )
+    return reference.files
 
 
 def _lines(result: Repair, args: argparse.Namespace, changes: bool) -> list[str]:

@@ -21,6 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...quant_core.checkpoint.same_file import require_not_source
     from ...quant_core.checkpoint.source import open_source
     from ...quant_core.errors import OutputError, RequestError, counted
     from ...quant_core.policy.layer_config import template
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
                 "text encoder."
             )
         text = template(layers)
+    require_not_source(args.output, [src.path, *src.files])
     try:
         with open(args.output, "w" if args.overwrite else "x", encoding="utf-8") as file:
             file.write(text)

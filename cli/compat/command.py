@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
 
-from ...quant_core.errors import InputFileError
+from ...quant_core.errors import InputFileError, OutputError
 from .options import HELP_FLAGS, OPTIONS, SECTIONS, Option
 from .translate import Translation, translate
 
@@ -78,6 +79,8 @@ def run(commands: argparse._SubParsersAction, args: argparse.Namespace) -> int:
 
 
 def _run_steps(commands: argparse._SubParsersAction, translation: Translation) -> int:
+    if translation.scratch:
+        _check_files(translation)
     try:
         for name, *rest in translation.steps:
             args = commands.choices[name].parse_args(rest)
@@ -88,6 +91,18 @@ def _run_steps(commands: argparse._SubParsersAction, translation: Translation) -
         for path in translation.scratch:
             path.unlink(missing_ok=True)
     return 0
+
+
+def _check_files(translation: Translation) -> None:
+    """OutputError where steps through a scratch file would lose one of the user's: each step alone could not tell."""
+    from ...quant_core.checkpoint.same_file import require_not_source
+    from ...quant_core.checkpoint.source import open_source
+
+    for scratch in translation.scratch:
+        if os.path.lexists(scratch):
+            raise OutputError(f"{scratch}: the file is needed between two steps, and exists. Rename or remove it.")
+    with open_source(translation.steps[0][1]) as src:
+        require_not_source(Path(translation.steps[-1][2]), [src.path, *src.files])
 
 
 def _linear_layers(path: str | None) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...quant_core.checkpoint.same_file import is_same_file
 from ...quant_core.errors import OutputError
 from .console import json_text
 
@@ -14,7 +15,7 @@ from .console import json_text
 def check_report_path(report: Path, target: Path, sources: Iterable[Path], overwrite: bool) -> None:
     """OutputError when the report could not be written, or would replace something that is not a report."""
     for other, what in ((target, "the output"), *((source, "the input") for source in sources)):
-        if report.resolve() == other.resolve() or (report.exists() and other.exists() and report.samefile(other)):
+        if report.resolve() == other.resolve() or is_same_file(report, other):
             raise OutputError(f"--report {report}: this is {what} itself. Give the report a name of its own.")
     if report.is_dir():
         raise OutputError(f"--report {report}: this is a folder; a file is needed. Add a name ending in .json.")

@@ -41,10 +41,17 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def finish(
-    rewrite: Rewrite, args: argparse.Namespace, what: str, *, force: bool = False, nothing: str | None = None
+    rewrite: Rewrite,
+    args: argparse.Namespace,
+    what: str,
+    *,
+    force: bool = False,
+    nothing: str | None = None,
+    reads: Sequence[Path] = (),
 ) -> int:
     """Preview, or write and verify; then say what changed. what: "migrating", say. Returns the exit code.
 
+    reads: files that were read beside the rewrite's sources.
     nothing: said, without the path, where the new file would equal the old one, which is not written then. None: the
     tool always makes another file.
     """
@@ -52,7 +59,7 @@ def finish(
         args.parser.error("OUTPUT is needed, unless --dry-run shows the changes only")
     if nothing is not None and not rewrite.changes():
         raise RequestError(f"{rewrite.sources[0].path}: {nothing}{'' if args.dry_run else ' Nothing was written.'}")
-    write(rewrite, args, what, force=force)
+    write(rewrite, args, what, force=force, reads=reads)
     if args.json:
         print_json(content(rewrite, args))
     else:
@@ -60,11 +67,15 @@ def finish(
     return 0
 
 
-def write(rewrite: Rewrite, args: argparse.Namespace, what: str, *, force: bool = False) -> None:
+def write(
+    rewrite: Rewrite, args: argparse.Namespace, what: str, *, force: bool = False, reads: Sequence[Path] = ()
+) -> None:
     """Write and verify OUTPUT with progress, but for a dry run."""
     if not args.dry_run:
         with stop_on_signal() as cancel, show_progress(what) as progress:
-            rewrite.apply(args.output, overwrite=args.overwrite, force=force, progress=progress, cancel=cancel)
+            rewrite.apply(
+                args.output, overwrite=args.overwrite, force=force, reads=reads, progress=progress, cancel=cancel
+            )
 
 
 def content(rewrite: Rewrite, args: argparse.Namespace, written: bool = True) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from .part import (
     sync_folder,
     write_at,
 )
+from .same_file import require_not_source
 from .source import CHUNK_BYTES, Source
 
 
@@ -247,13 +248,7 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> Non
         raise OutputError(f"{target}: the name must end in .safetensors, or ComfyUI will not list it. Rename it.")
     if not folder.is_dir():
         raise OutputError(f"{target}: the folder {folder} is missing. Create it, or correct the path.")
-    for source in sources:
-        # samefile follows symlinks and sees hard links.
-        if target.exists() and source.exists() and target.samefile(source):
-            raise OutputError(
-                f"{target}: the target is the same file as the source {source}, which would be lost. "
-                "Choose another name."
-            )
+    require_not_source(target, sources)
     if not overwrite and os.path.lexists(target):
         raise OutputError(f"{target}: the target exists. Choose another name.", "overwrite", Remedy.REPLACE)
     if not os.access(folder, os.W_OK | os.X_OK):

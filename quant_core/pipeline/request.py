@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.use import CalibrationUse
+from ..checkpoint.same_file import require_not_source
 from ..errors import OutputError, Remedy, RequestError
 from ..policy.general import Policy
 from ..policy.presets import PRESETS, keep_patterns
@@ -77,8 +78,8 @@ class Request:
             )
         return replace(self.policy, keep=tuple(dict.fromkeys((*self.policy.keep, *patterns))))
 
-    def check_residual_file(self) -> None:
-        """OutputError when the low-rank part cannot go where it is asked to."""
+    def check_residual_file(self, reads: Sequence[Path]) -> None:
+        """OutputError when the low-rank part cannot go where it is asked to. reads: files it must not replace."""
         path = self.residual_lora
         if path is None:
             return
@@ -86,6 +87,7 @@ class Request:
             raise OutputError(
                 f"{path} needs a .safetensors name of its own, in a folder that exists.", "residual_lora"
             )
+        require_not_source(path, reads)
         if path.exists() and not self.overwrite:
             raise OutputError(f"{path}: the file exists. Choose another name.", "overwrite", Remedy.REPLACE)
 

@@ -49,7 +49,6 @@ def convert(
     """
     started = time.monotonic()
     device = pick_device(request.device)
-    request.check_residual_file()
     if request.in_order != (live is not None):
         raise RequestError(
             "quantizing in order needs the running model, and nothing else does. Give both, or neither."
@@ -59,10 +58,12 @@ def convert(
     with ExitStack() as stack:
         stack.enter_context(cancel_scope(cancel))
         src = stack.enter_context(open_source(request.source))
+        reads = [src.path, *src.files, *([] if request.calibration is None else [request.calibration.path])]
+        request.check_residual_file(reads)
         known = None if request.calibration is None else stack.enter_context(open_use(request.calibration))
         plan = make_plan(src, request, known, partial(nonfinite_reason, src) if request.allow_nonfinite else None)
         with open_sink(
-            request.target, plan.outputs, plan.metadata, overwrite=request.overwrite, sources=src.files
+            request.target, plan.outputs, plan.metadata, overwrite=request.overwrite, sources=reads
         ) as sink:
             with open_feed(plan, src, known, live) as feed:
                 for step in run(plan, src, sink, feed, device, Clock(*_work(plan, src), started=started)):

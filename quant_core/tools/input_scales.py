@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .._version import __version__
-from ..checkpoint.part import cannot_write, remove
 from ..checkpoint.source import Source, open_source
-from ..errors import Remedy, RequestError, some_of
+from ..errors import RequestError, some_of
 from ..input_scales.rule import file_input_scales, rule_of
 from ..names.layer_names import LayerNames
 from ..progress import Progress
@@ -45,32 +42,20 @@ def patch_input_scales(
     *,
     method: str = "",
     overwrite: bool = False,
+    reads: Sequence[Path] = (),
     progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> PatchReport:
     """Copy a quantized file with input scales added or replaced. scales: {any name of a layer: value}.
 
-    method: where they are from, for the header. target_path may be the source itself, with overwrite: the new file is
-    complete and verified before it takes the old one's place. Layers whose format ignores the tensor are skipped.
+    method: where they are from, for the header. reads: files they are from, which the target must not be either.
+    Layers whose format ignores the tensor are skipped.
     Raises InputFileError, RequestError (nothing to patch, a value that is not a number above 0), OutputError,
     VerificationError, Cancelled.
     """
-    source_path, target = Path(source_path), Path(target_path)
     with open_source(source_path) as source:
-        in_place = target.exists() and any(target.samefile(file) for file in source.files)
-        if in_place and (not overwrite or len(source.files) > 1):
-            text = f"{target}: the target is the source{' of several files' * overwrite}. Choose another name."
-            raise RequestError(text, None if overwrite else "overwrite", Remedy.REPLACE)
         rewrite, report = plan_patch(source, scales, method)
-        target = target.resolve() if in_place else target  # a link goes on pointing to the file
-        beside = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.safetensors") if in_place else target
-        rewrite.apply(beside, overwrite=overwrite and not in_place, progress=progress, cancel=cancel)
-    if in_place:
-        try:
-            os.replace(beside, target)
-        except OSError as err:
-            remove(beside)
-            raise cannot_write(target, err) from err
+        rewrite.apply(target_path, overwrite=overwrite, reads=reads, progress=progress, cancel=cancel)
     return report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
+from ..checkpoint.same_file import require_not_source
 from ..checkpoint.source import INDEX_SUFFIX, Source
 from ..errors import OutputError, PlanError, Problem, Remedy, RequestError, counted, some_of
 from ..names.prefixes import MODEL_PREFIX
@@ -111,6 +112,7 @@ def split(
     index = Path(index)
     if not index.name.endswith(INDEX_SUFFIX):
         raise RequestError(f"{index}: the index's name must end in {INDEX_SUFFIX}. Rename it.")
+    require_not_source(index, [src.path])
     if index.exists() and not overwrite:
         raise OutputError(f"{index}: the target exists. Choose another name.", "overwrite", Remedy.REPLACE)
     groups = _groups(src, max_bytes)

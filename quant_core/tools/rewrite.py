@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,16 +225,18 @@ class Rewrite:
         *,
         overwrite: bool = False,
         force: bool = False,
+        reads: Sequence[Path] = (),
         progress: Callable[[Progress], None] | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> None:
         """Write and verify the file; nothing appears under the target's name unless all went well.
 
+        reads: files that were read beside the sources, which the target must not be either.
         Verified: every copied tensor, as Sink.copy does, and that no error of `check_file` is new; force leaves out
         the latter. Raises QuantPressError.
         """
         known = Counter() if force else sum((_errors(src.path) for src in self.sources), Counter(self.told))
-        files = [file for src in self.sources for file in src.files]
+        files = [*(file for src in self.sources for file in src.files), *reads]
         with (
             cancel_scope(cancel),
             open_sink(target, self.entries(), self.metadata, overwrite=overwrite, sources=files) as sink,

@@ -211,21 +211,19 @@ def test_patching_again_changes_what_differs_and_keeps_what_agrees(model, tmp_pa
     assert [name for name in before if before[name] != after[name]] == [PREFIX + "blocks.0.nv.input_scale"]
 
 
-def test_patching_in_place_replaces_the_file_whole(model, tmp_path):
-    copy = tmp_path / "copy.safetensors"
-    patch_input_scales(model, copy, {"blocks.0.fp8": 0.5})
-    with pytest.raises(RequestError, match="the target is the source"):
-        patch_input_scales(model, model, {"blocks.0.fp8": 0.5})
-    patch_input_scales(model, model, {"blocks.0.fp8": 0.5}, overwrite=True)
-    assert model.read_bytes() == copy.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.safetensors", "model.safetensors"]
-
-
-def test_in_place_through_a_link_keeps_the_link(model, tmp_path):
-    link = tmp_path / "link.safetensors"
-    link.symlink_to(model)
-    patch_input_scales(link, link, {"blocks.0.fp8": 0.5}, overwrite=True)
-    assert link.is_symlink() and PREFIX + "blocks.0.fp8.input_scale" in load_file(model)
+@pytest.mark.parametrize("given, target", [("model", "model"), ("model", "link"), ("link", "model"), ("link", "link")])
+def test_the_source_is_never_patched_in_place(model, tmp_path, given, target):
+    (tmp_path / "link.safetensors").symlink_to(model)
+    before = model.read_bytes()
+    with pytest.raises(OutputError, match="the target is the same file as the source"):
+        patch_input_scales(
+            tmp_path / f"{given}.safetensors",
+            tmp_path / f"{target}.safetensors",
+            {"blocks.0.fp8": 0.5},
+            overwrite=True,
+        )
+    assert model.read_bytes() == before and (tmp_path / "link.safetensors").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.safetensors", "model.safetensors"]
 
 
 def test_layers_that_ignore_the_tensor_are_skipped_with_the_reason(model, tmp_path):
