@@ -149,9 +149,8 @@ class CalibrateInputScales(io.ComfyNode):
     def execute(cls, quantized: QuantizedHandle, preview: bool, **values: Any) -> io.NodeOutput:
         settings = read_settings(ScaleInputs(**values))
         progress = NodeProgress(cls.hidden.unique_id, "Input scales")
-        outcome = run_tool(
-            quantized, Tool(NAME, settings.describe(), preview), progress, lambda src: plan(src, settings, progress)
-        )
+        tool = Tool(NAME, settings.describe(), preview, reads=settings.reads)
+        outcome = run_tool(quantized, tool, progress, lambda src: plan(src, settings, progress))
         return io.NodeOutput(
             outcome.quantized, outcome.text, json.dumps(outcome.data, indent=1), ui=ui.PreviewText(outcome.text)
         )

@@ -6,7 +6,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from .jobs.save_quantized import check_of, lora_target, warnings_of
 from .shared.file_name import DEFAULT_PATTERN, expand, listed_name
 from .shared.folders import LORAS, OUTPUT, SOURCE_FOLDERS, write_target
-from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, spool_of
+from .shared.handles import CATEGORY, QuantizedHandle, QuantizedType, origins_of, spool_of
 from .shared.publish import publish
 from .shared.schema import schema
 
@@ -75,7 +75,7 @@ class SaveQuantized(io.ComfyNode):
         expanded = expand(name, quantized)
         target = write_target(folder, expanded)
         lora = lora_target(quantized, expanded, overwrite)
-        publish(path, target, overwrite, check_of(quantized))
+        publish(path, target, overwrite, check_of(quantized), origins_of(quantized))
         listed = listed_name(expanded)
         text = f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB"
         text = "\n".join([text, *warnings_of(quantized)[:_WARNED]])

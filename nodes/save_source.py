@@ -5,9 +5,9 @@ from comfy_api.latest import io, ui
 from .jobs.save_source import one_file
 from .shared.file_name import expand, listed_name
 from .shared.folders import OUTPUT, SOURCE_FOLDERS, write_target
-from .shared.handles import CATEGORY, SourceHandle, SourceType
+from .shared.handles import CATEGORY, SourceHandle, SourceType, origins_of
 from .shared.progress import NodeProgress
-from .shared.publish import publish
+from .shared.publish import keep_origins, publish
 from .shared.schema import schema
 
 
@@ -70,7 +70,9 @@ class SaveSource(io.ComfyNode):
     def execute(cls, source: SourceHandle, folder: str, name: str, overwrite: bool) -> io.NodeOutput:
         expanded = expand(name, source)
         target = write_target(folder, expanded)
-        publish(one_file(source, NodeProgress(cls.hidden.unique_id, "Joining shards")), target, overwrite)
+        keep_origins(target, origins_of(source))  # before shards are joined, which takes time
+        path = one_file(source, NodeProgress(cls.hidden.unique_id, "Joining shards"))
+        publish(path, target, overwrite, origins=origins_of(source))
         listed = listed_name(expanded)
         return io.NodeOutput(
             listed, ui=ui.PreviewText(f"saved {folder}/{listed}, {target.stat().st_size / 1e9:.3f} GB")

@@ -11,7 +11,7 @@ from ...quant_core.tools.lora import bake
 from ...quant_core.tools.rewrite import Rewrite
 from ..shared.combine import combine
 from ..shared.folders import LORAS, list_models
-from ..shared.handles import SourceHandle, label_of, spool_of
+from ..shared.handles import SourceHandle, label_of, origins_of, spool_of
 from ..shared.progress import NodeProgress
 
 NAME = "Bake LoRA"
@@ -68,4 +68,5 @@ def bake_lora(
     if before:
         notes = (*notes, f"together with {len(before)} before it, rounded once")
     text = "\n".join([f"{lora.name} at strength {strength:g}: {report['bytes'] / 1e9:.3f} GB", *notes])
-    return BakedHandle(spool, f"{source.label}-{label_of(lora)}", NAME, origin, loras, skip), text
+    origins = (*origins_of(source), lora)
+    return BakedHandle(spool, f"{source.label}-{label_of(lora)}", NAME, origins, origin, loras, skip), text

@@ -71,6 +71,11 @@ class ScaleSettings:
         if self.method == CAPTURED and self.calibration is None:
             raise RequestError("The method calibration needs one: connect Collect Calibration or Load Calibration.")
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The user's files that the scales are from."""
+        return tuple(path for path in (self.lora, self.file) if path is not None)
+
     def describe(self) -> dict[str, Any]:
         paths = {
             name: None if path is None else [str(path), stamp(path)]

@@ -9,7 +9,7 @@ from typing import Any
 from ...quant_core.tools.dequantize import dequantize
 from ..shared.detection import detect
 from ..shared.folders import stamp
-from ..shared.handles import QuantizedHandle, SourceHandle, spool_of
+from ..shared.handles import QuantizedHandle, SourceHandle, origins_of, spool_of
 from ..shared.progress import NodeProgress, duration
 from ..shared.spool import spooled
 
@@ -30,7 +30,8 @@ def dequantized(quantized: QuantizedHandle, dtype: str, progress: NodeProgress) 
     spool, report = spooled(
         quantized.label, {"tool": NAME, "source": str(path), "stamp": stamp(path), "dtype": dtype}, make
     )
-    return SourceHandle(spool, f"{quantized.label}-{dtype}", NAME), _text(report)
+    handle = SourceHandle(spool, f"{quantized.label}-{dtype}", NAME, origins_of(quantized))
+    return handle, _text(report)
 
 
 def _text(report: dict[str, Any]) -> str:

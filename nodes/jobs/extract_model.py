@@ -8,7 +8,7 @@ from ...quant_core.tools.merge import extract
 from ..shared.checkpoint_prefix import prefix_of
 from ..shared.combine import combine
 from ..shared.detection import detect
-from ..shared.handles import SourceHandle, spool_of
+from ..shared.handles import SourceHandle, origins_of, spool_of
 from ..shared.progress import NodeProgress
 
 NAME = "Extract Diffusion Model"
@@ -27,4 +27,4 @@ def extract_model(source: SourceHandle, prefix: str, progress: NodeProgress) -> 
         f"{detect(spool).model or 'unknown model'}: {counted(report['tensors'], 'tensor')} under {found!r}, "
         f"{report['bytes'] / 1e9:.3f} GB; {rest} others left out"
     )
-    return SourceHandle(spool, source.label, NAME), text
+    return SourceHandle(spool, source.label, NAME, origins_of(source)), text

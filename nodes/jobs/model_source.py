@@ -5,8 +5,10 @@ The keys are those of a saved checkpoint.
 
 from __future__ import annotations
 
+import os
 import secrets
 import uuid
+from pathlib import Path
 from typing import Any
 
 from comfy import model_management
@@ -15,7 +17,7 @@ from ...quant_core.checkpoint.header import TORCH_TO_CODE, OutputTensor
 from ...quant_core.checkpoint.sink import open_sink
 from ...quant_core.errors import RequestError
 from ...quant_core.progress import Progress
-from ..shared.handles import SourceHandle
+from ..shared.handles import QuantizedHandle, SourceHandle, origins_of
 from ..shared.progress import NodeProgress
 from ..shared.spool import spool_folder, sweep
 
@@ -46,7 +48,16 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
             sink.write(name, value.to("cpu"))
             progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
         sink.commit()
-    return SourceHandle(target, label, "Model from Graph")
+    return SourceHandle(target, label, "Model from Graph", _files(model))
+
+
+def _files(model: Any) -> tuple[Path, ...]:
+    """The files that the model was loaded from, as far as ComfyUI's loader, or ours, remembers them."""
+    _, args, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    texts = [text for arg in args for text in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    files = tuple(Path(text) for text in texts if isinstance(text, str) and os.path.isfile(text))
+    handle = model.get_attachment("quantpress")
+    return (*files, *origins_of(handle)) if isinstance(handle, QuantizedHandle) else files
 
 
 def _code(name: str, value: Any) -> str:

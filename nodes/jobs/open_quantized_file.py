@@ -33,7 +33,7 @@ def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle,
             return {}
 
         spool, _ = spooled(label, {"tool": NAME, "source": str(path), "stamp": stamp(path)}, join)
-        return QuantizedHandle(spool, label, NAME, lenient=True), describe(spool, path.name)
+        return QuantizedHandle(spool, label, NAME, lenient=True, origins=(path,)), describe(spool, path.name)
     return QuantizedHandle(path, label, None, lenient=True), describe(path, path.name)
 
 

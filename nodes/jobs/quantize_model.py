@@ -19,7 +19,7 @@ from ...quant_core.policy.general import NOT_NAMED
 from ...quant_core.tools.requantize import only_quantized
 from ..shared.detection import detect, require_same
 from ..shared.folders import stamp
-from ..shared.handles import QuantizedHandle, SourceHandle, spool_of
+from ..shared.handles import QuantizedHandle, SourceHandle, origins_of, spool_of
 from ..shared.progress import NodeProgress
 from ..shared.recipe import NO_PRESET, Settings
 from ..shared.spool import lora_path, spool_path, spooled
@@ -44,7 +44,8 @@ def quantize(
         # Also where the file is there already, made from a model that fitted.
         require_fit(model, path, request.calibration.path)
     spool, report = spooled(source.label, key, lambda _: _convert(request, progress, model))
-    return QuantizedHandle(spool, source.label, maker, lora=request.residual_lora), report
+    origins = origins_of(source)
+    return QuantizedHandle(spool, source.label, maker, lora=request.residual_lora, origins=origins), report
 
 
 def requantize(
@@ -56,7 +57,7 @@ def requantize(
     """
     path, chosen = spool_of(quantized), settings.policy.only
     before, policy = only_quantized(path, settings.policy)
-    source = SourceHandle(path, quantized.label, quantized.maker)
+    source = SourceHandle(path, quantized.label, quantized.maker, quantized.origins)
     handle, report = quantize(source, replace(settings, policy=policy), progress, "Requantize")
     rows = [
         row if chosen or row["format"] or row["reason"] != NOT_NAMED else {**row, "reason": NOT_BEFORE}

@@ -13,7 +13,7 @@ from ...quant_core.tools.against import find_layout
 from ...quant_core.tools.cleanup import add_legacy_input, cleanup_legacy
 from ...quant_core.tools.repair import repair
 from ..shared.folders import stamp
-from ..shared.handles import QuantizedHandle, SourceHandle
+from ..shared.handles import QuantizedHandle, SourceHandle, origins_of
 from ..shared.progress import NodeProgress
 from ..shared.run_tool import Outcome, Proposal, Tool, run_tool
 from ..shared.wording import in_inputs
@@ -57,9 +57,10 @@ def repaired(
             "The connected original finds out the layout: set assume to automatic and unswizzled to off, or "
             "disconnect it."
         )
+    reads = () if settings.original is None else origins_of(settings.original)
     return run_tool(
         handle,
-        Tool(NAME, settings.describe(), only_diagnose),
+        Tool(NAME, settings.describe(), only_diagnose, reads=reads),
         progress,
         lambda src: _plan(src, settings, "can be repaired" if only_diagnose else "repaired"),
     )

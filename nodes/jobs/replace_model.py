@@ -9,7 +9,7 @@ from ...quant_core.tools.merge import insert
 from ..shared.checkpoint_prefix import prefix_of
 from ..shared.combine import combine
 from ..shared.detection import detect
-from ..shared.handles import QuantizedHandle, SourceHandle, label_of, spool_of
+from ..shared.handles import QuantizedHandle, SourceHandle, label_of, origins_of, spool_of
 from ..shared.progress import NodeProgress
 
 CHECKPOINTS = "checkpoints"
@@ -37,4 +37,5 @@ def replace_model(
         f"{checkpoint.name}, {before / 1e9:.3f} GB -> {report['bytes'] / 1e9:.3f} GB"
     )
     lora = model.lora if isinstance(model, QuantizedHandle) else None
-    return QuantizedHandle(spool, label, NAME, lenient=True, lora=lora), text
+    origins = (*origins_of(model), checkpoint)
+    return QuantizedHandle(spool, label, NAME, lenient=True, lora=lora, origins=origins), text

@@ -11,8 +11,8 @@ from ...quant_core.errors import InputFileError, OutputError
 from ...quant_core.pipeline.verify import check_file
 from ..shared.file_name import listed_name
 from ..shared.folders import LORAS, write_target
-from ..shared.handles import QuantizedHandle
-from ..shared.publish import verified
+from ..shared.handles import QuantizedHandle, origins_of
+from ..shared.publish import keep_origins, verified
 
 
 def check_of(handle: QuantizedHandle) -> Callable[[Path], object]:
@@ -45,6 +45,7 @@ def lora_target(handle: QuantizedHandle, name: str, overwrite: bool) -> tuple[st
         )
     listed = listed_name(name).removesuffix(".safetensors") + "-residual.safetensors"
     target = write_target(LORAS, listed)
+    keep_origins(target, origins_of(handle))
     if not overwrite and os.path.lexists(target):
         raise OutputError(f"{target}: the file exists. Choose another name, or switch overwrite on.")
     return listed, target

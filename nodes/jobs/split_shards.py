@@ -9,8 +9,9 @@ from comfy import model_management
 from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
 from ...quant_core.errors import Cancelled, OutputError, counted
 from ...quant_core.tools.merge import split
-from ..shared.handles import QuantizedHandle, SourceHandle, spool_of
+from ..shared.handles import QuantizedHandle, SourceHandle, origins_of, spool_of
 from ..shared.progress import NodeProgress
+from ..shared.publish import keep_origins
 
 _GB = 10**9
 _INDEX_END = INDEX_SUFFIX.removeprefix(".safetensors")
@@ -21,9 +22,10 @@ def write_shards(
 ) -> tuple[Path, str]:
     """Shards and their index beside `target`, a *.safetensors name.
 
-    OutputError: a file of such a name is there already.
+    OutputError: a file of such a name is there already, or the index is the source's.
     """
     index = target.with_name(target.name + _INDEX_END)
+    keep_origins(index, origins_of(model))
     taken = [path.name for path in target.parent.glob("*") if _is_shard(path.name, target.stem)]
     if taken or index.exists():
         raise OutputError(

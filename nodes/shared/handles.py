@@ -27,11 +27,13 @@ class SourceHandle:
     """A model to be quantized. path: a .safetensors file or the index of its shards. label: its name, for file names.
 
     maker: the node that wrote the spool file; None for a user's file.
+    origins: the user's files that the spool file was made from; see origins_of.
     """
 
     path: Path
     label: str
     maker: str | None = None
+    origins: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _held.add(self)
@@ -45,6 +47,7 @@ class QuantizedHandle:
     lenient: it comes from a user's file, or was edited by force, so it may break the loaders' rules; saving then says
     so and does not refuse.
     lora: a spool file with the low-rank part of what quantizing lost; None where none was asked for.
+    origins: as for SourceHandle.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class QuantizedHandle:
     maker: str | None = "Quantize Model"
     lenient: bool = False
     lora: Path | None = None
+    origins: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _held.add(self)
@@ -81,6 +85,13 @@ def spool_of(handle: SourceHandle | QuantizedHandle | CalibrationHandle) -> Path
             "the seed for example, and run again."
         )
     return handle.path
+
+
+def origins_of(*handles: SourceHandle | QuantizedHandle) -> tuple[Path, ...]:
+    """The user's files that these models come from, their own included: what saving the result must not replace."""
+    found = [path for handle in handles for path in handle.origins]
+    found += [handle.path for handle in handles if handle.maker is None]
+    return tuple(dict.fromkeys(found))
 
 
 def held_files() -> set[Path]:

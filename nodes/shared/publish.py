@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comfy import model_management
@@ -16,7 +16,9 @@ from ...quant_core.checkpoint.part import (
     rename_to_new,
     sync_folder,
 )
-from ...quant_core.errors import OutputError
+from ...quant_core.checkpoint.same_file import require_not_source
+from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ...quant_core.errors import InputFileError, OutputError
 from ...quant_core.pipeline.verify import check_file
 from .spool import spool_folder
 
@@ -28,15 +30,23 @@ def verified(path: Path) -> None:
     check_file(path).raise_for_errors()
 
 
-def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], object] = verified) -> None:
+def publish(
+    spool: Path,
+    target: Path,
+    overwrite: bool,
+    check: Callable[[Path], object] = verified,
+    origins: Sequence[Path] = (),
+) -> None:
     """Give the spool file's contents the name `target`; checked before it shows.
 
     A hard link where the disk allows: no second copy of a model of many GB, and no time. A spool file is never
     changed. A file outside the spool folder is the user's own and is copied: two names of one file would surprise.
+    origins: the user's files that the model comes from; the target must be none of them.
     Raises OutputError, and what `check` does.
     """
     if target.is_dir():
         raise OutputError(f"{target}: this is a folder. Choose another name.")
+    keep_origins(target, origins if spool.is_relative_to(spool_folder()) else (*origins, spool))
     if not overwrite and os.path.lexists(target):
         raise OutputError(f"{target}: the file exists. Choose another name, or switch overwrite on.")
     part = part_path(target)
@@ -57,6 +67,21 @@ def publish(spool: Path, target: Path, overwrite: bool, check: Callable[[Path], 
         raise cannot_write(target, err) from err
     finally:
         remove(part)
+
+
+def keep_origins(target: Path, origins: Sequence[Path]) -> None:
+    """OutputError where the target is one of these files, or a shard of one, under whatever name."""
+    require_not_source(target, [file for path in origins for file in (path, *_shards(path))])
+
+
+def _shards(path: Path) -> tuple[Path, ...]:
+    if not path.name.endswith(INDEX_SUFFIX):
+        return ()
+    try:
+        with open_source(path) as src:
+            return src.files
+    except InputFileError:  # changed since it was read: all that may have been its shards
+        return tuple(path.parent.glob("*.safetensors"))
 
 
 def _link_or_copy(spool: Path, part: Path) -> None:

@@ -19,7 +19,7 @@ from ...quant_core.checkpoint.source import Source, open_source
 from ...quant_core.errors import counted
 from ...quant_core.tools.rewrite import Change, Rewrite
 from .folders import stamp
-from .handles import QuantizedHandle, spool_of
+from .handles import QuantizedHandle, origins_of, spool_of
 from .like_layers import like_layers
 from .progress import NodeProgress, then_checking
 from .spool import spooled
@@ -33,12 +33,14 @@ class Tool:
     """A node that rewrites. name: as the node is called. settings: JSON values, all that decide the result.
 
     preview: say what would change and write nothing. force: leave out the check by the loaders' rules.
+    reads: the user's files that it reads beside the model.
     """
 
     name: str
     settings: dict[str, Any]
     preview: bool = False
     force: bool = False
+    reads: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ def run_tool(
         return Outcome(ExecutionBlocker(None), report["text"], report["data"])
     result = handle
     if report["changed"]:
-        result = replace(handle, path=spool, maker=tool.name, lenient=handle.lenient or tool.force)
+        origins = (*origins_of(handle), *tool.reads)
+        result = replace(handle, path=spool, maker=tool.name, lenient=handle.lenient or tool.force, origins=origins)
     return Outcome(result, report["text"], report["data"])
 
 
