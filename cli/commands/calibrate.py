@@ -79,16 +79,11 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             _, report = plan_patch(source, scales, method)
         else:
+            reads = [path for path in (args.calibration, args.input_scales, args.lora) if path is not None]
+            options = {"method": method, "overwrite": args.overwrite, "reads": reads}
             with show_progress("writing") as progress:
                 report = patch_input_scales(
-                    args.input,
-                    args.output,
-                    scales,
-                    method=method,
-                    overwrite=args.overwrite,
-                    reads=[path for path in (args.calibration, args.input_scales, args.lora) if path is not None],
-                    progress=progress,
-                    cancel=cancel,
+                    args.input, args.output, scales, **options, progress=progress, cancel=cancel
                 )
     if args.json:
         print_json(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...quant_core.checkpoint.same_file import require_not_source
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -21,7 +23,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...quant_core.checkpoint.same_file import require_not_source
     from ...quant_core.checkpoint.source import open_source
     from ...quant_core.errors import OutputError, RequestError, counted
     from ...quant_core.policy.layer_config import template

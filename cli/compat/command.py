@@ -6,9 +6,11 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from ...quant_core.checkpoint.same_file import require_not_source
 from ...quant_core.errors import InputFileError, OutputError
 from .options import HELP_FLAGS, OPTIONS, SECTIONS, Option
 from .translate import Translation, translate
@@ -69,18 +71,19 @@ def run(commands: argparse._SubParsersAction, args: argparse.Namespace) -> int:
         return 0
     known = {option.dest for option in OPTIONS} | {"overwrite"}
     options = {dest: value for dest, value in vars(args).items() if dest in known}
-    translation = translate(options, _linear_layers(options.get("input")))
+    layers, files = _read(options.get("input"))
+    translation = translate(options, layers)
     for step in translation.steps:
         print(f"runs: quantpress {shlex.join(step)}")
     for note in translation.notes:
         print(f"note: {note}")
     sys.stdout.flush()
-    return 0 if "print_only" in args else _run_steps(commands, translation)
+    return 0 if "print_only" in args else _run_steps(commands, translation, files)
 
 
-def _run_steps(commands: argparse._SubParsersAction, translation: Translation) -> int:
+def _run_steps(commands: argparse._SubParsersAction, translation: Translation, files: Sequence[Path]) -> int:
     if translation.scratch:
-        _check_files(translation)
+        _check_files(translation, files)
     try:
         for name, *rest in translation.steps:
             args = commands.choices[name].parse_args(rest)
@@ -93,29 +96,26 @@ def _run_steps(commands: argparse._SubParsersAction, translation: Translation) -
     return 0
 
 
-def _check_files(translation: Translation) -> None:
+def _check_files(translation: Translation, sources: Sequence[Path]) -> None:
     """OutputError where steps through a scratch file would lose one of the user's: each step alone could not tell."""
-    from ...quant_core.checkpoint.same_file import require_not_source
-    from ...quant_core.checkpoint.source import open_source
-
     for scratch in translation.scratch:
         if os.path.lexists(scratch):
             raise OutputError(f"{scratch}: the file is needed between two steps, and exists. Rename or remove it.")
-    with open_source(translation.steps[0][1]) as src:
-        require_not_source(Path(translation.steps[-1][2]), [src.path, *src.files])
+    require_not_source(Path(translation.steps[-1][2]), sources)
 
 
-def _linear_layers(path: str | None) -> list[str]:
-    """Names for the filters; none while no input is given (translate says so)."""
+def _read(path: str | None) -> tuple[list[str], Sequence[Path]]:
+    """Linear layers for the filters, and the files; none while no input is given (translate says so)."""
     if path is None:
-        return []
+        return [], ()
     if not Path(path).exists():
         raise InputFileError(f"{path}: the file cannot be read: there is no such file. Check --input.")
     from ...quant_core.checkpoint.source import open_source
 
     with open_source(path) as src:
-        return [
+        layers = [
             name.removesuffix(".weight")
             for name, info in src.tensors.items()
             if name.endswith(".weight") and len(info.shape) == 2
         ]
+        return layers, (src.path, *src.files)

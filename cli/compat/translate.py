@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...quant_core.checkpoint.suffixes import SUFFIX, without_suffix
 from ...quant_core.errors import RequestError
 from .formats import Formats, Given
 from .options import OPTIONS
@@ -141,7 +142,7 @@ def _quantize(given: Given, layers: list[str]) -> tuple[list[list[str]], list[Pa
             [
                 "template",
                 source,
-                given.take("output") or f"{source.removesuffix('.safetensors')}_layer_config_template.json",
+                given.take("output") or f"{without_suffix(source, SUFFIX)}_layer_config_template.json",
                 *_overwrite(given),
             ]
         ], []
@@ -192,7 +193,7 @@ def _residual(given: Given, target: str) -> list[str]:
     """What quantizing lost, as a LoRA; the older tool took only the first block unless told otherwise."""
     if not given.take("extract_lora"):
         return []
-    words = ["--residual-lora", given.take("lora_output") or target.removesuffix(".safetensors") + "_lora.safetensors"]
+    words = ["--residual-lora", given.take("lora_output") or without_suffix(target, SUFFIX) + "_lora.safetensors"]
     words += _pairs(given, ("lora_rank", "--residual-rank"))
     depth, regex = given.take("lora_depth"), given.take("lora_target")
     words += ["--option", f"residual_depth={1 if depth is None else depth}"]
@@ -230,7 +231,7 @@ def _overwrite(given: Given) -> list[str]:
 
 
 def _named(source: str, suffix: str) -> str:
-    return source.removesuffix(".safetensors") + suffix + ".safetensors"
+    return without_suffix(source, SUFFIX) + suffix + ".safetensors"
 
 
 def _idle(given: Given, modes: list[str]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ...quant_core.checkpoint.source import open_source
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, has_suffix
 from ...quant_core.errors import InputFileError, counted
 from ...quant_core.pipeline.verify import check_file
 from ...quant_core.stored.foreign import refusal
@@ -25,7 +26,7 @@ _SHOWN = 3
 def open_quantized(path: Path, progress: NodeProgress) -> tuple[QuantizedHandle, str]:
     """The file itself where it is one; shards become one spool file. Raises InputFileError: not readable."""
     label = label_of(path)
-    if path.name.endswith(INDEX_SUFFIX):
+    if has_suffix(path.name, INDEX_SUFFIX):
 
         def join(spool: Path) -> dict[str, str]:
             with open_source(path) as src:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...quant_core.checkpoint.source import open_source
+from ...quant_core.checkpoint.suffixes import SUFFIX, without_suffix
 from ...quant_core.errors import InputFileError, OutputError
 from ...quant_core.pipeline.verify import check_file
 from ..shared.file_name import listed_name
@@ -43,7 +44,7 @@ def lora_target(handle: QuantizedHandle, name: str, overwrite: bool) -> tuple[st
             f"{handle.lora.name} is gone from ComfyUI's temporary folder. Change any input of Quantize Model, the "
             "seed for example, and run again."
         )
-    listed = listed_name(name).removesuffix(".safetensors") + "-residual.safetensors"
+    listed = without_suffix(listed_name(name), SUFFIX) + f"-residual{SUFFIX}"
     target = write_target(LORAS, listed)
     keep_origins(target, origins_of(handle))
     if not overwrite and os.path.lexists(target):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, has_suffix
 from ...quant_core.tools.merge import join
 from ..shared.combine import combine
 from ..shared.handles import SourceHandle, spool_of
@@ -16,6 +16,6 @@ NAME = "Save Model"
 def one_file(source: SourceHandle, progress: NodeProgress) -> Path:
     """The source's file; shards are joined into a spool file first."""
     path = spool_of(source)
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not has_suffix(path.name, INDEX_SUFFIX):
         return path
     return combine(source.label, NAME, {}, [path], progress, lambda files: join(files[0]))[0]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from comfy import model_management
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ...quant_core.checkpoint.source import open_source
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, SUFFIX, has_suffix
 from ...quant_core.errors import Cancelled, OutputError, counted
 from ...quant_core.tools.merge import split
 from ..shared.handles import QuantizedHandle, SourceHandle, origins_of, spool_of
@@ -14,7 +15,7 @@ from ..shared.progress import NodeProgress
 from ..shared.publish import keep_origins
 
 _GB = 10**9
-_INDEX_END = INDEX_SUFFIX.removeprefix(".safetensors")
+_INDEX_END = INDEX_SUFFIX.removeprefix(SUFFIX)
 
 
 def write_shards(
@@ -46,4 +47,4 @@ def write_shards(
 
 
 def _is_shard(name: str, stem: str) -> bool:
-    return name.startswith(f"{stem}-") and "-of-" in name and name.endswith(".safetensors")
+    return name.startswith(f"{stem}-") and "-of-" in name and has_suffix(name, SUFFIX)

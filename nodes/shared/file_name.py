@@ -11,6 +11,7 @@ from typing import Any
 from ...quant_core.checkpoint.header import load_json_object
 from ...quant_core.checkpoint.metadata import CONFIG_SUFFIX
 from ...quant_core.checkpoint.source import Source, open_source
+from ...quant_core.checkpoint.suffixes import SUFFIX, has_suffix
 from ...quant_core.errors import InputFileError, RequestError
 from ...quant_core.pipeline.plan import RECIPE_KEY
 from ...quant_core.stored.layers import stored_layers
@@ -39,7 +40,8 @@ def expand(pattern: str, handle: SourceHandle | QuantizedHandle) -> str:
 
 def listed_name(name: str) -> str:
     """A name that the user typed, as the loaders list the file that `write_target` makes of it."""
-    return name.replace("\\", "/").strip().removesuffix(".safetensors") + ".safetensors"
+    text = name.replace("\\", "/").strip()
+    return text if has_suffix(text, SUFFIX) else text + SUFFIX
 
 
 def tokens(handle: SourceHandle | QuantizedHandle) -> dict[str, str]:

@@ -3,8 +3,8 @@
 Reading: a node input names a file as ComfyUI's own loaders list it, "folder/name". Whatever is not in that list, or
 leaves its folder by "..", is refused. A link that the machine's owner put into a models folder is followed, as the
 stock loaders do (models are often linked from a cache or another disk).
-Writing: the name is cleaned, the folder that results must lie inside the allowed root AFTER links are resolved, and a
-target that is itself a link is replaced, never written through.
+Writing: the name is cleaned and cannot leave its folder by "..". A linked subfolder is followed, as ComfyUI's own
+savers do: only the machine's owner can make one. A target that is itself a link is replaced, never written through.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path, PurePosixPath
 
 import folder_paths
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, SUFFIX, has_suffix
 from ...quant_core.errors import InputFileError, OutputError, RequestError
 
 SOURCE_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders")
 CALIBRATIONS = "calibrations"
 LORAS = "loras"
 OUTPUT = "output"
-_SUFFIXES = (".safetensors", ".sft", INDEX_SUFFIX)
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_SUFFIXES = (SUFFIX, ".sft", INDEX_SUFFIX)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$", re.IGNORECASE)
 _FORBIDDEN = re.compile(r'[\x00-\x1f<>:"|?*]')
 _WINDOWS_DEVICES = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 _PACK = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def list_models(*folders: str, shards: bool = True, suffixes: tuple[str, ...] = 
     found = []
     for folder in folders:
         names = {
-            name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)
+            name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder) if has_suffix(name, *suffixes)
         }
         parts = {name for name in names if _SHARD.search(name)}
         names = (names - parts) | (_indexes(folder, parts) if shards else set())
@@ -55,7 +55,8 @@ def _indexes(folder: str, parts: set[str]) -> set[str]:
         path.relative_to(root).as_posix()
         for root in folder_paths.get_folder_paths(folder)
         for place in places
-        for path in Path(root, place).glob("*" + INDEX_SUFFIX)
+        for path in Path(root, place).glob("*")
+        if has_suffix(path.name, INDEX_SUFFIX)
     }
 
 
@@ -66,7 +67,7 @@ def resolve_model(name: str, *folders: str, suffixes: tuple[str, ...] = _SUFFIXE
         raise RequestError(f"{name!r} is not a file in {', '.join(folders)}. Choose one from the list.")
     for root in folder_paths.get_folder_paths(folder):
         path = Path(root, rest)
-        if path.is_file() and path.name.endswith(suffixes):
+        if path.is_file() and has_suffix(path.name, *suffixes):
             return path
     raise InputFileError(f"{name} is not there any more. Press R to refresh the list, and choose again.")
 
@@ -110,23 +111,14 @@ def write_target(folder: str, name: str) -> Path:
     if folder not in roots:
         raise RequestError(f"{folder!r} is not a folder to save to. Choose one of {', '.join(roots)}.")
     parts = _clean_parts(name)
-    root = roots[folder]
-    target = root.joinpath(*parts)
+    target = roots[folder].joinpath(*parts)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _require_inside(root, target.parent, name)  # before mkdir, which would follow a link
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise OutputError(
             f"{target.parent}: the folder cannot be made: {err.strerror}. Choose another folder."
         ) from err
-    _require_inside(root, target.parent, name)
     return target
-
-
-def _require_inside(root: Path, folder: Path, name: str) -> None:
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise RequestError(f"{name!r} leads out of {root} (through a link). Choose a name inside the folder.")
 
 
 def _clean_parts(name: str) -> list[str]:
@@ -135,8 +127,8 @@ def _clean_parts(name: str) -> list[str]:
     RequestError where it is none that any system takes.
     """
     text = name.replace("\\", "/").strip()
-    if not text.endswith(".safetensors"):
-        text += ".safetensors"
+    if not has_suffix(text, SUFFIX):
+        text += SUFFIX
     parts = text.split("/")
     bad = [
         part
@@ -148,7 +140,7 @@ def _clean_parts(name: str) -> list[str]:
         or _WINDOWS_DEVICES.match(part)
         or len(part.encode()) > _MAX_NAME_BYTES
     ]
-    if bad or text == ".safetensors":
+    if bad or text.lower() == SUFFIX:
         raise RequestError(
             f"{name!r} is not a file name: {bad[0] if bad else name!r} is empty, too long, starts with a dot, or "
             'holds one of < > : " | ? *. Use letters, digits, - and _, and / for a subfolder.'
@@ -158,7 +150,8 @@ def _clean_parts(name: str) -> list[str]:
 
 def stamp(path: Path) -> str:
     """Changes when the file, or for an index any file beside it, is written: for ComfyUI's cache."""
-    paths = sorted(path.parent.glob("*.safetensors")) if path.name.endswith(INDEX_SUFFIX) else []
+    beside = sorted(path.parent.iterdir()) if has_suffix(path.name, INDEX_SUFFIX) else []
+    paths = [found for found in beside if has_suffix(found.name, SUFFIX)]
     try:
         stats = [(found.name, found.stat()) for found in (path, *paths)]
     except OSError as err:

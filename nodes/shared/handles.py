@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...quant_core.checkpoint.source import INDEX_SUFFIX
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, SUFFIX, without_suffix
 from ...quant_core.errors import InputFileError
 
 CATEGORY = "QuantPress"
@@ -102,7 +102,7 @@ def held_files() -> set[Path]:
 
 def label_of(path: Path) -> str:
     """The file's name without suffixes, for the names of results."""
-    return path.name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors").removesuffix(".sft")
+    return without_suffix(path.name, INDEX_SUFFIX, SUFFIX, ".sft")
 
 
 def model_input(name: str, tooltip: str) -> Any:

@@ -17,7 +17,8 @@ from ...quant_core.checkpoint.part import (
     sync_folder,
 )
 from ...quant_core.checkpoint.same_file import require_not_source
-from ...quant_core.checkpoint.source import INDEX_SUFFIX, open_source
+from ...quant_core.checkpoint.source import open_source
+from ...quant_core.checkpoint.suffixes import INDEX_SUFFIX, SUFFIX, has_suffix
 from ...quant_core.errors import InputFileError, OutputError
 from ...quant_core.pipeline.verify import check_file
 from .spool import spool_folder
@@ -75,13 +76,13 @@ def keep_origins(target: Path, origins: Sequence[Path]) -> None:
 
 
 def _shards(path: Path) -> tuple[Path, ...]:
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not has_suffix(path.name, INDEX_SUFFIX):
         return ()
     try:
         with open_source(path) as src:
             return src.files
     except InputFileError:  # changed since it was read: all that may have been its shards
-        return tuple(path.parent.glob("*.safetensors"))
+        return tuple(beside for beside in path.parent.glob("*") if has_suffix(beside.name, SUFFIX))
 
 
 def _link_or_copy(spool: Path, part: Path) -> None:

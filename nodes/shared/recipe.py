@@ -103,8 +103,8 @@ def widgets() -> list[Any]:
             multiline=False,
             tooltip=(
                 "Layers that stay as they are, as a regular expression searched in their names, for example "
-                "attn|blocks\\.0\\. . Keeping more: better quality, larger file. Norms, embeddings, input and output "
-                "layers are kept anyway."
+                "attn|blocks\\.0\\. . A connected text may hold several, one per line. Keeping more: better quality, "
+                "larger file. Norms, embeddings, input and output layers are kept anyway."
             ),
         ),
         io.String.Input(
@@ -295,7 +295,8 @@ def sized(name: str, size: str) -> Format:
 
 
 def _patterns(text: str) -> tuple[str, ...]:
-    return (text.strip(),) if text.strip() else ()
+    """One regular expression per line."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def device_name(choice: str) -> str:

@@ -35,6 +35,7 @@ from .part import (
 )
 from .same_file import require_not_source
 from .source import CHUNK_BYTES, Source
+from .suffixes import SUFFIX
 
 
 def open_sink(
@@ -244,7 +245,7 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> Non
     folder = target.parent
     if target.is_dir():
         raise OutputError(f"{target}: the target is a directory; a file is needed. Add a name ending in .safetensors.")
-    if target.suffix != ".safetensors":
+    if target.suffix.lower() != SUFFIX:
         raise OutputError(f"{target}: the name must end in .safetensors, or ComfyUI will not list it. Rename it.")
     if not folder.is_dir():
         raise OutputError(f"{target}: the folder {folder} is missing. Create it, or correct the path.")

@@ -22,9 +22,10 @@ from ..errors import InputFileError, RequestError, counted, some_of
 from .closing import Closing
 from .header import CODE_TO_TORCH, MAX_HEADER_BYTES, TensorInfo, load_json_object, read_header
 from .metadata import HEADER_KEY, merge_header_metadata
+from .suffixes import INDEX_SUFFIX, SUFFIX, has_suffix
 
-INDEX_SUFFIX = ".safetensors.index.json"
 CHUNK_BYTES = 16 * 2**20
+DIFFUSERS_MODELS = ("transformer", "unet", "prior")  # the folder of the diffusion model, by what is most common
 MAX_READ_BYTES = 2**30  # Linux reads 2 GiB - 4 KiB at once, macOS refuses more than 2 GiB - 1
 EDGE_BYTES = 2**20  # what identity_hash reads at either end of the data
 
@@ -38,7 +39,7 @@ def open_source(path: str | Path) -> Source:
     """
     path = _locate(Path(path))
     with ExitStack() as stack:
-        if path.suffix != ".json":
+        if path.suffix.lower() != ".json":
             source = Source(path, (stack.enter_context(_Shard(path)),), {})
         else:
             index_stamp = {path: _stamp(path)}
@@ -223,17 +224,34 @@ def _locate(path: Path) -> Path:
     if not path.is_dir():
         _stamp(path)
         return path
-    try:
-        names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    except OSError as err:
-        raise _unreadable(path, err) from err
-    found = [name for name in names if name.endswith(INDEX_SUFFIX)] or [
-        name for name in names if name.endswith(".safetensors")
-    ]
+    found = _models_in(path)
     if len(found) != 1:
         what = f"{len(found)} candidates ({some_of(found)})" if found else "no .safetensors file and no index"
-        raise InputFileError(f"{path}: the folder holds {what}; exactly one is needed. Give the path of the file.")
+        advice = _parts_advice(path) or "Give the path of the file."
+        raise InputFileError(f"{path}: the folder holds {what}; exactly one is needed. {advice}")
     return path / found[0]
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Names of the indexes in a folder, or else of its .safetensors files."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as err:
+        raise _unreadable(folder, err) from err
+    return [name for name in names if has_suffix(name, INDEX_SUFFIX)] or [
+        name for name in names if has_suffix(name, SUFFIX)
+    ]
+
+
+def _parts_advice(root: Path) -> str:
+    """Which folder of a model in diffusers' layout to give; "" where it is none."""
+    parts = [entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and _models_in(entry)]
+    main = next((name for name in DIFFUSERS_MODELS if name in parts), None)
+    if main is None:
+        return ""
+    others = [f"{name}/" for name in parts if name != main]
+    beside = f", beside {some_of(others)}" if others else ""
+    return f"This is a model in diffusers' layout, with the diffusion model in {main}/{beside}. Give {root / main}."
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -262,7 +280,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_plain_shard_name(name: str) -> bool:
     # By Windows' rules, which know "/", "\\" and "C:", on every system.
-    return name == PureWindowsPath(name).name and name.endswith(".safetensors") and "\0" not in name
+    return name == PureWindowsPath(name).name and has_suffix(name, SUFFIX) and "\0" not in name
 
 
 def _check_weight_map(path: Path, weight_map: dict[str, str], shards: Sequence[_Shard]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..calibration.statistics.layer import LayerStatistics
 from ..checkpoint.source import Source, open_source
+from ..checkpoint.suffixes import INDEX_SUFFIX, has_suffix
 from ..errors import InputFileError, RequestError, some_of
 from ..formats.input_scale import Absent, InputScaleRule
 from ..names.layer_names import LayerNames
@@ -66,7 +67,9 @@ def read_input_scales(path: str | Path) -> dict[str, float]:
     """
     path = Path(path)
     found = (
-        _from_json(path) if path.suffix == ".json" and not path.name.endswith(".index.json") else _from_tensors(path)
+        _from_json(path)
+        if path.suffix.lower() == ".json" and not has_suffix(path.name, INDEX_SUFFIX)
+        else _from_tensors(path)
     )
     if not found:
         raise InputFileError(

@@ -14,6 +14,7 @@ import torch
 
 from ..calibration.use import CalibrationUse
 from ..checkpoint.same_file import require_not_source
+from ..checkpoint.suffixes import SUFFIX
 from ..errors import OutputError, Remedy, RequestError
 from ..policy.general import Policy
 from ..policy.presets import PRESETS, keep_patterns
@@ -83,7 +84,7 @@ class Request:
         path = self.residual_lora
         if path is None:
             return
-        if path.suffix != ".safetensors" or path.resolve() == self.target.resolve() or not path.parent.is_dir():
+        if path.suffix.lower() != SUFFIX or path.resolve() == self.target.resolve() or not path.parent.is_dir():
             raise OutputError(
                 f"{path} needs a .safetensors name of its own, in a folder that exists.", "residual_lora"
             )

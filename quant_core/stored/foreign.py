@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..checkpoint.source import INDEX_SUFFIX, Source
+from ..checkpoint.source import Source
+from ..checkpoint.suffixes import INDEX_SUFFIX
 
 CALIBRATION_KEY = "quantpress_calibration"
 _ADAPTER = re.compile(r"\.(lora[._]|hada_|lokr_|oft_|alpha$|dora_scale$|diff$|diff_b$)")

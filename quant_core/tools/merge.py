@@ -11,7 +11,8 @@ from pathlib import Path
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY
 from ..checkpoint.part import cannot_write, part_path, remove
 from ..checkpoint.same_file import require_not_source
-from ..checkpoint.source import INDEX_SUFFIX, Source
+from ..checkpoint.source import Source
+from ..checkpoint.suffixes import INDEX_SUFFIX, has_suffix, without_suffix
 from ..errors import OutputError, PlanError, Problem, Remedy, RequestError, counted, some_of
 from ..names.prefixes import MODEL_PREFIX
 from ..progress import Clock, Progress
@@ -90,7 +91,7 @@ def join(src: Source) -> Rewrite:
     """
     if part_of(src) is not None:
         raise RequestError(str(refusal(src)))
-    if src.path.suffix != ".json":
+    if src.path.suffix.lower() != ".json":
         raise RequestError(f"{src.path}: this is one file already; there is nothing to join. Use it as it is.")
     return Draft(src).finish()
 
@@ -110,13 +111,13 @@ def split(
     stays. Returns the shards. Raises RequestError (a bad name; a layer larger than max_bytes), OutputError.
     """
     index = Path(index)
-    if not index.name.endswith(INDEX_SUFFIX):
+    if not has_suffix(index.name, INDEX_SUFFIX):
         raise RequestError(f"{index}: the index's name must end in {INDEX_SUFFIX}. Rename it.")
     require_not_source(index, [src.path])
     if index.exists() and not overwrite:
         raise OutputError(f"{index}: the target exists. Choose another name.", "overwrite", Remedy.REPLACE)
     groups = _groups(src, max_bytes)
-    stem = index.name.removesuffix(INDEX_SUFFIX)
+    stem = without_suffix(index.name, INDEX_SUFFIX)
     shards = [index.with_name(f"{stem}-{i:05}-of-{len(groups):05}.safetensors") for i in range(1, len(groups) + 1)]
     told = None if progress is None else _Whole(progress, len(src.tensors), src.nbytes)
     with ExitStack() as undo:

@@ -277,3 +277,38 @@ def test_an_opening_that_fails_leaves_no_file_open(tmp_path):
         with pytest.raises(InputFileError):
             open_source(index)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["M.SAFETENSORS", "m.SafeTensors", "m.sft"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, name):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / name)
+    paths = [tmp_path / name] if name.endswith("sft") else [tmp_path / name, tmp_path]
+    for path in paths:
+        with open_source(path) as source:
+            assert source.path == tmp_path / name and list(source.tensors) == ["a"]
+
+
+def test_an_index_and_its_shards_may_end_in_capitals(tmp_path):
+    shards = {name.upper(): tensors for name, tensors in TWO_SHARDS.items()}
+    index = write_shards(tmp_path, shards)
+    upper = index.rename(index.with_name(index.name.upper()))
+    for path in (upper, tmp_path):
+        with open_source(path) as source:
+            assert sorted(source.tensors) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("main", ["transformer", "unet"])
+@pytest.mark.parametrize("at_the_root", [(), ("a.safetensors", "b.safetensors")])
+def test_a_diffusers_root_names_the_folder_of_its_diffusion_model(tmp_path, main, at_the_root):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "scheduler").mkdir()
+    for folder in (main, "vae"):
+        (tmp_path / folder).mkdir()
+        safetensors.torch.save_file({folder: torch.ones(2)}, tmp_path / folder / "model.safetensors")
+    for name in at_the_root:
+        safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(InputFileError, match=f"diffusion model in {main}/, beside vae/") as caught:
+        open_source(tmp_path)
+    assert str(caught.value).endswith(f"Give {tmp_path / main}.")
+    with open_source(tmp_path / main) as source:
+        assert list(source.tensors) == [main]

@@ -36,7 +36,9 @@ COMMANDS = {
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
-    paths = {kind: tmp_path / "files" / kind / "model.safetensors" for kind in ("plain", "lora", "checkpoint", "fp8", "nf4")}
+    paths = {
+        kind: tmp_path / "files" / kind / "model.safetensors" for kind in ("plain", "lora", "checkpoint", "fp8", "nf4")
+    }
     for path in paths.values():
         path.parent.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)

@@ -27,7 +27,7 @@ def folders(tmp_path, monkeypatch):
             for root in paths[name]
             for folder, _, files in os.walk(root, followlinks=True)
             for file in files
-            if file.endswith((".safetensors", ".sft", ".ckpt"))
+            if file.lower().endswith((".safetensors", ".sft", ".ckpt"))
         ]
 
     stub.get_filename_list = get_filename_list
@@ -171,14 +171,38 @@ def test_writing_outside_the_folder_or_under_a_hopeless_name_is_refused(folders,
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_writing_never_follows_a_link_out_of_the_folder(folders, tmp_path):
-    outside = tmp_path / "outside"
+@pytest.mark.parametrize("folder", ["diffusion_models", "loras", "output"])
+@pytest.mark.parametrize("name", ["big disk/x", "big disk/new/x"])
+def test_a_linked_subfolder_is_written_to_as_comfyuis_savers_do(folders, tmp_path, folder, name):
+    outside, root = tmp_path / "outside", folders.write_roots()[folder]
     outside.mkdir()
-    (tmp_path / "output/leak").symlink_to(outside)
-    for name in ("leak/x", "leak/new/x"):
-        with pytest.raises(RequestError, match="leads out of"):
-            folders.write_target("output", name)
-    assert not list(outside.iterdir())
+    (root / "big disk").symlink_to(outside)
+    target = folders.write_target(folder, name)
+    assert target == root / f"{name}.safetensors"
+    assert target.parent.resolve() == (outside / name.removeprefix("big disk/")).parent
+
+
+@pytest.mark.parametrize("name", ["big disk/../x", "big disk/../../x"])
+def test_a_name_never_climbs_out_of_a_linked_subfolder(folders, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "output/big disk").symlink_to(tmp_path / "outside")
+    with pytest.raises(RequestError):
+        folders.write_target("output", name)
+
+
+@pytest.mark.parametrize("name", ["A.SAFETENSORS", "sub/b.Sft", "s/m.SafeTensors.index.json"])
+def test_a_suffix_in_capitals_is_a_suffix(folders, tmp_path, name):
+    """As for ComfyUI's lists and its loader."""
+    path = put(tmp_path / "models/diffusion_models" / name)
+    if name.endswith("json"):
+        put(path.parent / "m-00001-of-00001.SAFETENSORS")
+    assert folders.list_models("diffusion_models") == [f"diffusion_models/{name}"]
+    assert folders.resolve_model(f"diffusion_models/{name}", "diffusion_models") == path
+
+
+def test_a_name_keeps_the_suffix_that_was_typed(folders, tmp_path):
+    target = folders.write_target("diffusion_models", "x.SAFETENSORS")
+    assert target == tmp_path / "models/diffusion_models/x.SAFETENSORS"
 
 
 def test_a_root_that_is_itself_a_link_is_fine(folders, tmp_path):
