@@ -2,8 +2,9 @@
 
 Every quantized model in ComfyUI is built from the class that `mixed_precision_ops` returns: diffusion models through
 `pick_operations`, text encoders directly. The wrap returns a subclass whose Linear loads and saves OUR formats and
-hands everything else, native formats included, to the original. Nothing else of ComfyUI changes; formats that it
-knows itself never pass through here.
+hands everything else, native formats included, to the original. Formats that ComfyUI knows itself never pass through
+here. Besides, merging and hooks learn what a quantized weight is (comfyui_patches.py), and what costs quality is said
+in the log (comfyui_notes.py).
 
 A layer that a file calls quantized either holds a QuantizedTensor after loading, or loading fails with its name: a
 packed weight that reaches a matmul as a plain uint8 tensor is the "mat1 and mat2 must have the same dtype" error.
@@ -20,6 +21,8 @@ from typing import Any
 
 from .comfyui_audit import wrap_load_model_weights
 from .comfyui_formats import MARKER, register_formats
+from .comfyui_notes import wrap_load
+from .comfyui_patches import wrap_patcher
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ def _install() -> SeamStatus:
     if not getattr(comfy.ops.mixed_precision_ops, MARKER, False):
         comfy.ops.mixed_precision_ops = _wrap(comfy.ops.mixed_precision_ops)
     wrap_load_model_weights()
+    wrap_patcher()
+    wrap_load()
     return SeamStatus(True, "", formats)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config
 from ..quant_core.errors import InputFileError, some_of
 from .comfyui_formats import our_formats
+from .comfyui_notes import note_loader_dtype
 
 _MARKER = "_quantpress_audit"
 
@@ -56,6 +57,7 @@ def wrap_load_model_weights() -> None:
         result = original(self, sd, *args, **kwargs)
         if layers:
             audit(self.diffusion_model, layers, type(self).__name__)
+        note_loader_dtype(self)
         return result
 
     setattr(load_model_weights, _MARKER, True)

@@ -10,8 +10,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..quant_core.checkpoint.metadata import CONFIG_SUFFIX, decode_config, encode_config
 from ..quant_core.errors import InputFileError
 from ..quant_core.formats import format_of_layer
+from ..quant_core.formats.base import Format
 from ..quant_core.stored.suffixes import QUANT_SUFFIXES
 from .comfyui_formats import our_formats
+from .comfyui_notes import count_rounded
+from .comfyui_patches import weights_are_whole, whole_state
 from .registry import tensor_of_layer
 
 _CONFIG = CONFIG_SUFFIX.removeprefix(".")
@@ -23,10 +26,55 @@ def _peek(state_dict: dict[str, torch.Tensor], prefix: str) -> dict[str, Any] | 
     return None if tensor is None else decode_config(tensor, prefix.rstrip("."), lenient=True)[0]
 
 
+def _whole_class(base: Any) -> Any:
+    """A subclass that names its weight as one tensor while ComfyUI collects what is to be merged."""
+
+    class Whole(base):
+        def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
+            if weights_are_whole() and isinstance(getattr(self, "weight", None), QuantizedTensor):
+                return whole_state(self, destination, prefix)
+            return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+
+    return Whole
+
+
+def _patchable_class(base: Any) -> Any:
+    """A subclass of ComfyUI's quantized Linear whose weight merges, hooks and LoRAs can change."""
+
+    class Patchable(base):
+        weight: Any
+        _quantpress_format: Format | None = None
+
+        def set_weight(
+            self,
+            weight: torch.Tensor,
+            inplace_update: bool = False,
+            seed: int | None = None,
+            return_weight: bool = False,
+            **kwargs: Any,
+        ) -> Any:
+            # Hooks ask for it in place, which ComfyUI's own refuses. A new Parameter serves them as well; but they
+            # keep the float for the next step, and comfy-kitchen scales what it is given in place.
+            weight = weight.clone() if inplace_update else weight
+            if isinstance(self.weight, QuantizedTensor) and not return_weight:
+                count_rounded(self.quant_format)
+            try:
+                return super().set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
+            except NotImplementedError:  # comfy-kitchen takes AWQ weights from files alone
+                if self._quantpress_format is None:
+                    raise
+                return _set_by_engine(self, self._quantpress_format, weight, return_weight)
+
+    return Patchable
+
+
 def linear_class(base: type) -> type:
     """A subclass of ComfyUI's quantized Linear that also loads and saves the formats of `our_formats()`."""
 
-    class Linear(base):
+    patchable: Any = _patchable_class(_whole_class(base))
+
+    class Linear(patchable):
+        weight: Any
         _quantpress_config: dict[str, Any] | None = None
 
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
@@ -80,6 +128,7 @@ def _load_ours(
     module.weight = torch.nn.Parameter(
         tensor_of_layer(fmt, tensors, tuple(module._orig_shape), dtype), requires_grad=False
     )
+    module._quantpress_format = fmt
     module.quant_format, module.layout_type = config["format"], fmt.runtime.layout
     module._full_precision_mm_config = bool(config.get("full_precision_matrix_mult", False))
     if module._full_precision_mm_config or module.quant_format in module._disabled_formats:
@@ -89,6 +138,15 @@ def _load_ours(
     torch.nn.Module._load_from_state_dict(module, state_dict, prefix, *rest)
     _local_metadata, _strict, missing_keys, *_ = rest
     missing_keys[:] = [key for key in missing_keys if key not in (prefix + "weight", prefix + "input_scale")]
+
+
+def _set_by_engine(module: Any, fmt: Format, weight: torch.Tensor, return_weight: bool) -> QuantizedTensor | None:
+    """What set_weight does, rounded to nearest by the engine."""
+    quantized = tensor_of_layer(fmt, fmt.quantize(weight), tuple(module._orig_shape), module.weight.dtype)
+    if return_weight:
+        return quantized
+    module.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    return None
 
 
 def _checked_format(
@@ -116,7 +174,9 @@ def _checked_format(
 def refusing_class(base: type) -> type:
     """A subclass of another weight-carrying class that refuses our formats by name instead of reading packed bytes."""
 
-    class Refusing(base):
+    whole: Any = _whole_class(base)
+
+    class Refusing(whole):
         def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
             config = _peek(state_dict, prefix)
             if config is not None and config["format"] in our_formats():

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from .jobs.model_source import write_source
+from .jobs.model_source import describe, write_source
 from .shared.handles import CATEGORY, SourceType
 from .shared.progress import NodeProgress
 from .shared.schema import schema
@@ -18,6 +18,7 @@ class ModelSource(io.ComfyNode):
             display_name="Model from Graph",
             category=CATEGORY,
             description="Takes a MODEL of the graph, with its LoRAs or merges, as the model to quantize.",
+            has_intermediate_output=True,
             search_aliases=["bake lora", "quantize"],
             inputs=[
                 io.Model.Input(
@@ -42,4 +43,5 @@ class ModelSource(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, bake_loras: bool) -> io.NodeOutput:
-        return io.NodeOutput(write_source(model, bake_loras, NodeProgress(cls.hidden.unique_id, "Writing the model")))
+        source = write_source(model, bake_loras, NodeProgress(cls.hidden.unique_id, "Writing the model"))
+        return io.NodeOutput(source, ui=ui.PreviewText(describe(source, model, bake_loras)))

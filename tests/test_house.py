@@ -270,6 +270,8 @@ IMPORTS_IN_FUNCTIONS = {
     "layouts/comfyui.py": 8,
     "layouts/comfyui_audit.py": 2,
     "layouts/comfyui_formats.py": 3,
+    "layouts/comfyui_notes.py": 3,
+    "layouts/comfyui_patches.py": 5,
     "layouts/kernels/activation.py": 2,
     "layouts/kernels/decode.py": 2,
     "layouts/kernels/scaled_dot.py": 2,

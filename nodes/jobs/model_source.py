@@ -13,6 +13,8 @@ from typing import Any
 
 from comfy import model_management
 
+from ...layouts import comfyui as seam
+from ...layouts.comfyui_notes import notes_of
 from ...quant_core.checkpoint.header import TORCH_TO_CODE, OutputTensor
 from ...quant_core.checkpoint.sink import open_sink
 from ...quant_core.errors import RequestError
@@ -49,6 +51,14 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
             progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
         sink.commit()
     return SourceHandle(target, label, "Model from Graph", _files(model))
+
+
+def describe(source: SourceHandle, model: Any, bake_patches: bool) -> str:
+    """What was written, and what it has lost already."""
+    notes = notes_of(model, bake_patches) if seam.status().installed else []
+    return "\n".join(
+        [f"{source.label}: {source.path.stat().st_size / 1e9:.3f} GB", *(f"note: {text}" for text in notes)]
+    )
 
 
 def _files(model: Any) -> tuple[Path, ...]:
