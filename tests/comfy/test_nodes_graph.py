@@ -106,18 +106,14 @@ def test_a_nan_in_the_source_names_the_layer_and_leaves_no_file(server):
 
 
 def test_names_that_lead_out_of_the_folders_are_refused(server, tmp_path):
-    (server.base / "models/diffusion_models/leak").symlink_to(tmp_path)
-    for name, said in (
-        ("../../evil", "is not a file name"),
-        ("/tmp/evil", "is not a file name"),
-        ("leak/evil", "leads out of"),
-    ):
+    (server.base / "models/diffusion_models/linked").symlink_to(tmp_path)  # followed, but not climbed out of
+    for name in ("../../evil", "/tmp/evil", "linked/../../evil"):
         graph = Graph()
         node = graph.quantize(graph.source("random_flux"), format="float8_e4m3fn")
         graph.add("QuantPressSave", quantized=(node, 0), folder="diffusion_models", name=name, overwrite=True)
         with pytest.raises(WorkflowError) as failed:
             server.run(graph)
-        assert failed.value.node == "QuantPressSave" and said in failed.value.message
+        assert failed.value.node == "QuantPressSave" and "is not a file name" in failed.value.message
     assert not list(tmp_path.iterdir())
     graph = Graph()
     graph.add("QuantPressInspect", file="diffusion_models/../../../etc/passwd.safetensors")

@@ -146,7 +146,7 @@ def quantized_ways(graph):
         "migrated": graph.add(
             "QuantPressMigrate",
             quantized=(fp8, 0),
-            target="legacy",
+            target="legacy fp8_scaled",
             full_precision="as it is",
             input_scale="keep",
             hp_filter="",
