@@ -17,8 +17,9 @@ from ...layouts import comfyui as seam
 from ...layouts.comfyui_notes import notes_of
 from ...quant_core.checkpoint.header import TORCH_TO_CODE, OutputTensor
 from ...quant_core.checkpoint.sink import open_sink
-from ...quant_core.errors import RequestError
+from ...quant_core.errors import RequestError, counted
 from ...quant_core.progress import Progress
+from ..shared.decoded_patches import DecodedPatches
 from ..shared.handles import QuantizedHandle, SourceHandle, origins_of
 from ..shared.progress import NodeProgress
 from ..shared.spool import spool_folder, sweep
@@ -27,16 +28,18 @@ from ..shared.spool import spool_folder, sweep
 def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> SourceHandle:
     """model: a ModelPatcher. bake_patches: with its LoRAs, merged in float32 and rounded to the weight's dtype.
 
-    One weight is in memory at a time beside the model. A quantized weight is written as it is (requantized where a
-    LoRA changes it); the engine decodes it with its own scales.
+    One weight is in memory at a time beside the model. A quantized weight is written as it is, and the engine decodes
+    it with its own scales; where a LoRA changes it, decoded, so that the sum is not rounded twice.
     """
     if not bake_patches:
         model = model.clone()
         # A new id with the empty patches: by it ComfyUI sees that weights patched in place must be restored.
         model.patches, model.patches_uuid = {}, uuid.uuid4()
+    decoded = DecodedPatches(model)
     # As ComfyUI's own savers do: it takes patches of another clone out of the shared weights.
-    model_management.load_models_gpu([model])
-    state = model.state_dict_for_saving()
+    model_management.load_models_gpu([decoded.base])
+    state = decoded.base.state_dict_for_saving()
+    baked = decoded.take(state)
     sweep()
     label = type(model.model.model_config).__name__.lower() if hasattr(model.model, "model_config") else "model"
     target = spool_folder() / f"source-{label}-{secrets.token_hex(6)}.safetensors"
@@ -47,7 +50,7 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
         for index, name in enumerate(list(state)):
             value = state.pop(name)  # popped, so that a baked weight goes as soon as it is written
             written += value.numel() * value.element_size()
-            sink.write(name, value.to("cpu"))
+            sink.write(name, (decoded.weight(baked[name]) if name in baked else value).to("cpu"))
             progress(Progress(name, index + 1, len(entries), written, total, 0.0, None))
         sink.commit()
     return SourceHandle(target, label, "Model from Graph", _files(model))
@@ -55,10 +58,16 @@ def write_source(model: Any, bake_patches: bool, progress: NodeProgress) -> Sour
 
 def describe(source: SourceHandle, model: Any, bake_patches: bool) -> str:
     """What was written, and what it has lost already."""
-    notes = notes_of(model, bake_patches) if seam.status().installed else []
-    return "\n".join(
-        [f"{source.label}: {source.path.stat().st_size / 1e9:.3f} GB", *(f"note: {text}" for text in notes)]
-    )
+    notes = notes_of(model, with_patches=False) if seam.status().installed else []
+    changed = len(DecodedPatches(model).keys) if bake_patches else 0
+    if changed:
+        layers = counted(changed, "quantized layer is", "quantized layers are")
+        notes = [
+            f"{layers} written decoded, with what LoRAs and merges add. The 16-bit model would lose less.",
+            *notes,
+        ]
+    size = f"{source.label}: {source.path.stat().st_size / 1e9:.3f} GB"
+    return "\n".join([size, *(f"note: {text}" for text in notes)])
 
 
 def _files(model: Any) -> tuple[Path, ...]:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import COMFYUI, PYTHON, ROOT, Graph, missing, relative_error
+from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
 from comfyui_quantpress.quant_core.pipeline.request import Request
 from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.policy.recipe import Recipe
+from comfyui_quantpress.quant_core.stored.layers import stored_layers
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("patch_script.py")
@@ -101,3 +103,39 @@ def test_a_hooked_lora_runs_on_a_quantized_model(server, listed, folder):
     assert relative_error(with_hook, plain) < 0.1
     assert relative_error(without, server.latent("merging/nohook_plain")) < 0.1  # the weights are restored
     assert relative_error(with_hook, without) > 2 * relative_error(with_hook, plain)
+
+
+@pytest.mark.parametrize("first", ["int8_blockwise", "nvfp4"])
+def test_model_from_graph_merges_decoded_weights_and_rounds_nothing(server, listed, folder, first):
+    graph = Graph()
+    models = [graph.unet(f"merging_{file}.safetensors") for file in (first, "other")]
+    merge = graph.add("ModelMergeSimple", model1=(models[0], 0), model2=(models[1], 0), ratio=0.25)
+    node = graph.add("QuantPressModelSource", model=(merge, 0), bake_loras=True)
+    graph.add(
+        "QuantPressSaveSource", source=(node, 0), folder="diffusion_models", name=f"merged_{first}", overwrite=True
+    )
+    graph.sample(models[0], models[0], f"merging/after_{first}", steps=1)
+    alone = Graph()
+    alone.sample(
+        alone.unet(f"merging_{first}.safetensors"), alone.unet("merging_plain.safetensors"), f"alone_{first}", 1
+    )
+    text = server.run(graph)[node]["text"][0]
+    server.run(alone)
+    assert "quantized layers are written decoded" in text
+    with open_source(folder / f"{first}.safetensors") as src:
+        one = {f"{name}.weight": layer.decode(src) for name, layer in stored_layers(src).items()}
+        one |= {
+            name: src.read(name) for name in src.tensors if name not in one and name.endswith((".weight", ".bias"))
+        }
+    merged = load_file(server.base / f"models/diffusion_models/merged_{first}.safetensors")
+    other = load_file(folder / "other.safetensors")
+    for name, tensor in merged.items():
+        key = name.removeprefix("model.diffusion_model.")
+        if not name.endswith((".weight", ".bias")):
+            assert key in other, name  # no scale is left over
+            continue
+        wanted = 0.25 * one[key].double() + 0.75 * other[key].double()
+        assert relative_error(tensor.double(), wanted) < 0.004, name  # bf16
+    assert torch.equal(
+        server.latent(f"merging/after_{first}"), server.latent(f"alone_{first}")
+    )  # nothing stays patched
