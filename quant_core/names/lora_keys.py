@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import InputFileError, some_of
 from .layer_names import LayerNames
+from .lora_parts import Kind, lora_tensor
 from .prefixes import TEXT_ENCODER
 
 
@@ -19,39 +19,6 @@ class Factor(Enum):
     UP = "up"
     ALPHA = "alpha"
     BESIDE = "beside"
-
-
-_FACTORS = tuple(
-    (re.compile(pattern + "$"), factor)
-    for pattern, factor in (
-        (
-            r"\.(dora_scale|lora_mid\.weight|lora_magnitude_vector(\.[^.]+)?(\.weight)?|lora_[AB](\.[^.]+)?\.bias"
-            r"|reshape_weight)",
-            Factor.BESIDE,
-        ),
-        (r"\.lora_down(\.weight)?", Factor.DOWN),
-        (r"\.lora_up(\.weight)?", Factor.UP),
-        (r"\.lora_A(\.[^.]+)??(\.weight)?", Factor.DOWN),  # peft puts the adapter's name between
-        (r"\.lora_B(\.[^.]+)??(\.weight)?", Factor.UP),
-        (r"\.lora_linear_layer\.down\.weight", Factor.DOWN),
-        (r"\.lora_linear_layer\.up\.weight", Factor.UP),
-        (r"[._]lora\.down\.weight", Factor.DOWN),
-        (r"[._]lora\.up\.weight", Factor.UP),
-        (r"(\.lora)?\.alpha", Factor.ALPHA),
-    )
-)
-# Other ways to store a change of weights: none of them has rows that are input directions.
-_OTHER_KINDS = tuple(
-    (re.compile(pattern + "$"), kind)
-    for pattern, kind in (
-        (r"\.hada_(w[12]_[ab]|t[12])", "LoHa"),
-        (r"\.lokr_(w[12](_[ab])?|t2)", "LoKr"),
-        (r"\.(a1|a2|b1|b2|bm)\.weight", "GLoRA"),
-        (r"\.(oft_blocks|oft_diag|oft_[rR](\.[^.]+)?(\.weight)?|boft_[rRs])", "OFT"),
-        (r"\.on_input", "IA3"),
-        (r"\.(diff|diff_b|set_weight|w_norm|b_norm)", "full difference"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +45,13 @@ class LoraIndex:
 
 def parse_lora_key(name: str) -> LoraKey | str | None:
     """The layer and factor of a tensor; the name of another kind ("LoHa"); None when the name says neither."""
-    for pattern, factor in _FACTORS:
-        match = pattern.search(name)
-        if match and match.start():
-            # diffusers' old attention processors: attn1.processor.to_q_lora.down.weight
-            return LoraKey(name[: match.start()].replace(".processor.", "."), factor)
-    return next((kind for pattern, kind in _OTHER_KINDS if pattern.search(name)), None)
+    found = lora_tensor(name)
+    if found is None:
+        return None
+    if found.kind not in (Kind.LORA, Kind.ANY):
+        return found.kind.value
+    factor = next((factor for factor in Factor if factor.value == found.part), Factor.BESIDE)
+    return LoraKey(found.base, factor)
 
 
 def index_lora(tensor_names: Iterable[str], layers: LayerNames, path: str) -> LoraIndex:

@@ -15,6 +15,7 @@ CHECKPOINT_PREFIXES = (MODEL_PREFIX, BARE_MODEL_PREFIX, "transformer.", "model."
 ANY_PREFIXES = ("base_model.model.", MODEL_PREFIX, BARE_MODEL_PREFIX, "transformer.", "unet.", "net.", "model.")
 # Kohya-type LoRAs join names with underscores after one of these.
 UNDERSCORE_PREFIXES = (
+    "lora_unet__",  # Wan Fun
     "lora_unet_",
     "lora_transformer_",
     "lora_prior_unet_",
@@ -25,7 +26,9 @@ UNDERSCORE_PREFIXES = (
     "lora_te3_",
     "lora_te_",
 )
-TEXT_ENCODER = re.compile(r"^(lora_te\d?_|lora_t5|text_encoders?[._]|text_encoder_\d[._]|te\d?_|clip_[lg]\.|t5xxl\.)")
+TEXT_ENCODER = re.compile(
+    r"^(lora_te\d?_|lora_prior_te_|lora_t5|text_encoders?[._]|text_encoder_\d[._]|te\d?_|clip_[lg]\.|t5xxl\.)"
+)
 
 
 def strip_prefix(name: str) -> str:

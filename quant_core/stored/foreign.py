@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ..checkpoint.source import Source
 from ..checkpoint.suffixes import INDEX_SUFFIX
+from ..names.lora_parts import Kind, lora_tensor
 
 CALIBRATION_KEY = "quantpress_calibration"
-_ADAPTER = re.compile(r"\.(lora[._]|hada_|lokr_|oft_|alpha$|dora_scale$|diff$|diff_b$)")
-_FACTORS = re.compile(r"\.(lora[._]|hada_|lokr_|oft_)")
+_ADAPTER = re.compile(r"\.(lora[._]|hada_|lokr_|oft_)")
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<of>\d+)\.safetensors$")
 
 
@@ -78,7 +78,9 @@ FAMILIES = (
 
 def is_lora(src: Source) -> bool:
     """Whether all its tensors are factors of a LoRA or of its kin."""
-    return any(map(_FACTORS.search, src.tensors)) and all(map(_ADAPTER.search, src.tensors))
+    found = [lora_tensor(name) for name in src.tensors]
+    known = all(one or _ADAPTER.search(name) for one, name in zip(found, src.tensors, strict=True))
+    return known and any(one is None or one.kind is not Kind.ANY for one in found)
 
 
 def part_of(src: Source) -> tuple[int, int] | None:

@@ -11,7 +11,8 @@ from comfyui_quantpress.quant_core.input_scales.synthesise import (
     read_directions,
     simulated_magnitude,
 )
-from comfyui_quantpress.quant_core.names.layer_names import LayerNames, diffusers_names
+from comfyui_quantpress.quant_core.names.diffusers_layers import aliases
+from comfyui_quantpress.quant_core.names.layer_names import LayerNames
 from comfyui_quantpress.quant_core.names.lora_keys import Factor, LoraKey, index_lora, parse_lora_key
 from comfyui_quantpress.quant_core.names.prefixes import strip_prefixes
 from hypothesis import given
@@ -93,7 +94,7 @@ def test_any_prefix_in_the_model_meets_any_prefix_in_the_lora(own, in_model, in_
     names = LayerNames(in_model + name for name in family)
     assert names.resolve(in_lora + own) == in_model + own
     assert names.resolve("lora_unet_" + own.replace(".", "_")) == in_model + own
-    for alias in diffusers_names(own):
+    for alias in [alias.name for layer, alias in aliases(family) if layer == own]:
         assert names.resolve("transformer." + alias) == in_model + own
 
 

@@ -147,9 +147,9 @@ def test_convolutions_are_baked(tmp_path):
             {"lora_unet_nowhere.lora_down.weight": (RANK, 8), "lora_unet_nowhere.lora_up.weight": (8, RANK)},
             "1 layer is not in",
         ),
-        ({f"diffusion_model.{PROJ}.dora_scale": (HIDDEN, 1)}, "more than a LoRA"),
-        ({"lora_unet_conv.hada_w1_a": (4, 4)}, "LoHa"),
-        ({"lora_unet_conv.lokr_w1": (4, 4)}, "LoKr"),
+        ({f"diffusion_model.{PROJ}.dora_scale": (HIDDEN // 2, 1)}, "needs one number for each row"),
+        ({"lora_unet_conv.hada_w1_a": (4, 4)}, "no w1_b factor of a LoHa"),
+        ({"lora_unet_conv.lokr_w1": (4, 4)}, "no w2_a factor of a LoKr"),
         ({"lora_unet_conv.lora_down.weight": (RANK, 16, 3, 3)}, "no up factor"),
         (
             {"lora_unet_conv.lora_down.weight": (RANK, 16, 1, 1), "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1)},
@@ -161,7 +161,7 @@ def test_convolutions_are_baked(tmp_path):
                 "lora_unet_conv.lora_up.weight": (8, RANK, 1, 1),
                 "lora_unet_conv.lora_mid.weight": (RANK, RANK, 3, 3),
             },
-            "more than a LoRA",
+            "do not make a",
         ),
     ],
 )
@@ -186,8 +186,9 @@ def test_unmatched_layers_can_be_skipped_and_text_encoders_always_are(tmp_path):
     assert "nowhere.weight" not in result
 
 
-def test_quantized_weights_are_refused_with_the_remedy(tmp_path):
-    model = canonical_file(tmp_path / "q.safetensors", "int8_rowwise")
+@pytest.mark.parametrize("name", ["int8_rowwise", "bnb_nf4"])  # of the weight's shape, and packed
+def test_quantized_weights_are_refused_with_the_remedy(tmp_path, name):
+    model = canonical_file(tmp_path / "q.safetensors", name)
     save_file(
         {"blocks.0.lora_down.weight": torch.ones(4, 256), "blocks.0.lora_up.weight": torch.ones(256, 4)},
         tmp_path / "l.safetensors",
