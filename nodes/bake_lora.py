@@ -30,8 +30,8 @@ class BakeLora(io.ComfyNode):
                     "lora_name",
                     options=list_loras(),
                     tooltip=(
-                        "A file of the loras folder, with kohya, diffusers, peft or LyCORIS-LoRA names. LoHa, LoKr "
-                        "and DoRA are refused; parts for text encoders are left out."
+                        "A file of the loras folder that ComfyUI can load for this model: LoRA, DoRA, LoHa, LoKr, "
+                        "GLoRA, OFT or differences, under any of its names. Parts for text encoders are left out."
                     ),
                 ),
                 io.Float.Input(

@@ -62,7 +62,8 @@ def _add_lora(actions: argparse._SubParsersAction) -> None:
         action="append",
         required=True,
         metavar="FILE[:STRENGTH]",
-        help="kohya, diffusers, peft or LyCORIS-LoRA names; strength 1 if not given; may be repeated",
+        help="what ComfyUI can load for the model: LoRA, DoRA, LoHa, LoKr, GLoRA, OFT, differences; strength 1 if not "
+        "given; may be repeated",
     )
     lora.add_argument("--skip-unmatched", action="store_true", help="leave out a LoRA's layers that the model has not")
     lora.set_defaults(run=_lora)
