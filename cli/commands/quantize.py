@@ -87,6 +87,11 @@ def _add_outcome(parser: argparse.ArgumentParser) -> None:
         help="keep layers that hold NaN or Inf in their dtype; by default they are an error",
     )
     parser.add_argument(
+        "--other-runtime",
+        action="store_true",
+        help="also quantize a model that ComfyUI does not run quantized, or would not find: for another program",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the report, or the plan, as JSON (see docs/json.md)"
     )
 
@@ -142,6 +147,7 @@ def _request(args: argparse.Namespace) -> Request:
         residual_lora=args.residual_lora,
         overwrite=args.overwrite,
         allow_nonfinite=args.allow_nonfinite,
+        other_runtime=args.other_runtime,
     )
 
 

@@ -18,6 +18,7 @@ from ..formats.base import Format
 from ..policy.general import Policy
 from ..policy.recipe import Recipe
 from ..stored.layers import StoredLayer, config_tensor_name
+from .model_rules import ModelRules
 
 _FLOAT_CODES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _BIAS_CODES = ("F64", "F32", "F16", "BF16")
@@ -100,7 +101,7 @@ def weight_shape(src: Source, layer: str, stored: Mapping[str, StoredLayer]) -> 
 
 
 class LayerPlanner:
-    """Plans single layers of one source. never_pack: layers whose weight must keep its stored shape."""
+    """Plans single layers of one source."""
 
     def __init__(
         self,
@@ -108,11 +109,11 @@ class LayerPlanner:
         stored: Mapping[str, StoredLayer],
         recipe: Recipe,
         policy: Policy,
-        never_pack: frozenset[str],
+        model: ModelRules,
         calibration: OpenCalibration | None,
     ) -> None:
         self._src, self._stored, self._calibration = src, stored, calibration
-        self._recipe, self._policy, self._never_pack = recipe, policy, never_pack
+        self._recipe, self._policy, self._model = recipe, policy, model
 
     def plan(self, layer: str) -> Kept | Quantized:
         stored = self._stored.get(layer)
@@ -138,10 +139,11 @@ class LayerPlanner:
 
     def _choose(self, layer: LayerPlan) -> tuple[Recipe | None, str]:
         """The recipe, None to keep the layer, and the reason."""
-        rule, policy, fixed = self._policy.rule_for(layer.layer), self._policy, layer.layer in self._never_pack
-        reason = policy.reason_to_keep(layer.layer)
+        rule, policy = self._policy.rule_for(layer.layer), self._policy
+        reason = self._model.reason_to_keep(layer.layer, policy)
         if reason is not None:
             return None, reason
+        fixed = self._model.keeps_shape(layer.layer)
         recipe = rule.recipe if rule is not None and rule.recipe is not None else self._recipe
         problem = _misfit(recipe.format, layer.shape, fixed)
         if problem is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._version import __version__
@@ -22,6 +22,7 @@ from ..policy.recipe import Recipe
 from ..stored.foreign import refusal
 from ..stored.layers import StoredLayer, stored_layers
 from .layer_plan import Kept, LayerPlanner, Quantized, linear_layers, weight_shape
+from .model_rules import rules_of
 from .request import Request
 
 RECIPE_KEY = "quantpress"
@@ -77,28 +78,46 @@ def make_plan(
     foreign = refusal(src)
     if foreign is not None:
         raise InputFileError(foreign)
+    model = rules_of(src, {layer: entry.shape for layer, entry in stored.items()}, request.never_pack)
+    problem = model.problem()
+    if problem is not None and not request.other_runtime:
+        raise PlanError([replace(problem, text=f"{src.path}: {problem.text}")])
     names = linear_layers(src, stored)
     policy = request.policy_for(names)
     policy.check(names)
     warnings: tuple[str, ...] = ()
     if calibration is not None:
         warnings = calibration.require_match(src, {name: weight_shape(src, name, stored) for name in names})
-    planner = LayerPlanner(src, stored, request.recipe, policy, request.never_pack, calibration)
+    planner = LayerPlanner(src, stored, request.recipe, policy, model, calibration)
     layers, remarks = _keeping(tuple(planner.plan(name) for name in names), keep)
     quantized = _quantized(layers)
     if not quantized:
         raise PlanError([_nothing_to_do(src, _kept(layers), request.recipe)])
     copied, outputs = _file_contents(src, quantized)
+    nbytes = sum(tensor_bytes(o.dtype, o.shape) for o in outputs)
     return Plan(
         layers,
         copied,
         outputs,
         _metadata(src, request, policy, layers, calibration),
-        warnings + _warnings(src, layers, calibration) + remarks,
+        warnings
+        + model.warnings(request.other_runtime)
+        + _warnings(src, layers, calibration)
+        + _larger(src.nbytes, nbytes)
+        + remarks,
         src.nbytes,
-        sum(tensor_bytes(o.dtype, o.shape) for o in outputs),
+        nbytes,
         _peak_bytes(quantized, calibration),
     )
+
+
+def for_other_runtime(src: Source) -> bool:
+    """Whether the file's record says that it was quantized for another runtime than ComfyUI."""
+    try:
+        record = json.loads(src.metadata.get(RECIPE_KEY, "{}"))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("other_runtime") is True
 
 
 def _quantized(layers: Sequence[Kept | Quantized]) -> tuple[Quantized, ...]:
@@ -184,6 +203,8 @@ def _metadata(
     }
     if policy.rules:
         record["policy"]["rules"] = [rule.describe() for rule in policy.rules]
+    if request.other_runtime:
+        record["other_runtime"] = True
     if policy.fallback is not None:
         record["fallback"] = policy.fallback.describe()
     if calibration is not None:
@@ -202,6 +223,15 @@ def _warnings(src: Source, layers: Sequence[Kept | Quantized], calibration: Open
         diffusers_warning(src.tensors),
     )
     return tuple(warning for warning in found if warning)
+
+
+def _larger(before: int, after: int) -> tuple[str, ...]:
+    if after < before:
+        return ()
+    return (
+        f"The new file is not smaller than its source: {after:,} bytes, and {before:,} before. It is quantized "
+        "already, or little of it is linear layers.",
+    )
 
 
 def _without_data(quantized: Sequence[Quantized], calibration: OpenCalibration) -> str | None:

@@ -33,6 +33,7 @@ class Request:
     allow_nonfinite: a layer with NaN or Inf keeps its source dtype; by default it is an InputFileError.
     never_pack: layers whose weight must keep its stored shape, because a loader reads it. They take the policy's
     fallback, or stay. preset: of PRESETS; keeps what older converters keep for this family of models.
+    other_runtime: also what ComfyUI does not run quantized, or would not find.
     in_order: layers are quantized in order of execution, beside the running model.
     """
 
@@ -46,6 +47,7 @@ class Request:
     overwrite: bool = False
     allow_nonfinite: bool = False
     never_pack: frozenset[str] = frozenset()
+    other_runtime: bool = False
     preset: str | None = None
     in_order: bool = False
 

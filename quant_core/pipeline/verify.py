@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 from ..checkpoint.metadata import CONFIG_SUFFIX, HEADER_KEY, decode_config
 from ..checkpoint.source import Source, open_source
 from ..errors import InputFileError, Problem, Remedy, RequestError, VerificationError, counted
-from ..formats import format_of_layer
+from ..formats import format_of_layer, get_format
 from ..stored.configs import layer_configs
 from ..stored.fit import fit
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..stored.suffixes import QUANT_SUFFIXES
+from .model_rules import EMBEDDING_FORMATS, rules_of
+from .plan import for_other_runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ def check_file(path: str | Path) -> VerifyReport:
             if checked is not None:
                 layers.append(checked)
         findings += _orphans(src, {layer.layer for layer in layers})
+        findings += _of_the_model(src, layers)
         return VerifyReport(str(path), tuple(layers), tuple(findings))
 
 
@@ -217,6 +220,35 @@ def _check_scales(
                     "one positive F32 number without dimensions is needed.",
                 )
             )
+
+
+def _of_the_model(src: Source, layers: Sequence[LayerCheck]) -> list[Finding]:
+    """What ComfyUI's code for this model cannot read."""
+    if not layers:
+        return []
+    model = rules_of(src, {layer.layer: layer.shape for layer in layers})
+    findings = []
+    problem = model.problem()
+    if problem is not None:
+        severity = "warning" if for_other_runtime(src) else "error"
+        findings.append(Finding("not-for-comfyui", severity, "", problem.text))
+    for layer in layers:
+        what = model.not_linear(layer.layer)
+        fmt = get_format(layer.format).on_disk
+        if what is not None and not (model.is_embedding(layer.layer) and fmt in EMBEDDING_FORMATS):
+            text = (
+                f"{layer.layer}.weight is quantized ({layer.format}) and is {what}: ComfyUI takes the codes for its "
+                "values. Quantize the source again, which keeps it."
+            )
+            findings.append(Finding("not-linear", "error", layer.layer, text))
+        shape = src.tensors[f"{layer.layer}.weight"].shape
+        if model.keeps_shape(layer.layer) and shape != layer.shape:
+            text = (
+                f"{layer.layer}.weight is packed ({list(shape)} for {list(layer.shape)}), and ComfyUI tells by its "
+                f"shape which {model.name} this is. Quantize the source again, which keeps its shape."
+            )
+            findings.append(Finding("packed-shape", "error", layer.layer, text))
+    return findings
 
 
 def _orphans(src: Source, layers: set[str]) -> list[Finding]:

@@ -33,7 +33,7 @@ _SUFFIX: Mapping[Kind, str] = {
     "gate": ".weight",
 }
 _NUMBER = re.compile(r"(?<![^.])((?:block)?)\d+(?![^.])")
-_PART_OF_NUMBERED = re.compile(r"(^|\.)(block)?\d+\.(\d+\.)*[^\W\d]")
+_PART_OF_NUMBERED = re.compile(r"(^|\.)(block)?\d+\.\w")
 # A file is taken for a model when the model's classes explain this much of its weights, and it has this much of what
 # ComfyUI's detection looks for. Fine-tunes add layers and leave some out; the next model explains far less.
 _LEAST_EXPLAINED = 0.7
@@ -107,7 +107,7 @@ def generalise(name: str) -> str:
 
 
 def in_numbered_block(layer: str) -> bool:
-    """Whether the layer (its name without `.weight`) is a part of something numbered, as `blocks.3.attn.q` is.
+    """Whether the layer (its name without `.weight`) is a part of something numbered: `blocks.3.attn.q`, `blocks.3.0`.
 
     Where the model is unknown this tells what repeats from what comes in, goes out or embeds. `mlp.0` alone is none.
     """

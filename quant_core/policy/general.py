@@ -6,7 +6,7 @@ Names are matched without their checkpoint prefix. The tables per architecture c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,8 +105,11 @@ class Policy:
         """The rule that decides about this layer; None when the general ones do."""
         return next((rule for rule in self.rules if re.search(rule.pattern, layer)), None)
 
-    def reason_to_keep(self, layer: str) -> str | None:
-        """Why this linear layer stays in its source dtype; None when it is to be quantized."""
+    def reason_to_keep(self, layer: str, unasked: Callable[[str], str | None]) -> str | None:
+        """Why this linear layer stays in its source dtype; None when it is to be quantized.
+
+        unasked: that of a layer which nobody names.
+        """
         rule = self.rule_for(layer)
         if rule is not None:
             return f"rule {rule.pattern}" if rule.recipe is None else None
@@ -115,7 +118,7 @@ class Policy:
                 return f"named in keep ({pattern})"
         if self.only:
             return None if any(re.search(pattern, layer) for pattern in self.only) else NOT_NAMED
-        return name_rule(layer)
+        return unasked(layer)
 
 
 def name_rule(layer: str) -> str | None:
