@@ -11,7 +11,7 @@ from torch import Tensor
 from ..quant_core.errors import RequestError
 from ..quant_core.formats.base import Format
 from ..quant_core.numerics.scales import QParams, shape_of
-from . import linear
+from . import linear, torch_ops
 from .params import PlainParams
 from .stochastic import stochastic_codes
 
@@ -92,7 +92,7 @@ class QuantPressLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: PlainParams) -> Tensor:
         """The stored [N, K] in params.orig_dtype (QuantizedTensor itself transposes it where that is asked)."""
-        return linear.dequantize(cls.FORMAT.name, qdata, params, params.orig_dtype)
+        return torch_ops.dequantize(cls.FORMAT.name, qdata, params, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:

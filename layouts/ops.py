@@ -13,8 +13,8 @@ from comfy_kitchen.tensor import QuantizedTensor, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 from torch import Tensor
 
+from . import torch_ops
 from .base import QuantPressLayout
-from .linear import linear
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def _is_ours(value: Any) -> bool:
 
 
 def _run(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    return linear(weight.layout_cls.FORMAT.name, x, weight._qdata, weight._params, bias)
+    return torch_ops.linear(weight.layout_cls.FORMAT.name, x, weight._qdata, weight._params, bias)
 
 
 def _linear(qt: Any, args: tuple, kwargs: dict) -> Tensor:
