@@ -111,6 +111,33 @@ def test_static_shapes_compile_and_sizes_of_1_and_0_work(fmt, mode):
 
 
 @ours
+@modes
+def test_a_lora_changes_what_a_compiled_block_answers(fmt, mode):
+    """ComfyUI puts a rounded weight in place of the old one, or adds the change to the decoded weight at each call."""
+    block = Block(fmt)
+    change = random((WIDTH, 4), 7) @ random((4, WIDTH), 8) * 0.02
+    x = random((2, 5, WIDTH), 9)
+    with mode():
+        compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+        before = compiled(x)
+        old = block.out.weight
+        patched = type(old.data).from_float(
+            old.dequantize() + change, fmt.runtime.layout, **old.layout_cls.requantize_kwargs(old)
+        )
+        block.out.weight = torch.nn.Parameter(patched, requires_grad=False)
+        after = compiled(x)
+        same(after, block(x), "aot_eager")
+        assert not torch.allclose(after, before, atol=0.02)
+        added = torch.compile(
+            lambda x, weight, change: linear(x, weight.dequantize().to(x.dtype) + change),
+            fullgraph=True,
+            dynamic=True,
+            backend="aot_eager",
+        )
+        same(added(x, old, change), linear(x, old.dequantize() + change), "aot_eager")
+
+
+@ours
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_row_and_one_row_give_what_more_rows_give(fmt, dtype, rows):
