@@ -18,7 +18,7 @@ from ..numerics.scale_dtypes import SCALE_E4M3
 from ..numerics.scales import Granularity, QParams, divide, given, shape_of
 from ..numerics.slices import row_slices
 from .families.rotated import RotatedFormat
-from .records import ColumnGrid, Runtime, TensorSpec
+from .records import ColumnGrid, KernelLimits, Runtime, TensorSpec
 
 # Lloyd-Max levels of an absmax-normalised Gaussian group of 16, the table comfy-kitchen's kernels have built in.
 DEFAULT_CODEBOOK = CodebookElement(
@@ -260,10 +260,17 @@ FORMAT = W4A8(
     group_size=16,
     group_sizes=(16,),
     rotation=256,
-    rotations=(16, 64, 256, 1024),
+    rotations=(256,),
     k_multiple=16,
     scale_dtype=SCALE_E4M3,
-    runtime=Runtime("AsymW4A8Int8Layout", native_since="0.30", min_capability=(8, 0), quantizes_input=True),
+    runtime=Runtime(
+        "AsymW4A8Int8Layout",
+        native_since="0.30",
+        min_capability=(8, 0),
+        quantizes_input=True,
+        # comfy-kitchen 0.2.40: "convrot fused kernel only supports group_size 256", whatever the number of rows
+        limits=KernelLimits(rotations=(256,)),
+    ),
     # half the largest gap (0.186 of 0.98) with least-squares scales that may clip the largest weight, E4M3's 1/16
     error_bound=0.35,
     tensor_bound=1 / 127,

@@ -48,6 +48,26 @@ class Format(ElementGrid):
     modelopt_differs: bool = False
     quant_type: str = ""
 
+    # ---- shapes ------------------------------------------------------------------------------------------------
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot take the format, as a phrase; None when it can, and then runs."""
+        fmt = self.for_shape(shape) if len(shape) == 2 else self
+        return super().problem(shape) or fmt.refused_by_kernels(shape)
+
+    def refused_by_kernels(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight that is stored so stops when it runs on a GPU, as a phrase; None when it runs."""
+        limits = self.runtime.limits
+        where = f"the GPU kernels that run {self.name}"
+        if self.rotation is not None and limits.rotations and self.rotation not in limits.rotations:
+            groups = " or ".join(map(str, limits.rotations))
+            return f"its rotation group is {self.rotation}, and {where} take only {groups}"
+        for what, size, multiple in zip(
+            ("out_features", "in_features"), shape, (limits.n_multiple, limits.k_multiple), strict=True
+        ):
+            if size % multiple:
+                return f"{what}={size} is not a multiple of {multiple}, as {where} need"
+        return None
+
     # ---- disk --------------------------------------------------------------------------------------------------
     @abstractmethod
     def tensor_specs(self, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:

@@ -57,6 +57,18 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelLimits:
+    """What the kernels that run a format on a GPU take of what the format could store. Others stop when they run.
+
+    n_multiple, k_multiple: of which N and K have to be multiples. rotations: the rotation groups; empty: all.
+    """
+
+    n_multiple: int = 1
+    k_multiple: int = 1
+    rotations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Runtime:
     """What runs the format. layout: the QuantizedTensor layout's registered name.
 
@@ -67,6 +79,7 @@ class Runtime:
     kernel: how the kernels of this pack decode a code; see layouts/kernels/weight.py. None: they do not know it, and
     the format dequantizes everywhere.
     kitchen_layout: the layout's name in comfy-kitchen, where ComfyUI's own variant of it has another.
+    limits: see KernelLimits; `bench/odd_k.py` measures them.
     """
 
     layout: str
@@ -76,6 +89,7 @@ class Runtime:
     input_scale: InputScaleRule | None = None
     kernel: Literal["fp8", "int8", "nibble"] | None = None
     kitchen_layout: str | None = None
+    limits: KernelLimits = KernelLimits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from .configs import header_object
 from .moved import moved_layers
 
 MODELOPT = "modelopt"
-BEYOND_REPAIR = ("scale-value", "bias-shape")
+BEYOND_REPAIR = ("scale-value", "bias-shape", "kernel-refuses")
 
 
 @dataclass(slots=True)

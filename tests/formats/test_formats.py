@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfyui_quantpress.quant_core.errors import RequestError
 from comfyui_quantpress.quant_core.formats import all_formats, format_of_layer, get_format
+from comfyui_quantpress.quant_core.formats.records import KernelLimits
 from comfyui_quantpress.quant_core.formats.slices import can_stream, quantize_streamed
 from comfyui_quantpress.quant_core.numerics.elements import E2M1, E4M3, E5M2, FP4, INT4, INT8, NF4
 from comfyui_quantpress.quant_core.numerics.packing import (
@@ -267,6 +268,38 @@ def test_rotation_falls_back_to_the_largest_group_that_divides():
     assert fmt.for_shape((64, 192)).rotation == 64
     assert fmt.for_shape((64, 768)).rotation == 256
     assert fmt.problem((64, 200)) == "in_features=200 is not a multiple of rotation group 256 (int8_convrot)"
+
+
+@every_format
+def test_nothing_is_offered_that_the_kernels_refuse(fmt):
+    for rotation in fmt.rotations:
+        variant = replace(fmt, rotation=rotation)
+        assert variant.refused_by_kernels(variant.smallest_shape) is None
+    for k in (320, 640, 1152, 1408, 1920, 3360):
+        for n in (320, 72, 8, 3, 1):
+            if fmt.problem((n, k)) is None:
+                assert fmt.for_shape((n, k)).refused_by_kernels((n, k)) is None
+
+
+@pytest.mark.parametrize("k", [320, 640, 1152, 1408, 1920, 3360])
+def test_w4a8_is_not_rotated_by_less_than_its_kernels_rotate_by(k):
+    fmt = get_format("asym_w4a8_int8")
+    assert fmt.problem((64, k - k % 256)) is None
+    reason = fmt.problem((64, k))
+    assert (reason is None) == (k % 256 == 0)
+    assert k % 256 == 0 or reason == f"in_features={k} is not a multiple of rotation group 256 (asym_w4a8_int8)"
+
+
+def test_the_limits_of_kernels_count_beside_those_of_the_format():
+    fmt = get_format("int8_rowwise")
+    limits = KernelLimits(n_multiple=4, k_multiple=16)
+    fmt = replace(fmt, runtime=replace(fmt.runtime, limits=limits))
+    assert fmt.problem((8, 32)) is None
+    assert fmt.problem((6, 32)) == (
+        "out_features=6 is not a multiple of 4, as the GPU kernels that run int8_rowwise need"
+    )
+    assert "in_features=24 is not a multiple of 16" in fmt.problem((8, 24))
+    assert "[8]" in fmt.problem((8,))
 
 
 def test_unknown_format_lists_the_known_ones():

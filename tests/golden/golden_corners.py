@@ -5,7 +5,7 @@ power of two, `0*16 | 15 rows` for fifteen equal rows. Scales are chosen to be 1
 code can be read as the value that it stands for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfyui_quantpress.quant_core.formats.base import Format
 from comfyui_quantpress.quant_core.numerics.scales import Granularity
@@ -23,10 +23,12 @@ class Corner:
 
 
 def variant(fmt: Format) -> Format:
-    """The smallest options: the fewest bytes to read, and a rotation by 16, whose quarter steps are exact."""
-    return fmt.with_options(
-        min(fmt.group_sizes) if fmt.group_sizes else None, min(fmt.rotations) if fmt.rotations else None
-    )
+    """The smallest options: the fewest bytes to read, and a rotation by 16, whose quarter steps are exact.
+
+    Files may hold a rotation that is not offered for new ones.
+    """
+    small = fmt.with_options(min(fmt.group_sizes) if fmt.group_sizes else None)
+    return replace(small, rotation=16) if fmt.rotation is not None else small
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_kitchen.backends.eager.w4a8_int8 import quantize_w4a8_int8_weight
+from comfyui_quantpress.quant_core.checkpoint.metadata import HEADER_KEY, build_header_metadata, encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.errors import Cancelled, InputFileError, OutputError, PlanError, RequestError
 from comfyui_quantpress.quant_core.formats import all_formats, get_format
@@ -21,6 +23,7 @@ from comfyui_quantpress.quant_core.pipeline.run import convert
 from comfyui_quantpress.quant_core.pipeline.verify import check_file
 from comfyui_quantpress.quant_core.policy.general import Policy, name_rule
 from comfyui_quantpress.quant_core.policy.recipe import Recipe, parse_recipe
+from comfyui_quantpress.quant_core.tools.repair import repair
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -391,6 +394,61 @@ def test_verify_finds_each_defect(code, source, tmp_path):
         for f in report.errors
         if f.code == code
     )
+
+
+W4A8_WIDTHS = (256, 320, 640, 1152, 1408, 1920, 3360)  # the kernels rotate by 256
+
+
+@pytest.fixture
+def widths(tmp_path):
+    path = tmp_path / "widths.safetensors"
+    save_file({f"blocks.{k}.mlp.weight": torch.randn(32, k).bfloat16() for k in W4A8_WIDTHS}, path)
+    return path
+
+
+def test_widths_that_w4a8_kernels_refuse_are_kept_and_the_plan_says_why(widths, tmp_path):
+    request = Request(widths, tmp_path / "o.safetensors", Recipe(get_format("asym_w4a8_int8")))
+    with open_source(widths) as src:
+        plan = make_plan(src, request)
+    assert [layer.layer for layer in plan.quantized] == ["blocks.256.mlp"]
+    assert all(
+        f"in_features={layer.shape[1]} is not a multiple of rotation group 256" in layer.reason for layer in plan.kept
+    )
+    convert(request)
+    assert check_file(request.target).findings == ()
+
+
+def test_widths_that_w4a8_kernels_refuse_get_the_fallback(widths, tmp_path):
+    policy = Policy(fallback=Recipe(get_format("int8_convrot")))
+    request = Request(widths, tmp_path / "o.safetensors", Recipe(get_format("asym_w4a8_int8")), policy)
+    convert(request)
+    report = check_file(request.target)
+    assert report.findings == ()
+    w4a8 = {layer.layer for layer in report.layers if layer.format == "asym_w4a8_int8"}
+    assert len(report.layers) == len(W4A8_WIDTHS) and w4a8 == {"blocks.256.mlp"}
+
+
+@pytest.mark.parametrize(("rotation", "k"), [(16, 512), (64, 320), (64, 640), (1024, 1024)])
+@pytest.mark.parametrize("header", [True, False])
+def test_verify_and_repair_name_a_w4a8_layer_that_stops_when_it_runs(rotation, k, header, tmp_path):
+    """However the file was made: comfy-kitchen's encoder writes these without a word."""
+    codes, s_rel, s_channel, _, codebook = quantize_w4a8_int8_weight(torch.randn(32, k), 16, rotation)
+    config = {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": rotation}
+    tensors = {
+        "blocks.0.mlp.weight": codes,
+        "blocks.0.mlp.weight_s_rel": s_rel,
+        "blocks.0.mlp.weight_s_channel": s_channel,
+        "blocks.0.mlp.weight_codebook": codebook,
+        "blocks.0.mlp.comfy_quant": encode_config(config),
+    }
+    metadata = {HEADER_KEY: build_header_metadata({"blocks.0.mlp": config})} if header else {}
+    path = tmp_path / "kitchen.safetensors"
+    save_file(tensors, path, metadata)
+    (finding,) = check_file(path).errors
+    assert (finding.code, finding.layer) == ("kernel-refuses", "blocks.0.mlp")
+    assert f"rotation group is {rotation}" in finding.message and "Quantize the source again" in finding.message
+    with open_source(path) as src:
+        assert [one.message for one in repair(src).unfixed] == [finding.message]
 
 
 def test_verify_against_finds_a_wrong_layer_and_a_changed_copy(source, tmp_path):
