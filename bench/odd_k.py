@@ -13,7 +13,7 @@ that product has on average, so that a single output near 0 counts for nothing. 
 what rounding the inputs to the format's own type gives. Without a GPU it runs on the CPU, where comfy-kitchen's
 kernels take everything; then only the script is tried.
 
-    python bench/odd_k.py [--formats stock|ours|NAME ...] [--out rows.jsonl] [--quick]
+    python bench/odd_k.py [--formats stock|ours|NAME ...] [--out rows.jsonl] [--quick] [--every-route]
 """
 
 from __future__ import annotations
@@ -136,14 +136,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def routes_of(fmt: Format) -> tuple[str, ...]:
+def routes_of(fmt: Format, every: bool) -> tuple[str, ...]:
     if fmt.name not in INPUT_QUANTIZED_BY_COMFYUI or not CUDA:
         return ("linear",)
-    able = torch.cuda.get_device_capability() >= (fmt.runtime.min_capability or (0, 0))
+    able = every or torch.cuda.get_device_capability() >= (fmt.runtime.min_capability or (0, 0))
     return ("linear", "both") if able else ("linear",)
 
 
-def rows_of(fmt: Format, quick: bool) -> Iterator[dict[str, Any]]:
+def rows_of(fmt: Format, quick: bool, every_route: bool) -> Iterator[dict[str, Any]]:
     original = next(one for one in all_formats() if one.name == fmt.name)
     for n, k in sizes_of(fmt, quick):
         offered = (
@@ -160,7 +160,7 @@ def rows_of(fmt: Format, quick: bool) -> Iterator[dict[str, Any]]:
             continue
         decoded = fmt.dequantize(tensors, (n, k)).float()
         yield {**size, "route": "dequantize", "M": None, "bias": False, **dequantized(fmt, weight, decoded)}
-        for route in routes_of(fmt):
+        for route in routes_of(fmt, every_route):
             for m in QUICK["rows"] if quick else ROWS:
                 for bias in (None, (random((n,), 3) * 0.1).bfloat16()):
                     row = {**size, "route": route, "M": m, "bias": bias is not None}
@@ -184,14 +184,15 @@ def run_variant(index: int, arguments: argparse.Namespace) -> None:
     register_layouts()
     fmt = list(variants(arguments.formats))[index]
     with torch.inference_mode():
-        for row in rows_of(fmt, arguments.quick):
+        for row in rows_of(fmt, arguments.quick, arguments.every_route):
             print(json.dumps({"format": fmt.name, **row}), flush=True)
 
 
 def start_variant(index: int, fmt: Format, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one variant, from a process of its own, and one more where that ended early."""
     call = [sys.executable, __file__, "--variant", str(index), "--formats", *arguments.formats]
-    done = subprocess.run(call + ["--quick"] * arguments.quick, capture_output=True, text=True)
+    call += ["--quick"] * arguments.quick + ["--every-route"] * arguments.every_route
+    done = subprocess.run(call, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [""]
@@ -226,6 +227,11 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["stock"], help="names, or stock (the default), or ours")
     parser.add_argument("--out", type=Path, help="write the rows to this file, and print only a summary")
     parser.add_argument("--quick", action="store_true", help="a few sizes, to try the script")
+    parser.add_argument(
+        "--every-route",
+        action="store_true",
+        help="quantize the inputs also for formats that this GPU does not multiply: what is refused before its kernel",
+    )
     parser.add_argument("--variant", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant is not None:
