@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-comfyui, out = sys.argv[1:]
+comfyui, out = sys.argv[1:3]
 sys.path.insert(0, comfyui)
 sys.argv = ["main.py", "--cpu"]
 
@@ -133,8 +133,8 @@ def described(tensors, detect):
     return detected, {"signs": signs, "reads": reads}
 
 
-def diffusion_model(config, prefix):
-    """The record of one variant; None where this ComfyUI does not know it. prefix: of the names that it detects."""
+def built_diffusion_model(config):
+    """(what ComfyUI knows of the variant, the model, without weights); None where this ComfyUI does not know it."""
     config = dict(config)
     if "nerf_embedder_dtype" in config:
         config["nerf_embedder_dtype"] = torch.float32
@@ -145,13 +145,23 @@ def diffusion_model(config, prefix):
     known.custom_operations = Operations
     known.set_inference_dtype(torch.bfloat16, None)
     with on:
-        model = known.get_model({}, "", device=on).diffusion_model
+        return known, known.get_model({}, "", device=on).diffusion_model
 
-    def detect(state):
-        found = comfy.model_detection.detect_unet_config(state, "")
-        return None if found is None else comfy.model_detection.model_config_from_unet_config(found, state, "")
 
-    detected, record = described({prefix + name: tensor for name, tensor in model.state_dict().items()}, detect)
+def detect_diffusion_model(state):
+    """As its loader does; None where it knows no such model."""
+    found = comfy.model_detection.detect_unet_config(state, "")
+    return None if found is None else comfy.model_detection.model_config_from_unet_config(found, state, "")
+
+
+def diffusion_model(config, prefix):
+    """The record of one variant; None where this ComfyUI does not know it. prefix: of the names that it detects."""
+    built = built_diffusion_model(config)
+    if built is None:
+        return None
+    known, model = built
+    tensors = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    detected, record = described(tensors, detect_diffusion_model)
     if type(detected) is not type(known):
         raise SystemExit(f"{type(known).__name__} is detected as {type(detected).__name__}: correct its config.")
     return {**record, "kinds": kinds(model)}
@@ -181,21 +191,26 @@ def built(cls, config):
         return cls(config, torch.bfloat16, META, Operations)
 
 
+def in_file(entry, model):
+    """The tensors of a text encoder and their kinds, under the names that its file has."""
+
+    def named(name):
+        start = next((start for start in entry.get("file", {}) if name.startswith(start)), "")
+        return entry["file"][start] + name[len(start) :] if start else name
+
+    tensors = {named(name): tensor for name, tensor in model.state_dict().items()}
+    return tensors, {named(name): kind for name, kind in kinds(model).items()}
+
+
 def text_encoder(entry):
     """The record of a text encoder, under the names that its file has; None where this ComfyUI does not have it."""
     cls = class_of(entry)
     if cls is None:
         return None
-
-    def in_file(name):
-        start = next((start for start in entry.get("file", {}) if name.startswith(start)), "")
-        return entry["file"][start] + name[len(start) :] if start else name
-
     tensors, kind_of = {}, {}
     for config in entry.get("configs", [{}]):
-        model = built(cls, config)
-        tensors |= {in_file(name): tensor for name, tensor in model.state_dict().items()}
-        kind_of |= {in_file(name): kind for name, kind in kinds(model).items()}
+        more, kinds_of_more = in_file(entry, built(cls, config))
+        tensors, kind_of = tensors | more, kind_of | kinds_of_more
     detected, record = described(tensors, comfy.sd.detect_te_model)
     if getattr(detected, "name", None) != entry["detected"]:
         raise SystemExit(f"{entry['name']} is detected as {detected}: correct its config.")
@@ -248,11 +263,15 @@ def prefixes():
     return answers
 
 
-def main():
+def prepare():
+    """Constructors read numbers that they made themselves (a codebook's size, a rate of dropout), and other files."""
     comfy.ldm.audio.embedders.NumberConditioner.load_state_dict = lambda self, *args, **kwargs: None
     item = torch.Tensor.item
-    # Some constructors read numbers that they made themselves (a codebook's size, a rate of dropout).
     torch.Tensor.item = lambda self: 1 if self.is_meta else item(self)
+
+
+def main():
+    prepare()
     models = {}
     for family, entry in CONFIGS.items():
         for variant, config in entry["variants"].items():
@@ -264,4 +283,5 @@ def main():
     Path(out).write_text(json.dumps(found), "utf-8")
 
 
-main()
+if __name__ == "__main__":
+    main()

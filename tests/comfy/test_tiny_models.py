@@ -1,9 +1,9 @@
 """Tiny random models of many architectures: quantized by command and node, loaded by ComfyUI's own loader, and run.
 
 The error is the output's, relative to the 16-bit model's. A model passes on the error of its weights, larger or
-smaller by a factor of its own, much the same for every format: its `amplification` in the table, as measured, 0.2 to 4.
-Outputs were within (median over the models, and the largest): INT8 ConvRot 0.8 %, 4.4 %; FP8 2.2 %, 9.1 %; NVFP4 7.8 %,
-29 %; NF4 7.8 %, 33 %.
+smaller by a factor of its own, much the same for every format: its `amplification` in the table, as measured, 0.2
+to 4. Outputs were within (median over the models, and the largest): INT8 ConvRot 0.8 %, 4.4 %; FP8 2.2 %, 9.1 %;
+NVFP4 7.8 %, 29 %; NF4 7.8 %, 33 %.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import missing
+from comfy_server import ROOT, missing
 from comfyui_quantpress.cli.main import main
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.pipeline.verify import check_file
@@ -41,7 +41,8 @@ class Tiny:
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     if missing():
         pytest.skip(missing())
-    running = Worker(tmp_path_factory.mktemp("tiny"))
+    folder = tmp_path_factory.mktemp("tiny")
+    running = Worker(folder, "tiny_script.py", ROOT, folder)
     yield running
     running.end()
 

@@ -1,4 +1,4 @@
-"""A process of ComfyUI that builds the models of tiny_models.json, quantizes them by node, loads and runs them.
+"""The table of tiny models, tiny_models.json, and a process of ComfyUI that does tasks with models.
 
 An entry of the table: a variant of architecture_configs.json, what is made smaller, and what the model is given.
 Sizes that ComfyUI's detection fixes stay; of what it counts there is one or two. large: most of the model is fixed,
@@ -14,21 +14,25 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from comfy_server import COMFYUI, PYTHON, ROOT
+from comfy_server import COMFYUI, PYTHON
 
 HERE = Path(__file__).parent
 TABLE: dict[str, dict[str, Any]] = json.loads((HERE / "tiny_models.json").read_text("utf-8"))
 
 
 class Worker:
-    """The process; one that ended on a task is started anew for the next. folder: for its files."""
+    """A process that does tasks; one that ended on a task is started anew for the next.
 
-    def __init__(self, folder: Path) -> None:
+    folder: for its log and its files. script: of this folder; it gets ComfyUI's folder and the arguments.
+    """
+
+    def __init__(self, folder: Path, script: str, *arguments: Path | str) -> None:
         self.folder, self._log = folder, folder / "worker.log"
+        self._command = [PYTHON, HERE / script, COMFYUI, *arguments]
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, task: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a task of tiny_script.py. AssertionError, with the end of the log, when there is none."""
+    def ask(self, task: str, **arguments: Any) -> Any:
+        """The answer to a task of the script. AssertionError, with the end of the log, when there is none."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         print(json.dumps([task, arguments], default=str), file=process.stdin, flush=True)
@@ -39,11 +43,9 @@ class Worker:
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen[str]:
-        for name in ("output", "temp"):
-            (self.folder / name).mkdir(exist_ok=True)
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [PYTHON, HERE / "tiny_script.py", COMFYUI, ROOT, self.folder],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

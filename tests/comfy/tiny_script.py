@@ -167,6 +167,8 @@ TASKS = {"build": build, "load": load, "by_node": by_node}
 
 
 def main():
+    for name in ("output", "temp"):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
     folder_paths.set_output_directory(os.path.join(folder, "output"))
     folder_paths.set_temp_directory(os.path.join(folder, "temp"))
     folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
