@@ -65,6 +65,16 @@ class MigrateFile(io.ComfyNode):
                         "quantized, the node stops and names it: a check on files of others. Empty: no check."
                     ),
                 ),
+                io.String.Input(
+                    "scale_name",
+                    default="",
+                    **rare(io.String.Input),
+                    tooltip=(
+                        "Only for FP8 and INT8 files whose scales have a name that this pack cannot be sure of: how "
+                        "these names end, for example scale for LAYER.scale. They are taken to multiply the codes. "
+                        "Empty: such files are refused."
+                    ),
+                ),
                 io.Boolean.Input(
                     "header",
                     default=True,

@@ -33,6 +33,10 @@ class Remedy(Enum):
     WRITE = "Write input scales."
     WIDER = "Use bf16, or fp32."
     SAY_FORMAT = "Say which one to `quantpress repair`, or to the node Repair."
+    SAY_SCALE = (
+        "If they multiply, say their name to `quantpress migrate`, or to the node Migrate Legacy File; else take the "
+        "16-bit model."
+    )
 
 
 @dataclass(frozen=True, slots=True)

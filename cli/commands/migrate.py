@@ -40,6 +40,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="FP8 layers without an input_scale get none, 1.0, or the weight's scale (default: %(default)s)",
     )
     parser.add_argument(
+        "--scale-name",
+        metavar="END",
+        help="how the names of the scales end that another program wrote, where that is not certain: scale for "
+        "LAYER.scale; they are taken to multiply the codes",
+    )
+    parser.add_argument(
         "--no-header", dest="header", action="store_false", help="write no metadata into the file's header"
     )
     parser.set_defaults(run=run)
@@ -56,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         if args.to == "legacy":
             rewrite = to_legacy(src, scale_input=args.input_scale == "unit")
         else:
-            rewrite = migrate(
-                src, MigrateOptions(args.hp_filter, args.full_precision_mm, InputScale(args.input_scale), args.header)
+            options = MigrateOptions(
+                args.hp_filter, args.full_precision_mm, InputScale(args.input_scale), args.header, args.scale_name
             )
-        return rewriting.finish(rewrite, args, "migrating", nothing=nothing_to_migrate(src))
+            rewrite = migrate(src, options)
+        nothing = "" if rewrite.changes() else nothing_to_migrate(src)
+        return rewriting.finish(rewrite, args, "migrating", nothing=nothing)

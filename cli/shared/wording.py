@@ -33,9 +33,10 @@ WORDS = {
     Remedy.WRITE: "Write input scales ({}).",
     Remedy.WIDER: "Use {} bf16, or fp32.",
     Remedy.SAY_FORMAT: "Say which one with {}, or find out with --against SOURCE instead.",
+    Remedy.SAY_SCALE: "If they multiply, say how their names end with {}; else take the 16-bit model.",
 }
 # What one command alone takes: the others send the user there.
-ELSEWHERE = {"assume": "`quantpress repair --assume`"}
+ELSEWHERE = {"assume": "`quantpress repair --assume`", "scale_name": "`quantpress migrate --scale-name`"}
 
 
 def message(err: QuantPressError, args: argparse.Namespace) -> str:

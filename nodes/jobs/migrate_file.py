@@ -29,6 +29,7 @@ class MigrateSettings:
     input_scale: str
     hp_filter: str
     header: bool
+    scale_name: str = ""
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +42,11 @@ def plan(src: Source, settings: MigrateSettings) -> Proposal:
         rewrite = migrate(
             src,
             MigrateOptions(
-                pattern, FULL_PRECISION[settings.full_precision], INPUT_SCALES[settings.input_scale], settings.header
+                pattern,
+                FULL_PRECISION[settings.full_precision],
+                INPUT_SCALES[settings.input_scale],
+                settings.header,
+                settings.scale_name.strip() or None,
             ),
         )
         # The file goes on as it is, as a graph should run on any file; the user learns what it is.

@@ -32,9 +32,10 @@ WORDS = {
     Remedy.WRITE: "Switch on {}.",
     Remedy.WIDER: "Set {} to bf16, or fp32.",
     Remedy.SAY_FORMAT: "Say which one in {}, or connect the original there.",
+    Remedy.SAY_SCALE: "If they multiply, write how their names end into {}; else take the 16-bit model.",
 }
 # What one node alone takes: the others send the user there.
-ELSEWHERE = {"assume": "assume of the node Repair"}
+ELSEWHERE = {"assume": "assume of the node Repair", "scale_name": "scale_name of the node Migrate Legacy File"}
 
 
 def in_inputs(problem: Problem, inputs: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from ..stored.configs import layer_configs
 from ..stored.fit import fit
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from ..stored.suffixes import QUANT_SUFFIXES
+from ..stored.unread import unread
 from .model_rules import EMBEDDING_FORMATS, rules_of
 from .plan import for_other_runtime
 
@@ -103,6 +104,9 @@ def check_file(path: str | Path) -> VerifyReport:
                 layers.append(checked)
         findings += _orphans(src, {layer.layer for layer in layers})
         findings += _of_the_model(src, layers)
+        for other in unread(src):
+            found = other.problem
+            findings.append(Finding(other.code, "error", "", found.text, found.setting, found.remedy))
         return VerifyReport(str(path), tuple(layers), tuple(findings))
 
 

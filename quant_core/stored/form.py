@@ -13,6 +13,7 @@ class Form(Enum):
     HYBRID_MXFP8 = "hybrid_mxfp8"  # comfy_quant MXFP8 with one more number, for GPUs without block scaling
     LEGACY = "legacy"  # fp8_scaled: scale_weight and scale_input
     BARE = "bare"  # the scales of comfy_quant, and no description
+    OTHER_NAME = "other_name"  # as bare, and the scale has a name of another program's
     MODELOPT = "modelopt"  # NVIDIA ModelOpt's order of nibbles and block scales
     BITSANDBYTES = "bitsandbytes"  # a quantization state beside the weight
 

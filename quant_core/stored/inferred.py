@@ -27,7 +27,7 @@ def infer(layer: str, infos: Mapping[str, TensorInfo], *, unrotated: bool = Fals
     unrotated: the caller knows that the rows were not rotated (legacy INT8 files never were). Raises InputFileError,
     naming the layer: no format has these shapes, or more than one does.
     """
-    found = _candidates(infos) if len(infos["weight"].shape) == 2 else []
+    found = candidates(infos) if len(infos["weight"].shape) == 2 else []
     if unrotated:
         found = [one for one in found if one.format.rotation is None]
     if not found:
@@ -44,8 +44,11 @@ def infer(layer: str, infos: Mapping[str, TensorInfo], *, unrotated: bool = Fals
     return found[0]
 
 
-def _candidates(infos: Mapping[str, TensorInfo]) -> list[Inferred]:
-    """The formats that recognise the tensors; of those only the ones that account for the most of them."""
+def candidates(infos: Mapping[str, TensorInfo]) -> list[Inferred]:
+    """The formats that recognise a layer's tensors; of those only the ones that account for the most of them.
+
+    infos: {suffix: header entry}, `weight` with two dimensions among them.
+    """
     found = [Inferred(fmt, config) for fmt in all_formats() if (config := fmt.recognise(infos)) is not None]
     tensors = set(infos) - set(BESIDE_THE_WEIGHT)
     known = [len(tensors & set(one.format.suffixes)) for one in found]

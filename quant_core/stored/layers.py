@@ -125,11 +125,12 @@ class BitsAndBytesLayer(StoredLayer):
         return src.read(self.names["quant_map"]).to(torch.float32)
 
 
-def stored_layers(src: Source) -> dict[str, StoredLayer]:
+def stored_layers(src: Source, scale_name: str | None = None) -> dict[str, StoredLayer]:
     """Every layer that the file says, or that its scales show, is quantized; in whatever form this pack knows.
 
+    scale_name: how the scales are called, where they have a name that is not known; they multiply the codes.
     Lenient about padding and nesting in the JSON, and about scales of another rank or dtype; InputFileError, naming
-    the layer, where a layer cannot be decoded.
+    the layer, where a layer cannot be decoded. RequestError: no scale is called scale_name.
     """
     found: dict[str, StoredLayer] = {}
     states = {state.layer: state for state in bnb_states(src)}
@@ -138,7 +139,7 @@ def stored_layers(src: Source) -> dict[str, StoredLayer]:
             found[layer] = describe_layer(src, layer, config, layer_names(src, layer))
     for layer, state in states.items():
         found[layer] = _from_state(src, state)
-    for other in undescribed_layers(src, found):
+    for other in undescribed_layers(src, found, scale_name):
         found[other.layer] = describe_layer(src, other.layer, other.config, other.names, other.form)
     return found
 

@@ -16,6 +16,7 @@ from ..errors import InputFileError, Remedy
 from ..numerics.packing import swizzle_scales
 from .form import Form
 from .inferred import infer
+from .scale_names import fitting, other_scales
 from .suffixes import DESCRIPTION, QUANT_SUFFIXES
 
 # Legacy fp8_scaled and INT8 files name the same tensors differently.
@@ -36,13 +37,18 @@ class Undescribed:
     names: dict[str, str]
 
 
-def undescribed_layers(src: Source, described: Collection[str]) -> Iterator[Undescribed]:
+def undescribed_layers(
+    src: Source, described: Collection[str], scale_name: str | None = None
+) -> Iterator[Undescribed]:
     """Every layer that its scales show is quantized and that nothing in the file describes.
 
-    The weight's own dtype decides: a scale beside a 16-bit weight is a dummy. Raises InputFileError, naming the layer,
-    when the tensors do not tell the format.
+    The weight's own dtype decides: a scale beside a 16-bit weight is a dummy. scale_name: how scales are called whose
+    name is not known. Raises InputFileError, naming the layer, when the tensors do not tell the format, or what may be
+    its scale is not certain to be; RequestError: no scale is called scale_name.
     """
     exported = is_modelopt(src)
+    others = other_scales(src, described, scale_name)
+    others.require_certain(src)
     for name, info in src.tensors.items():
         layer = name.removesuffix(".weight")
         if layer == name or layer in described or info.dtype not in CODED:
@@ -53,7 +59,9 @@ def undescribed_layers(src: Source, described: Collection[str]) -> Iterator[Unde
         names = {suffix: f"{layer}.{suffix}" for suffix in _BARE_SUFFIXES if f"{layer}.{suffix}" in src.tensors}
         if f"{layer}.{_INVERSE}" in src.tensors:
             names.setdefault("weight_scale", f"{layer}.{_INVERSE}")
-        if set(names) & {"weight_scale", "weight_s_rel"}:
+        if layer in others.scales:
+            yield _other_name(src, layer, {**names, "weight": name, "weight_scale": others.scales[layer]})
+        elif set(names) & {"weight_scale", "weight_s_rel"}:
             yield _bare(src, layer, {"weight": name, **names}, exported)
 
 
@@ -81,6 +89,16 @@ def _bare(src: Source, layer: str, names: dict[str, str], exported: bool) -> Und
             Remedy.SAY_FORMAT,
         )
     return Undescribed(layer, Form.BARE, found.config, names)
+
+
+def _other_name(src: Source, layer: str, names: dict[str, str]) -> Undescribed:
+    """Rows that this pack or ComfyUI rotated have descriptions, so these are not rotated."""
+    if f"{layer}.scale_input" in src.tensors:
+        names.setdefault("input_scale", f"{layer}.scale_input")
+    weight = src.tensors[names["weight"]]
+    fits = fitting(weight, src.tensors[names["weight_scale"]])[0]
+    found = infer(layer, {"weight": weight, "weight_scale": fits}, unrotated=True)
+    return Undescribed(layer, Form.OTHER_NAME, found.config, names)
 
 
 def _infos(src: Source, names: dict[str, str]) -> dict[str, TensorInfo]:

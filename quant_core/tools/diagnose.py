@@ -28,7 +28,7 @@ from .configs import header_object
 from .moved import moved_layers
 
 MODELOPT = "modelopt"
-BEYOND_REPAIR = ("scale-value", "bias-shape", "kernel-refuses")
+BEYOND_REPAIR = ("scale-value", "bias-shape", "kernel-refuses", "scale-name")
 
 
 @dataclass(slots=True)
@@ -381,7 +381,7 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
     """What the loader's rules find besides, and nobody can repair; legacy forms, which migrate converts."""
     for finding in check_file(src.path).findings:
         if finding.code in BEYOND_REPAIR:
-            found.note(finding.code, finding.layer, finding.message, finding.severity, fixed=False)
+            found.add(finding, fixed=False)
     if found.layers and (problem := diffusers_warning(src.tensors)):
         found.note("diffusers-names", "", problem, "warning", fixed=False)
     legacy = [name for name in src.tensors if name.endswith(".scale_weight")]

@@ -26,22 +26,24 @@ class MigrateOptions:
     """hp_filter: a regex; the layers it finds must be in high precision.
 
     full_precision_matrix_mult: sets it in, or removes it from, every FP8 layer. None keeps it, and takes it from a
-    legacy marker of two elements, as ComfyUI does. header: also write the header's copy.
+    legacy marker of two elements, as ComfyUI does. header: also write the header's copy. scale_name: how the names of
+    scales end that have another program's name and are not certain; they multiply the codes.
     """
 
     hp_filter: str | None = None
     full_precision_matrix_mult: bool | None = None
     input_scale: InputScale = InputScale.KEEP
     header: bool = True
+    scale_name: str | None = None
 
 
 def migrate(src: Source, options: MigrateOptions = MigrateOptions()) -> Rewrite:
     """The same model with every quantized layer in the form that this pack writes; applied twice it changes nothing.
 
     Raises PlanError (a layer of hp_filter is quantized, or it finds none), InputFileError (a layer cannot be
-    decoded; a family of files that this pack does not read).
+    decoded; a family of files that this pack does not read), RequestError (no scale is called scale_name).
     """
-    stored = stored_layers(src)
+    stored = stored_layers(src, options.scale_name)
     foreign = refusal(src)
     if foreign and not stored:
         raise InputFileError(foreign)

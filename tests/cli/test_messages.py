@@ -248,6 +248,12 @@ def test_a_flag_is_named_only_where_the_command_has_it():
             "x. Say which one with --assume, or find out with --against SOURCE instead.",
             "x. Say which one in assume, or connect the original there.",
         ),
+        (
+            "scale_name",
+            Remedy.SAY_SCALE,
+            "x. If they multiply, say how their names end with --scale-name; else take the 16-bit model.",
+            "x. If they multiply, write how their names end into scale_name; else take the 16-bit model.",
+        ),
     ],
 )
 def test_a_setting_has_words_in_the_command_line_and_in_the_nodes(setting, remedy, command, node):
@@ -263,6 +269,9 @@ def test_both_have_words_for_every_remedy_and_send_the_user_to_where_a_format_is
     problem = Problem("x.", "assume", Remedy.SAY_FORMAT)
     assert "`quantpress repair --assume`" in in_flags(problem, argparse.Namespace())
     assert "assume of the node Repair" in in_inputs(problem, ["keep"])
+    problem = Problem("x.", "scale_name", Remedy.SAY_SCALE)
+    assert "`quantpress migrate --scale-name`" in in_flags(problem, argparse.Namespace())
+    assert "scale_name of the node Migrate Legacy File" in in_inputs(problem, ["keep"])
 
 
 def test_a_nodes_error_is_of_the_same_kind_and_names_its_inputs():
