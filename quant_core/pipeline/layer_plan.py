@@ -1,4 +1,4 @@
-"""What happens to one linear layer, decided from headers alone: it is kept as it is, or quantized."""
+"""What happens to one linear layer, decided from headers alone: it is kept, as it is or rewritten, or quantized."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ class Kept(LayerPlan):
     @property
     def bytes_out(self) -> int:
         return self.bytes_in
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten(Kept):
+    """A kept layer that ComfyUI would not read beside the new ones as it is: see kept_layers.py.
+
+    config: its comfy_quant object; None when it is decoded. consumed, outputs: as for Quantized.
+    """
+
+    config: Mapping[str, Any] | None
+    consumed: tuple[str, ...]
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(tensor_bytes(o.dtype, o.shape) for o in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ from ..policy.general import Policy
 from ..policy.recipe import Recipe
 from ..stored.foreign import refusal
 from ..stored.layers import StoredLayer, stored_layers
-from .layer_plan import Kept, LayerPlanner, Quantized, linear_layers, weight_shape
+from ..stored.leftovers import Leftovers, leftovers
+from .kept_layers import in_one_form, rewriting_notes
+from .layer_plan import Kept, LayerPlanner, Quantized, Rewritten, linear_layers, weight_shape
 from .model_rules import rules_of
 from .request import Request
 
@@ -61,6 +63,10 @@ class Plan:
     def kept(self) -> tuple[Kept, ...]:
         return _kept(self.layers)
 
+    @property
+    def rewritten(self) -> tuple[Rewritten, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, Rewritten))
+
 
 def make_plan(
     src: Source,
@@ -93,7 +99,11 @@ def make_plan(
     quantized = _quantized(layers)
     if not quantized:
         raise PlanError([_nothing_to_do(src, _kept(layers), request.recipe)])
-    copied, outputs = _file_contents(src, quantized)
+    left = leftovers(src, stored)
+    if left.problems:
+        raise PlanError([f"{src.path}: {problem}" for problem in left.problems])
+    layers = in_one_form(src, layers, model)
+    copied, outputs = _file_contents(src, layers, left.names)
     nbytes = sum(tensor_bytes(o.dtype, o.shape) for o in outputs)
     return Plan(
         layers,
@@ -102,12 +112,12 @@ def make_plan(
         _metadata(src, request, policy, layers, calibration),
         warnings
         + model.warnings(request.other_runtime)
-        + _warnings(src, layers, calibration)
+        + _warnings(src, layers, left, calibration)
         + _larger(src.nbytes, nbytes)
         + remarks,
         src.nbytes,
         nbytes,
-        _peak_bytes(quantized, calibration),
+        _peak_bytes(layers, calibration),
     )
 
 
@@ -143,10 +153,13 @@ def _keeping(
     return decided, tuple(f"{name}: kept: {reason}" for name, reason in found.items())
 
 
-def _file_contents(src: Source, quantized: Sequence[Quantized]) -> tuple[tuple[str, ...], tuple[OutputTensor, ...]]:
+def _file_contents(
+    src: Source, layers: Sequence[Kept | Quantized], left_out: frozenset[str]
+) -> tuple[tuple[str, ...], tuple[OutputTensor, ...]]:
     """The names of the tensors that are copied, and all tensors of the new file in order."""
-    consumed = {name for layer in quantized for name in layer.consumed}
-    by_weight = {f"{layer.layer}.weight": layer for layer in quantized}
+    made = [layer for layer in layers if isinstance(layer, (Quantized, Rewritten))]
+    consumed = left_out.union(*(layer.consumed for layer in made))
+    by_weight = {f"{layer.layer}.weight": layer for layer in made}
     outputs: list[OutputTensor] = []
     copied: list[str] = []
     for name, info in src.tensors.items():
@@ -190,8 +203,9 @@ def _metadata(
     """
     configs: dict[str, Mapping[str, Any]] = {}
     for layer in layers:
-        if isinstance(layer, Quantized):
-            configs[layer.layer] = layer.config
+        if isinstance(layer, (Quantized, Rewritten)):
+            if layer.config is not None:
+                configs[layer.layer] = layer.config
         elif layer.stored is not None and layer.stored.form.described:
             configs[layer.layer] = layer.stored.config
     record: dict[str, Any] = {
@@ -201,6 +215,9 @@ def _metadata(
         "source_hash": src.identity_hash(),
         "policy": {"keep": list(policy.keep), "only": list(policy.only)},
     }
+    decoded = [layer.layer for layer in layers if isinstance(layer, Rewritten) and layer.config is None]
+    if decoded:
+        record["decoded"] = decoded
     if policy.rules:
         record["policy"]["rules"] = [rule.describe() for rule in policy.rules]
     if request.other_runtime:
@@ -213,12 +230,15 @@ def _metadata(
     return {**src.metadata, HEADER_KEY: build_header_metadata(configs), RECIPE_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _warnings(src: Source, layers: Sequence[Kept | Quantized], calibration: OpenCalibration | None) -> tuple[str, ...]:
+def _warnings(
+    src: Source, layers: Sequence[Kept | Quantized], left: Leftovers, calibration: OpenCalibration | None
+) -> tuple[str, ...]:
     quantized = _quantized(layers)
     found = (
         None if calibration is None else _without_data(quantized, calibration),
         *_quantized_again(quantized),
-        _mixed_forms(_kept(layers)),
+        *rewriting_notes(layers),
+        _left_out(left),
         _low_rank_on_gptq(quantized, calibration),
         diffusers_warning(src.tensors),
     )
@@ -258,14 +278,11 @@ def _quantized_again(quantized: Sequence[Quantized]) -> tuple[str, ...]:
     return (warning,)
 
 
-def _mixed_forms(kept: Sequence[Kept]) -> str | None:
-    forms = sorted({one.stored.form.value for one in kept if one.stored is not None and not one.stored.form.described})
-    if not forms:
+def _left_out(left: Leftovers) -> str | None:
+    if not left.stray:
         return None
-    return (
-        f"Kept layers stay in the {' and '.join(forms)} form, next to comfy_quant ones, and ComfyUI reads "
-        "only one form per file: migrate the source first, or quantize all its layers."
-    )
+    found = counted(len(left.stray), "scale belongs", "scales belong")
+    return f"Left out: {found} to no quantized layer: {some_of(left.stray, shown=3)}."
 
 
 def _low_rank_on_gptq(quantized: Sequence[Quantized], calibration: OpenCalibration | None) -> str | None:
@@ -274,14 +291,16 @@ def _low_rank_on_gptq(quantized: Sequence[Quantized], calibration: OpenCalibrati
     return "The residual LoRA stands on gptq, where it measured worse than none: take rounding nearest with it."
 
 
-def _peak_bytes(quantized: Sequence[Quantized], calibration: OpenCalibration | None) -> int:
+def _peak_bytes(layers: Sequence[Kept | Quantized], calibration: OpenCalibration | None) -> int:
     """Estimate of the process's peak memory in bytes, on the CPU."""
 
-    def cost(layer: Quantized) -> int:
+    def cost(layer: Kept | Quantized) -> int:
         n, k = layer.shape
+        if not isinstance(layer, Quantized):
+            return _WORK_COPIES * 4 * n * k if isinstance(layer, Rewritten) else 0
         hessian = 0 if calibration is None else calibration.hessian_bytes(layer.layer)
         in_slices = layer.recipe.plain and layer.recipe.format.rows_are_independent and layer.stored is None
         work = _SLICE_BYTES if in_slices else (_WORK_COPIES * 4 + 1) * n * k
         return work + _READ_AHEAD_AND_UNWRITTEN * max(layer.bytes_in, layer.bytes_out) + _HESSIAN_COPIES * hessian
 
-    return _BASE_BYTES + max(cost(layer) for layer in quantized)
+    return _BASE_BYTES + max(cost(layer) for layer in layers)

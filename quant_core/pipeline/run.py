@@ -24,8 +24,9 @@ from ..progress import Clock, Progress
 from ..stored.layers import config_tensor_name
 from .feed import Feed, JobData, count_nonfinite, nonfinite_reason, open_feed
 from .in_order.jobs import LiveModel
+from .kept_layers import written_tensors
 from .layer import LayerResult, quantize_layer
-from .layer_plan import Kept, Quantized
+from .layer_plan import Kept, Quantized, Rewritten
 from .plan import Plan, make_plan
 from .report import LayerReport, RunReport
 from .request import Request, pick_device
@@ -84,7 +85,7 @@ def convert(
 def _work(plan: Plan, src: Source) -> tuple[int, int]:
     """How many layers there are to do, and how many bytes of the source."""
     copied = sum(src.tensors[name].nbytes for name in plan.copied)
-    return len(plan.quantized), sum(job.bytes_in for job in plan.quantized) + copied
+    return len(plan.quantized), sum(job.bytes_in for job in (*plan.quantized, *plan.rewritten)) + copied
 
 
 def _report(
@@ -124,7 +125,12 @@ def run(plan: Plan, src: Source, sink: Sink, feed: Feed, device: torch.device, c
         writer = Writer(stack.enter_context(ThreadPoolExecutor(1, "quantpress-write")))
         stack.callback(writer.abandon)
         for layer in plan.kept:
-            yield Step(clock.state(layer.layer), _kept(layer))
+            if isinstance(layer, Rewritten):
+                poll()
+                writer.submit(_write, sink, written_tensors(layer, src))
+                yield Step(clock.advance(layer.layer, layer.bytes_in, layers=0), _kept(layer))
+            else:
+                yield Step(clock.state(layer.layer), _kept(layer))
         for job, data in feed:
             poll()
             began = time.monotonic()

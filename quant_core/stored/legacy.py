@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 LEGACY_MARKER = "scaled_fp8"
 CODED = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 _BARE_SUFFIXES = tuple(suffix for suffix in QUANT_SUFFIXES if suffix not in ("weight", "weight_scalar", DESCRIPTION))
-_INVERSE = "weight_scale_inv"  # transformers' name for 2-D block scales; they multiply on decode all the same
+INVERSE = "weight_scale_inv"  # transformers' name for 2-D block scales; they multiply on decode all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,8 @@ def undescribed_layers(
             yield _legacy(src, layer)
             continue
         names = {suffix: f"{layer}.{suffix}" for suffix in _BARE_SUFFIXES if f"{layer}.{suffix}" in src.tensors}
-        if f"{layer}.{_INVERSE}" in src.tensors:
-            names.setdefault("weight_scale", f"{layer}.{_INVERSE}")
+        if f"{layer}.{INVERSE}" in src.tensors:
+            names.setdefault("weight_scale", f"{layer}.{INVERSE}")
         if layer in others.scales:
             yield _other_name(src, layer, {**names, "weight": name, "weight_scale": others.scales[layer]})
         elif set(names) & {"weight_scale", "weight_s_rel"}:
@@ -147,3 +148,12 @@ def modelopt_to_comfy(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_marker(name: str) -> bool:
     return name == LEGACY_MARKER or name.endswith(f".{LEGACY_MARKER}")
+
+
+def marker_size(src: Source) -> int | None:
+    """Elements of the legacy scaled_fp8 marker; None when there is none.
+
+    Where there are two, ComfyUI multiplies in full precision.
+    """
+    sizes = [math.prod(info.shape) for name, info in src.tensors.items() if is_marker(name)]
+    return max(sizes) if sizes else None

@@ -1,4 +1,4 @@
-"""One stored layer in a draft, turned into the tensors and the config that this pack writes."""
+"""One stored layer in a draft, turned into the tensors that this pack writes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from enum import Enum
 import torch
 
 from ..checkpoint.header import TORCH_TO_CODE
-from ..checkpoint.metadata import Config
 from ..formats.records import TensorSpec
+from ..stored.canonical import is_fp8
 from ..stored.fit import Step
 from ..stored.layers import StoredLayer
 from .rewrite import Draft
-
-_STALE = ("params", "quant_map")  # nested settings, lifted to the root; a codebook that is a tensor now
 
 
 class InputScale(Enum):
@@ -22,30 +20,6 @@ class InputScale(Enum):
     KEEP = "keep"  # none
     UNIT = "unit"  # 1.0
     WEIGHT = "weight"  # the weight's own scale, as text encoders had it
-
-
-def canonical_config(stored: StoredLayer, full_precision: bool | None = None, *, complete: bool = False) -> Config:
-    """The comfy_quant object this pack would have written, with everything else that the layer's own one says.
-
-    full_precision: sets or removes full_precision_matrix_mult; None leaves it. complete: add what other writers leave
-    out, such as per_row, also to a layer that has a description.
-    """
-    config: Config = {key: value for key, value in stored.config.items() if key not in _STALE}
-    config["format"] = stored.format.on_disk
-    if complete or not stored.form.described:
-        derived = stored.format.config(stored.shape, torch.bfloat16)
-        if stored.form.described:
-            derived.pop("dtype", None)  # of the weight it was made from, which nothing tells
-        config |= {key: value for key, value in derived.items() if key not in config}
-    if full_precision is not None and is_fp8(stored):
-        config.pop("full_precision_matrix_mult", None)
-        if full_precision:
-            config["full_precision_matrix_mult"] = True
-    return config
-
-
-def is_fp8(stored: StoredLayer) -> bool:
-    return stored.format.name.startswith("float8")
 
 
 def canonicalize(draft: Draft, stored: StoredLayer, input_scale: InputScale = InputScale.KEEP) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ from ..checkpoint.metadata import Config
 from ..checkpoint.source import Source
 from ..errors import InputFileError, PlanError, Problem, RequestError, counted, some_of
 from ..names.diffusers import diffusers_warning
+from ..stored.canonical import canonical_config
 from ..stored.foreign import refusal
 from ..stored.form import Form
 from ..stored.layers import StoredLayer, stored_layers
-from ..stored.legacy import CODED, LEGACY_NAMES, is_marker
-from .canonicalize import InputScale, canonical_config, canonicalize
+from ..stored.legacy import CODED, LEGACY_NAMES, is_marker, marker_size
+from .canonicalize import InputScale, canonicalize
 from .configs import HeaderMode, write_configs
 from .rewrite import Draft, Rewrite
 
@@ -96,12 +96,6 @@ def compile_pattern(setting: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as err:
         raise RequestError(f"{pattern!r} is not a regular expression: {err}. Escape dots as \\.", setting) from err
-
-
-def marker_size(src: Source) -> int | None:
-    """Elements of the legacy scaled_fp8 marker; None when there is none."""
-    sizes = [math.prod(info.shape) for name, info in src.tensors.items() if is_marker(name)]
-    return max(sizes) if sizes else None
 
 
 def drop_dummies(draft: Draft, stored: Mapping[str, StoredLayer]) -> None:

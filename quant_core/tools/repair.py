@@ -14,9 +14,10 @@ from ..errors import RequestError, counted, some_of
 from ..formats import get_format
 from ..numerics.packing import swizzle_scales
 from ..pipeline.verify import Finding, check_layer
+from ..stored.canonical import canonical_config
 from ..stored.foreign import refusal
 from ..stored.layers import StoredLayer
-from .canonicalize import canonical_config, canonicalize
+from .canonicalize import canonicalize
 from .configs import HeaderMode, write_configs
 from .diagnose import BEYOND_REPAIR, MODELOPT, Diagnosis, diagnose
 from .rewrite import Draft, Rewrite
