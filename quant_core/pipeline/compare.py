@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from ..cancel import poll
 from ..checkpoint.source import Source, open_source
 from ..numerics.metrics import relative_error, snr_db
 from ..progress import Clock, Progress
-from ..stored.layers import stored_layers
+from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES
 from .plan import RECIPE_KEY
 from .verify import Finding, LayerCheck, VerifyReport, check_file
@@ -37,7 +38,7 @@ def verify_file(
     with open_source(path) as src, open_source(against) as ref:
         report = _with_older_forms(src, report)
         layers = tuple(_compare_layers(src, ref, report, worst_allowed, findings, progress))
-        findings += _compare_copies(src, ref, report)
+        findings += _compare_copies(src, ref, report, worst_allowed)
     return VerifyReport(str(path), layers, tuple(findings))
 
 
@@ -103,11 +104,12 @@ def _compare_layers(
         yield LayerCheck(layer, check.format, check.shape, error, snr_db(error))
 
 
-def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Finding]:
+def _compare_copies(src: Source, ref: Source, report: VerifyReport, worst_allowed: float) -> list[Finding]:
     quantized = {f"{layer.layer}." for layer in report.layers}
     consumed = {name for layer in stored_layers(src).values() for name in layer.names.values()}
     corrected = {f"{layer.layer}.bias" for layer in report.layers} if _biases_corrected(src) else set()
-    findings = []
+    theirs, decoded = stored_layers(ref), _decoded_layers(src)
+    findings: list[Finding] = []
     for name, info in src.tensors.items():
         owner, last = name.rpartition(".")[0] + ".", name.rpartition(".")[2]
         if (
@@ -118,6 +120,9 @@ def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Find
         ):
             continue
         poll()
+        if name == f"{owner}weight" and (owner[:-1] in theirs or owner[:-1] in decoded):
+            findings += _compare_decoded(src, ref, name, theirs.get(owner[:-1]), worst_allowed)
+            continue
         other = ref.tensors.get(name)
         if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
             findings.append(
@@ -132,11 +137,43 @@ def _compare_copies(src: Source, ref: Source, report: VerifyReport) -> list[Find
     return findings
 
 
+def _compare_decoded(
+    src: Source, ref: Source, name: str, theirs: StoredLayer | None, worst_allowed: float
+) -> Iterator[Finding]:
+    """A weight that is not quantized here. In the source it is, or it is in that source's own source."""
+    layer, info = name.removesuffix(".weight"), src.tensors[name]
+    if theirs is None and name not in ref.tensors:
+        yield Finding("not-in-source", "error", layer, f"{layer} is not in the source {ref.path.name}.")
+        return
+    weight = src.read(name)
+    reference = ref.read(name).to(torch.float32) if theirs is None else theirs.decode(ref)
+    if reference.shape != weight.shape:
+        text = f"{name} is {list(info.shape)} here and {list(reference.shape)} in the source; this is another model."
+        yield Finding("source-shape", "error", layer, text)
+    elif theirs is not None and not torch.equal(weight.nan_to_num(), reference.to(weight.dtype).nan_to_num()):
+        text = f"{name} is not what the source's quantized layer decodes to, though it is not quantized here."
+        yield Finding("copy-differs", "error", layer, text)
+    elif theirs is None and not relative_error(reference, weight.to(torch.float32)) <= worst_allowed:
+        text = f"{name} was decoded from a quantized file, and differs from the source by more than {worst_allowed}."
+        yield Finding("large-error", "error", layer, text)
+
+
+def _decoded_layers(src: Source) -> frozenset[str]:
+    """The kept layers that the file records as decoded."""
+    found = _record(src).get("decoded")
+    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
+
+
 def _biases_corrected(src: Source) -> bool:
     """Whether the file records that its quantized layers' biases were corrected, and so may differ from the source."""
+    use = _record(src).get("calibration")
+    return isinstance(use, dict) and use.get("bias_correction") is True
+
+
+def _record(src: Source) -> dict[str, Any]:
+    """What QuantPress recorded of the run; nothing, where it did not write the file."""
     try:
         record = json.loads(src.metadata.get(RECIPE_KEY, "{}"))
-    except ValueError:  # not written by QuantPress: nothing may differ
-        return False
-    use = record.get("calibration") if isinstance(record, dict) else None
-    return isinstance(use, dict) and use.get("bias_correction") is True
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
