@@ -99,9 +99,7 @@ def make_plan(
     quantized = _quantized(layers)
     if not quantized:
         raise PlanError([_nothing_to_do(src, _kept(layers), request.recipe)])
-    left = leftovers(src, stored)
-    if left.problems:
-        raise PlanError([f"{src.path}: {problem}" for problem in left.problems])
+    left = _leftovers(src, stored)
     layers = in_one_form(src, layers, model)
     copied, outputs = _file_contents(src, layers, left.names)
     nbytes = sum(tensor_bytes(o.dtype, o.shape) for o in outputs)
@@ -243,6 +241,13 @@ def _warnings(
         diffusers_warning(src.tensors),
     )
     return tuple(warning for warning in found if warning)
+
+
+def _leftovers(src: Source, stored: Mapping[str, StoredLayer]) -> Leftovers:
+    left = leftovers(src, stored)
+    if left.problems:
+        raise PlanError([f"{src.path}: {problem}" for problem in left.problems])
+    return left
 
 
 def _larger(before: int, after: int) -> tuple[str, ...]:

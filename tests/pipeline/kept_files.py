@@ -91,6 +91,10 @@ def inverse(path: Path) -> Path:
     return save(path, renamed(quantized("float8_e4m3fn_blockwise")[0], ".weight_scale", ".weight_scale_inv"))
 
 
+def other_name(path: Path) -> Path:
+    return save(path, renamed(quantized("float8_e4m3fn")[0], ".weight_scale", ".w_scale"))
+
+
 def modelopt(path: Path) -> Path:
     tensors = quantized("nvfp4")[0]
     for layer, (n, k) in SHAPES.items():
@@ -164,6 +168,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "bare, one element": lambda path: bare(path, change=lambda t: t.reshape(1)),
     "bare, MXFP8": lambda path: bare(path, "mxfp8"),
     "bare, transformers": inverse,
+    "other name": other_name,
     "modelopt": modelopt,
     "comfy 4 bit": older_4bit,
     "hybrid_mxfp8": hybrid,
