@@ -46,14 +46,20 @@ def summarize(path: Path) -> dict[str, Any]:
 
     findings = [finding.to_json() for finding in check_file(path).findings]
     with open_source(path) as src:
+        problems = {}
         try:
             stored = stored_layers(src)
         except InputFileError as err:  # a damaged description: the tensors are listed as they lie in the file
-            stored = {}
-            findings.append({"code": "undecodable", "severity": "error", "layer": "", "message": str(err)})
+            stored, problems = {}, {"undecodable": str(err)}
         foreign = refusal(src)
         if foreign is not None:
-            findings.append({"code": "foreign", "severity": "error", "layer": "", "message": foreign})
+            problems["foreign"] = foreign
+        told = {f"{src.path}: {finding['message']}" for finding in findings}
+        findings += [
+            {"code": code, "severity": "error", "layer": "", "message": message}
+            for code, message in problems.items()
+            if message not in told
+        ]
         taken = {name for layer in stored.values() for name in layer.names.values()}
         rest = [info for info in src.tensors.values() if info.name not in taken]
         return {

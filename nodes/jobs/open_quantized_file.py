@@ -47,7 +47,8 @@ def describe(path: Path, name: str) -> str:
         try:
             forms = Counter((layer.form, layer.format.name) for layer in stored_layers(source).values())
         except InputFileError as err:
-            forms, problems = Counter(), {**problems, "": str(err)} if str(err) not in problems.values() else problems
+            forms, text = Counter(), str(err).removeprefix(f"{path}: ")
+            problems = problems if text in problems.values() else {**problems, "": str(err)}
         foreign = refusal(source)
         lines = [
             f"{name}: {detect(path).model or 'unknown model'}, {source.nbytes / 1e9:.3f} GB, "

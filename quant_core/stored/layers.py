@@ -21,6 +21,7 @@ from .fit import INPUT_SCALE, Part, Step, fit, fit_layer, shape_variants
 from .form import Form
 from .legacy import REORDERED, modelopt_to_comfy, undescribed_layers
 from .suffixes import BESIDE_THE_WEIGHT, QUANT_SUFFIXES
+from .unread import codes_problem, require_known
 
 # `hybrid_mxfp8` is MXFP8 with one more number, for GPUs without block scaling; the weight does not depend on it.
 _ALIASES = {"hybrid_mxfp8": "mxfp8"}
@@ -130,8 +131,10 @@ def stored_layers(src: Source, scale_name: str | None = None) -> dict[str, Store
 
     scale_name: how the scales are called, where they have a name that is not known; they multiply the codes.
     Lenient about padding and nesting in the JSON, and about scales of another rank or dtype; InputFileError, naming
-    the layer, where a layer cannot be decoded. RequestError: no scale is called scale_name.
+    the layer, where a layer cannot be decoded, and for the files of other quantizers. RequestError: no scale is
+    called scale_name.
     """
+    require_known(src, scales_named=scale_name is not None)
     found: dict[str, StoredLayer] = {}
     states = {state.layer: state for state in bnb_states(src)}
     for layer, config in layer_configs(src, lenient=True).layers.items():
@@ -141,6 +144,9 @@ def stored_layers(src: Source, scale_name: str | None = None) -> dict[str, Store
         found[layer] = _from_state(src, state)
     for other in undescribed_layers(src, found, scale_name):
         found[other.layer] = describe_layer(src, other.layer, other.config, other.names, other.form)
+    problem = codes_problem(src, found)
+    if problem is not None:
+        raise InputFileError(f"{src.path}: {problem}")
     return found
 
 

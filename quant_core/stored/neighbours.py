@@ -41,3 +41,9 @@ class Neighbours:
             end = other[len(parent) + 1 if parent else 0 :]
             if end.startswith(f"{last}_"):
                 yield Neighbour(other, end[len(last) :], False)
+
+    def siblings(self, name: str) -> list[str]:
+        """The last parts of the names beside it in its module; [] outside of one."""
+        parent, _, last = name.rpartition(".")
+        ends = [other[len(parent) + 1 :] for other in self._within.get(parent, ())] if parent else []
+        return [end for end in ends if end != last]

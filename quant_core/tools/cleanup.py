@@ -7,8 +7,9 @@ import math
 import torch
 
 from ..checkpoint.source import Source
-from ..errors import RequestError
+from ..errors import InputFileError, RequestError
 from ..names.prefixes import checkpoint_prefix
+from ..stored.foreign import refusal
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
 from .rewrite import Draft, Rewrite
 
@@ -20,7 +21,7 @@ def cleanup_legacy(src: Source, *, marker: int = 0, scale_input: bool = False, n
     multiply in full precision), and scales of one element lose their dimensions.
 
     scale_input: 1.0 is added where an FP8 layer has none. normalise: False leaves the scales' shapes.
-    Raises RequestError: no legacy scales in the file, another marker size.
+    Raises RequestError: no legacy scales in the file, another marker size. InputFileError: another quantizer's file.
     """
     if marker not in (0, 2):
         raise RequestError(f"a marker of {marker} elements is not offered. Choose 0, or 2 for full precision.")
@@ -49,7 +50,7 @@ def cleanup_legacy(src: Source, *, marker: int = 0, scale_input: bool = False, n
 def add_legacy_input(src: Source) -> Rewrite:
     """scale_input 1.0 for every FP8 layer without one, and a marker of one element.
 
-    Raises RequestError: not legacy.
+    Raises RequestError: not legacy. InputFileError: another quantizer's file.
     """
     draft = _legacy_draft(src)
     _add_scale_input(draft)
@@ -58,6 +59,9 @@ def add_legacy_input(src: Source) -> Rewrite:
 
 
 def _legacy_draft(src: Source) -> Draft:
+    foreign = refusal(src)
+    if foreign is not None:
+        raise InputFileError(foreign)
     if not any(name.endswith(".scale_weight") for name in src.tensors):
         raise RequestError(
             f"{src.path}: no tensor is called scale_weight, so this is not a legacy fp8_scaled file. For others see "

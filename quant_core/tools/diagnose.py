@@ -24,11 +24,12 @@ from ..stored.inferred import Inferred, infer
 from ..stored.layers import StoredLayer, describe_layer, layer_names
 from ..stored.legacy import CODED, is_modelopt
 from ..stored.suffixes import QUANT_SUFFIXES
+from ..stored.unread import codes_problem
 from .configs import header_object
 from .moved import moved_layers
 
 MODELOPT = "modelopt"
-BEYOND_REPAIR = ("scale-value", "bias-shape", "kernel-refuses", "scale-name")
+BEYOND_REPAIR = ("scale-value", "bias-shape", "kernel-refuses", "scale-name", "foreign")
 
 
 @dataclass(slots=True)
@@ -382,6 +383,9 @@ def _the_rest(src: Source, found: Diagnosis) -> None:
     for finding in check_file(src.path).findings:
         if finding.code in BEYOND_REPAIR:
             found.add(finding, fixed=False)
+    codes = codes_problem(src, found.layers)
+    if codes is not None and not any(finding.code == "foreign" for finding in found.findings):
+        found.note("undescribed", "", codes, fixed=False)
     if found.layers and (problem := diffusers_warning(src.tensors)):
         found.note("diffusers-names", "", problem, "warning", fixed=False)
     legacy = [name for name in src.tensors if name.endswith(".scale_weight")]

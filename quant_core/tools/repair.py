@@ -50,7 +50,8 @@ def repair(src: Source, *, assume: str | None = None, unswizzled: bool = False) 
     if assume is not None and assume != MODELOPT:
         get_format(assume)  # a name that no layer needs is wrong all the same
     found = diagnose(src, assume)
-    if not found.layers and (foreign := refusal(src)):
+    named = any(finding.code in ("foreign", "undescribed") for finding in found.findings)
+    if not found.layers and not named and (foreign := refusal(src)):
         found.note("foreign", "", foreign, fixed=False)
     draft = Draft(src)
     configs: dict[str, Config] = {}
