@@ -110,5 +110,5 @@ def _convert(request: Request, progress: NodeProgress, model: Any) -> dict[str, 
         model_management.soft_empty_cache()
     warnings = [in_inputs(warning, ("input_scales",)) for warning in report.warnings]
     if not detection.model:
-        warnings.append("ComfyUI does not recognise this model: general rules decided, check the result.")
+        warnings.append("This ComfyUI does not recognise the model and cannot load it: a newer one may.")
     return {**report.to_json(), "architecture": detection.model, "warnings": warnings}

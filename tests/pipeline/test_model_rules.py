@@ -33,9 +33,10 @@ def recipe(name: str) -> Recipe:
     return parse_recipe(get_format(name), "absmax", "nearest")
 
 
-def plan_of(path: Path, fmt: str = "int8_rowwise", policy: Policy = Policy(), **options) -> Plan:
+def plan_of(path: Path, fmt: str = "int8_rowwise", policy: Policy | None = None, **options) -> Plan:
     with open_source(path) as src:
-        return make_plan(src, Request(path, path.with_name("out.safetensors"), recipe(fmt), policy, **options))
+        target = path.with_name("out.safetensors")
+        return make_plan(src, Request(path, target, recipe(fmt), policy or Policy(), **options))
 
 
 def reasons(plan: Plan) -> dict[str, str]:
@@ -151,7 +152,7 @@ def test_a_model_that_only_some_loaders_run_quantized_is_said(tmp_path):
 
 
 def quantized_by_a_stranger(path: Path, layers: dict[str, str]) -> Path:
-    """The file with these layers quantized, {layer: format}, whatever they are: as a tool does that knows no models."""
+    """The file with these layers, {layer: format}, quantized: as a tool does that knows no models."""
     tensors, out = load_file(path), path.with_name("stranger.safetensors")
     described = {}
     for layer, name in layers.items():

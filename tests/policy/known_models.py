@@ -1,4 +1,4 @@
-"""Files of every model in the table of architectures: names as in the real ones, sizes real only in what detection reads."""
+"""Files of every model in the table of architectures: real names, sizes real only in what detection reads."""
 
 from __future__ import annotations
 
