@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from ...quant_core.errors import counted
-from ...quant_core.names.prefixes import MODEL_PREFIX
 from ..shared import rewriting
 from ..shared.interrupt import stop_on_signal
 from ..shared.progress import show_progress
@@ -24,14 +23,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_lora(actions)
     extract = actions.add_parser("extract", help="the diffusion model out of a full checkpoint")
     rewriting.add_arguments(extract)
-    extract.add_argument("--prefix", default=MODEL_PREFIX, help="of its tensors (default: %(default)s)")
+    extract.add_argument(
+        "--prefix", help="what the names of its tensors begin with, with the last dot (default: as found)"
+    )
     extract.set_defaults(run=_extract)
     insert = actions.add_parser("insert", help="another diffusion model into a full checkpoint")
     insert.add_argument("input", metavar="CHECKPOINT", type=Path)
     insert.add_argument("model", metavar="MODEL", type=Path)
     insert.add_argument("output", metavar="OUTPUT", type=Path, nargs="?")
     rewriting.add_common(insert)
-    insert.add_argument("--prefix", default=MODEL_PREFIX, help="of the tensors replaced (default: %(default)s)")
+    insert.add_argument("--prefix", help="what the names of the tensors replaced begin with (default: as found)")
     insert.add_argument("--force", action="store_true", help="even if the two differ in their weights' names")
     insert.set_defaults(run=_insert)
     join = actions.add_parser(

@@ -24,7 +24,7 @@ def extract_model(source: SourceHandle, prefix: str, progress: NodeProgress) -> 
     with open_source(path) as src:
         rest = len(src.tensors) - report["tensors"]
     text = (
-        f"{detect(spool).model or 'unknown model'}: {counted(report['tensors'], 'tensor')} under {found!r}, "
+        f"{detect(spool).model or 'unknown model'}: {counted(report['tensors'], 'tensor')} under {found or ''!r}, "
         f"{report['bytes'] / 1e9:.3f} GB; {rest} others left out"
     )
     return SourceHandle(spool, source.label, NAME, origins_of(source)), text

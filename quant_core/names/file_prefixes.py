@@ -1,44 +1,39 @@
-"""What stands before the names of a model's tensors: ComfyUI's own prefixes, and those that wrappers leave."""
+"""What stands before the names of all of a file's tensors: known prefixes, and what no table knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-# What ComfyUI takes off (unet_prefix_from_state_dict in comfy/model_detection.py). The first three win by number.
-COMFYUI = ("model.diffusion_model.", "model.model.", "net.", "model.")
-_MORE_THAN = 5  # names, below which ComfyUI does not believe in one of the first three
+from .prefixes import COMFYUI, INNER, known_prefix, prefixes_of, unwrapped
 
-# What training code and other programs put there; ComfyUI takes none of them off.
-WRAPPERS = (
-    "_fsdp_wrapped_module.",
-    "_orig_mod.",
-    "base_model.model.",
-    "diffusion_model.",
-    "dit.",
-    "ema.",
-    "ema_model.",
-    "generator.",
-    "model_ema.",
-    "module.",
-    "online_model.",
-    "pipe.dit.",
-    "state_dict.",
-    "student.",
-    "transformer.",
-    "unet.",
-)
-_ALL = tuple(sorted({*COMFYUI, *WRAPPERS}, key=len, reverse=True))
+_MORE_THAN = 5  # names, below which ComfyUI does not believe in one of its first three prefixes
 
 
 def possible_prefixes(names: Iterable[str]) -> list[str]:
-    """Every prefix, "" first, that some name can have: known ones in a row. The longest known part goes first."""
-    found: dict[str, None] = {"": None}
-    for name in names:
-        prefix = ""
-        while (part := next((part for part in _ALL if name.startswith(part, len(prefix))), None)) is not None:
-            prefix += part
-            found[prefix] = None
-    return list(found)
+    """Every prefix, "" first, that some name can have: known ones in a row."""
+    return list(dict.fromkeys(["", *(prefix for name in names for prefix in prefixes_of(name))]))
+
+
+def shared_prefixes(names: Sequence[str]) -> list[str]:
+    """What more than half of the names begin with, up to a dot, and more than half of those, and so on."""
+    found: list[str] = []
+    here, prefix = list(names), ""
+    while here:
+        parts = Counter(name[len(prefix) : name.find(".", len(prefix)) + 1] for name in here)
+        part, count = parts.most_common(1)[0]
+        if not part or 2 * count <= len(here):
+            break
+        prefix += part
+        here = [name for name in here if name.startswith(prefix)]
+        found.append(prefix)
+    return found
+
+
+def inner_wrappers(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of INNER that stand in the middle of some name."""
+    wrapped = [name.removeprefix(known_prefix(name)) for name in names if unwrapped(name) != name]
+    return tuple(part for part in INNER if any(f".{part}" in name for name in wrapped))
 
 
 def prefix_for_comfyui(names: Iterable[str]) -> str:

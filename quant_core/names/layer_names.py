@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from .diffusers_layers import aliases
 from .layer_cuts import Cut
-from .prefixes import UNDERSCORE_PREFIXES, strip_prefixes
+from .prefixes import UNDERSCORE_PREFIXES, strip_prefix
 
 _OUT = ".to_out.0"  # some tools leave the number out
 
@@ -30,7 +30,7 @@ class LayerNames:
         self._joined: dict[str, dict[str, Place]] = {}
         own: dict[str, list[str]] = {}
         for name in self._exact:
-            own.setdefault(strip_prefixes(name), []).append(name)
+            own.setdefault(strip_prefix(name), []).append(name)
         for alias, layers in own.items():
             for name in layers:
                 self._learn(alias, Place(name))
@@ -58,7 +58,7 @@ class LayerNames:
         """
         if name in self._exact:
             return self._exact[name]
-        found = self._dotted.get(strip_prefixes(name), {})
+        found = self._dotted.get(strip_prefix(name), {})
         prefixes = iter([prefix for prefix in UNDERSCORE_PREFIXES if name.startswith(prefix)])
         while not found and (prefix := next(prefixes, None)) is not None:
             found = self._joined.get(name[len(prefix) :], {})

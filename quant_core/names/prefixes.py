@@ -8,11 +8,33 @@ from collections.abc import Callable, Iterator
 MODEL_PREFIX = "model.diffusion_model."  # of the diffusion model in a full checkpoint
 BARE_MODEL_PREFIX = "diffusion_model."  # of the same model alone, as ComfyUI's LoRA loaders look its layers up
 
-# The three lists go from long to short: `model.diffusion_model.` must be tried before `model.`.
-# Of checkpoints. A name has one of them at most.
-CHECKPOINT_PREFIXES = (MODEL_PREFIX, BARE_MODEL_PREFIX, "transformer.", "model.", "net.")
-# Of anything that names layers, LoRAs included. Several may stand in a row.
-ANY_PREFIXES = ("base_model.model.", MODEL_PREFIX, BARE_MODEL_PREFIX, "transformer.", "unet.", "net.", "model.")
+# What ComfyUI takes off (unet_prefix_from_state_dict in comfy/model_detection.py).
+COMFYUI = (MODEL_PREFIX, "model.model.", "net.", "model.")
+# What training code and other programs put there; ComfyUI takes none of them off.
+WRAPPERS = (
+    "_checkpoint_wrapped_module.",
+    "_forward_module.",
+    "_fsdp_wrapped_module.",
+    "_orig_mod.",
+    "base_model.model.",
+    BARE_MODEL_PREFIX,
+    "dit.",
+    "ema.",
+    "ema_model.",
+    "generator.",
+    "model_ema.",
+    "module.",
+    "online_model.",
+    "pipe.dit.",
+    "state_dict.",
+    "student.",
+    "transformer.",
+    "unet.",
+)
+# What wrappers of single blocks leave in the middle of a name.
+INNER = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+# From long to short: `model.diffusion_model.` must be tried before `model.`.
+_ALL = tuple(sorted({*COMFYUI, *WRAPPERS}, key=len, reverse=True))
 # Kohya-type LoRAs join names with underscores after one of these.
 UNDERSCORE_PREFIXES = (
     "lora_unet__",  # Wan Fun
@@ -31,23 +53,33 @@ TEXT_ENCODER = re.compile(
 )
 
 
+def prefixes_of(name: str) -> Iterator[str]:
+    """What may be the prefix of this name: its first known part, the first two together, and so on."""
+    prefix = ""
+    while (part := next((part for part in _ALL if name.startswith(part, len(prefix))), None)) is not None:
+        prefix += part
+        if len(prefix) == len(name):
+            return
+        yield prefix
+
+
+def known_prefix(name: str) -> str:
+    """All known parts that the name begins with; "" when there is none."""
+    return max(prefixes_of(name), key=len, default="")
+
+
 def strip_prefix(name: str) -> str:
-    """The name without its checkpoint prefix."""
-    return name[len(checkpoint_prefix(name)) :]
+    """The name without any known part before it."""
+    return name[len(known_prefix(name)) :]
 
 
-def checkpoint_prefix(name: str) -> str:
-    """The one of CHECKPOINT_PREFIXES that the name begins with; "" when there is none."""
-    return next((prefix for prefix in CHECKPOINT_PREFIXES if name.startswith(prefix)), "")
-
-
-def strip_prefixes(name: str) -> str:
-    """The name without any of ANY_PREFIXES before it."""
-    while True:
-        found = next((prefix for prefix in ANY_PREFIXES if name.startswith(prefix) and len(name) > len(prefix)), None)
-        if found is None:
-            return name
-        name = name[len(found) :]
+def unwrapped(name: str) -> str:
+    """The name without what wrappers of single blocks left inside it. What stands before it stays."""
+    prefix = known_prefix(name)
+    own = name[len(prefix) :]
+    for part in INNER:
+        own = own.replace(f".{part}", ".")
+    return prefix + own
 
 
 def lora_name(layer: str) -> str:
@@ -59,8 +91,8 @@ def lora_name(layer: str) -> str:
 
 
 def prefix_changes() -> Iterator[Callable[[str], str]]:
-    """Adding, and removing, each prefix that checkpoints have."""
-    for prefix in CHECKPOINT_PREFIXES:
+    """Adding, and removing, each known prefix."""
+    for prefix in _ALL:
         yield prefix.__add__
         yield _remover(prefix)
 

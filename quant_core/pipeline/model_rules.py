@@ -60,9 +60,10 @@ class ModelRules:
         known = self.known
         if known is None:
             return name_rule(layer) or (None if in_numbered_block(layer) else OUTSIDE)
-        if not layer.startswith(known.prefix):
+        own = known.own_name(layer)
+        if own is None:
             return name_rule(layer) or f"not a part of {self.name}"
-        own = layer.removeprefix(known.prefix).removeprefix(known.architecture.prefix)
+        own = own.removeprefix(known.architecture.prefix)
         return name_rule(own) or (None if in_numbered_block(own) else OUTSIDE)
 
     def not_run_quantized(self) -> str | None:
@@ -82,9 +83,12 @@ class ModelRules:
         known = self.known
         if known is None or known.comfyui_finds_it:
             return None
+        where = [f"begin with {known.prefix!r}"] if known.prefix and not known.inner else []
+        where += [f"contain {part!r}" for part in known.inner]
         return (
-            f"the names of {self.name} begin with {known.prefix!r}, which ComfyUI does not take off, so it would not "
-            "recognise the file. Take it off first: `quantpress merge extract` does, given that prefix."
+            f"the names of {self.name} {' and '.join(where)}, which ComfyUI does not take off, so it would not "
+            "recognise the file. Take it off first: `quantpress merge extract` and the node Extract Diffusion Model "
+            "do."
         )
 
     def problem(self) -> Problem | None:

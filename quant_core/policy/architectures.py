@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from ..names.file_prefixes import WRAPPERS, possible_prefixes, prefix_for_comfyui
+from ..names.file_prefixes import inner_wrappers, possible_prefixes, prefix_for_comfyui, shared_prefixes
+from ..names.prefixes import WRAPPERS, unwrapped
 
 Kind = Literal["linear", "embedding", "parameter", "conv", "gate"]
 Shapes = Mapping[str, Sequence[int]]
@@ -82,23 +83,30 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A file's model. prefix: what its names begin with. comfyui_finds_it: whether ComfyUI takes just that off."""
+    """A file's model.
+
+    prefix: what its names begin with. inner: parts that wrappers of single blocks left inside its names.
+    comfyui_finds_it: whether ComfyUI takes just that off.
+    """
 
     architecture: Architecture
     prefix: str
     comfyui_finds_it: bool
+    inner: tuple[str, ...] = ()
 
     def kind_of(self, weight: str) -> Kind | None:
         """As Architecture's, by the name in the file; None for the parts of a checkpoint beside the model."""
-        own = self._own(weight)
+        own = self.own_name(weight)
         return None if own is None else self.architecture.kind_of(own)
 
     def shape_read(self, weight: str) -> bool:
-        own = self._own(weight)
+        own = self.own_name(weight)
         return own is not None and self.architecture.shape_read(own)
 
-    def _own(self, name: str) -> str | None:
-        return name[len(self.prefix) :] if name.startswith(self.prefix) else None
+    def own_name(self, name: str) -> str | None:
+        """The name without what stands before and inside it; None for what is no part of the model."""
+        own = unwrapped(name)
+        return own[len(self.prefix) :] if own.startswith(self.prefix) else None
 
 
 def generalise(name: str) -> str:
@@ -139,8 +147,18 @@ def recognise(tensors: Shapes) -> KnownModel | None:
     Of a whole checkpoint it is the diffusion model. None when it is none of the table's; most models under diffusers'
     names are none.
     """
-    by_prefix = {prefix: _own(tensors, prefix) for prefix in possible_prefixes(tensors)}
-    plain = {prefix: own for prefix, own in by_prefix.items() if _only_wrappers(prefix)}
+    inner = inner_wrappers(tensors)
+    plain = {unwrapped(name): shape for name, shape in tensors.items()} if inner else tensors
+    known = _behind(plain, possible_prefixes(plain))
+    if known is None:
+        known = _behind(plain, shared := shared_prefixes(list(plain)), any_sort=frozenset(shared))
+    return replace(known, inner=inner, comfyui_finds_it=False) if known is not None and inner else known
+
+
+def _behind(tensors: Shapes, prefixes: Sequence[str], any_sort: frozenset[str] = frozenset()) -> KnownModel | None:
+    """any_sort: prefixes behind which there may be a model of any sort, besides those of wrappers."""
+    by_prefix = {prefix: _own(tensors, prefix) for prefix in prefixes}
+    plain = {prefix: own for prefix, own in by_prefix.items() if prefix in any_sort or _only_wrappers(prefix)}
     return (
         _by_marks(plain, first=True)
         or _best_fit(tensors, by_prefix)

@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoint.source import Source
 from ..errors import InputFileError, RequestError
-from ..names.prefixes import checkpoint_prefix
+from ..names.prefixes import known_prefix
 from ..stored.foreign import refusal
 from ..stored.legacy import LEGACY_MARKER, LEGACY_NAMES, is_marker
 from .rewrite import Draft, Rewrite
@@ -84,7 +84,7 @@ def _set_marker(draft: Draft, size: int) -> None:
     markers = [name for name in draft if is_marker(name)]
     if not markers:
         first = next(name for name in draft if name.endswith(".scale_weight"))
-        markers = [checkpoint_prefix(first) + LEGACY_MARKER]
+        markers = [known_prefix(first) + LEGACY_MARKER]
     for name in markers:
         if name not in draft or math.prod(src.tensors[name].shape) != size or len(src.tensors[name].shape) != 1:
             of = (name,) if name in draft else ()

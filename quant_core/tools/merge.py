@@ -14,7 +14,8 @@ from ..checkpoint.same_file import require_not_source
 from ..checkpoint.source import Source
 from ..checkpoint.suffixes import INDEX_SUFFIX, has_suffix, without_suffix
 from ..errors import OutputError, PlanError, Problem, Remedy, RequestError, counted, some_of
-from ..names.prefixes import MODEL_PREFIX
+from ..names.prefixes import MODEL_PREFIX, unwrapped
+from ..policy.architectures import recognise
 from ..progress import Clock, Progress
 from ..stored.foreign import part_of, refusal
 from ..stored.suffixes import QUANT_SUFFIXES
@@ -22,40 +23,71 @@ from .configs import header_object
 from .rewrite import Draft, Rewrite
 
 
-def extract(src: Source, prefix: str = MODEL_PREFIX) -> Rewrite:
+def model_prefix(src: Source) -> str | None:
+    """What the names of the file's model begin with; None where the model is unknown, or its names need no change."""
+    known = recognise({name: info.shape for name, info in src.tensors.items()})
+    return known.prefix if known is not None and (known.prefix or known.inner) else None
+
+
+def extract(src: Source, prefix: str | None = None) -> Rewrite:
     """The tensors under `prefix`, without it; the header's entries for them follow. All else is left out.
 
-    Raises RequestError: nothing is under the prefix.
+    What wrappers of single blocks left inside the names (`_orig_mod.`) is taken off too.
+    prefix: None for the one that is found. Raises RequestError: nothing is under the prefix.
     """
-    if not any(name.startswith(prefix) for name in src.tensors):
-        raise RequestError(
-            f"{src.path}: no tensor's name begins with {prefix!r}; it holds {some_of(list(src.tensors), shown=3)}. "
-            "Use the file as it is.",
-            "prefix",
-            Remedy.PREFIX,
-        )
+    given, prefix = prefix, _prefix(src, prefix)
+    names = {name: own for name in src.tensors if (own := _own_name(name, prefix)) is not None}
+    if not names:
+        raise _nothing_under(src, prefix, given is not None)
+    first: dict[str, str] = {}
     draft = Draft(src, empty=True)
-    for name in src.tensors:
-        if name.startswith(prefix):
-            draft.take(src, name, name.removeprefix(prefix))
-    _rename_header(draft, lambda layer: layer.removeprefix(prefix) if layer.startswith(prefix) else None)
+    for name, own in names.items():
+        if own in first:
+            raise RequestError(
+                f"{src.path}: {first[own]} and {name} would both be called {own}. The file holds the model twice, or "
+                "a part of it; save it again from the program that made it."
+            )
+        first[own] = name
+        draft.take(src, name, own)
+    _rename_header(draft, lambda layer: _own_name(layer, prefix))
     return draft.finish()
 
 
-def insert(checkpoint: Source, model: Source, prefix: str = MODEL_PREFIX, *, force: bool = False) -> Rewrite:
+def _prefix(src: Source, given: str | None) -> str:
+    if given is not None:
+        return given
+    found = model_prefix(src)
+    return MODEL_PREFIX if found is None else found
+
+
+def _own_name(name: str, prefix: str) -> str | None:
+    """The name without the prefix and without wrappers inside it; None for what is not under the prefix."""
+    behind = next((form[len(prefix) :] for form in (name, unwrapped(name)) if form.startswith(prefix)), None)
+    return None if behind is None else unwrapped(behind)
+
+
+def _nothing_under(src: Source, prefix: str, given: bool) -> RequestError:
+    names = list(src.tensors)
+    what = f"no tensor's name begins with {prefix!r}" if given else "it is not a full checkpoint of a known model"
+    return RequestError(
+        f"{src.path}: {what}; its tensors are called like {some_of([names[len(names) // 2], names[-1]])}. "
+        "A diffusion model alone is used as it is; for a checkpoint of another program give the prefix.",
+        "prefix",
+        Remedy.PREFIX,
+    )
+
+
+def insert(checkpoint: Source, model: Source, prefix: str | None = None, *, force: bool = False) -> Rewrite:
     """The checkpoint with the tensors under `prefix` replaced by all of the model's.
 
+    prefix: None for the one that is found.
     Raises PlanError: the checkpoint has weights or biases there that the model lacks, or the other way round, unless
     forced; RequestError: the checkpoint has nothing there.
     """
+    given, prefix = prefix, _prefix(checkpoint, prefix)
     here = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
     if not here:
-        raise RequestError(
-            f"{checkpoint.path}: no tensor's name begins with {prefix!r}, so it holds no diffusion model to replace. "
-            "Take a full checkpoint.",
-            "prefix",
-            Remedy.PREFIX,
-        )
+        raise _nothing_under(checkpoint, prefix, given is not None)
     strip = prefix if all(name.startswith(prefix) for name in model.tensors) else ""
     there = {name.removeprefix(strip) for name in model.tensors}
     problems = [

@@ -6,7 +6,7 @@ import torch
 
 from ..checkpoint.source import Source
 from ..errors import PlanError, RequestError, counted, some_of
-from ..names.prefixes import checkpoint_prefix
+from ..names.prefixes import known_prefix
 from ..stored.layers import StoredLayer, stored_layers
 from ..stored.legacy import LEGACY_MARKER
 from .canonicalize import canonicalize
@@ -34,7 +34,7 @@ def to_legacy(src: Source, *, scale_input: bool = False) -> Rewrite:
         elif scale_input:
             draft.put(f"{layer}.scale_input", torch.ones(()), after=f"{layer}.weight")
     write_configs(draft, dict.fromkeys(stored), HeaderMode.DROP)
-    prefix = checkpoint_prefix(next(iter(stored)))
+    prefix = known_prefix(next(iter(stored)))
     draft.put(prefix + LEGACY_MARKER, torch.zeros(2 if full_precision else 0).to(torch.float8_e4m3fn))
     return draft.finish()
 

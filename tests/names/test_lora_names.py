@@ -14,7 +14,7 @@ from comfyui_quantpress.quant_core.input_scales.synthesise import (
 from comfyui_quantpress.quant_core.names.diffusers_layers import aliases
 from comfyui_quantpress.quant_core.names.layer_names import LayerNames
 from comfyui_quantpress.quant_core.names.lora_keys import Factor, LoraKey, index_lora, parse_lora_key
-from comfyui_quantpress.quant_core.names.prefixes import strip_prefixes
+from comfyui_quantpress.quant_core.names.prefixes import strip_prefix
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -108,7 +108,7 @@ def test_a_name_that_fits_two_layers_is_an_error():
 
 
 def test_stripping_never_empties_a_name():
-    assert strip_prefixes("model.") == "model." and strip_prefixes("transformer.model.") == "model."
+    assert strip_prefix("model.") == "model." and strip_prefix("transformer.model.") == "model."
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from comfyui_quantpress.quant_core.names.file_prefixes import COMFYUI, WRAPPERS
+from comfyui_quantpress.quant_core.names.prefixes import COMFYUI, INNER, WRAPPERS
 from comfyui_quantpress.quant_core.policy.architectures import (
     DIFFUSION_MODEL,
     TABLE,
@@ -92,6 +92,29 @@ def test_a_prefix_is_told_apart_and_whether_comfyui_finds_the_model_behind_it(pr
         model = recognise(state_of(known, 3, prefix))
         assert model and (model.architecture.id, model.prefix) == (known.id, prefix)
         assert model.comfyui_finds_it == (prefix in ("", *COMFYUI))
+
+
+@pytest.mark.parametrize("prefix", ["denoiser.", "first_stage.", "wrapped.inner.", "backbone._orig_mod."])
+def test_a_prefix_that_no_table_knows_is_found_where_most_names_share_it(prefix):
+    for known in (KNOWN["flux"], KNOWN["wan"], KNOWN["sdxl"], KNOWN["t5_xxl"]):
+        state = state_of(known, 3, prefix) | {"epoch": (), "optimizer.state.0.exp_avg": (8, 8)}
+        model = recognise(state)
+        assert model and model.architecture.id == known.id and not model.comfyui_finds_it
+        linear = next(name for name, kind in known.patterns.items() if kind == "linear")
+        assert model.kind_of(f"{prefix}{numbered(linear, 1)[0]}") == "linear"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module."])
+@pytest.mark.parametrize("part", INNER)
+def test_what_wrappers_leave_inside_names_is_seen_through(part, prefix):
+    for known in (KNOWN["flux"], KNOWN["wan"], KNOWN["sdxl"]):
+        state = {name.replace(".0.", f".0.{part}", 1): shape for name, shape in state_of(known, 3, prefix).items()}
+        model = recognise(state)
+        assert model and (model.architecture.id, model.prefix, model.inner) == (known.id, prefix, (part,))
+        assert not model.comfyui_finds_it
+        for name in state:
+            plain = name.replace(part, "").removeprefix(prefix)
+            assert model.kind_of(name) == known.kind_of(plain), name
 
 
 def test_the_model_of_a_whole_checkpoint_is_the_diffusion_model():
