@@ -13,7 +13,7 @@ that product has on average, so that a single output near 0 counts for nothing. 
 what rounding the inputs to the format's own type gives. Without a GPU it runs on the CPU, where comfy-kitchen's
 kernels take everything; then only the script is tried.
 
-    python bench/odd_k.py [--formats stock|ours|NAME ...] [--out rows.jsonl] [--quick] [--every-route]
+    python bench/odd_k.py [--formats stock|ours|NAME ...] [--out rows.jsonl] [--kinds] [--quick] [--every-route]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -39,7 +40,6 @@ from comfyui_quantpress.layouts import register_layouts, tensor_of_layer
 from comfyui_quantpress.quant_core.errors import QuantPressError
 from comfyui_quantpress.quant_core.formats import all_formats
 from comfyui_quantpress.quant_core.formats.base import Format
-from comfyui_quantpress.quant_core.formats.records import KernelLimits
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -50,6 +50,7 @@ OUTPUTS = (320, 1000, 322, 72, 8, 3, 1)
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 256, 600)
 QUICK = {"widths": (320, 1024, 102), "outputs": (72, 3), "rows": (0, 1, 9)}
 ROTATIONS = (16, 64, 256, 1024)
+GROUP_SIZES = {"awq_w4a16": (32, 64, 128)}  # that its JSON can name, besides those that the pack offers
 INPUT_QUANTIZED_BY_COMFYUI = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8")
 # What a layout or a kernel raises. RuntimeError includes torch's own and those of the compiled extension.
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, QuantPressError)
@@ -68,17 +69,17 @@ def variants(names: list[str]) -> Iterator[Format]:
         group = "ours" if fmt.runtime.native_since is None else "stock"
         if fmt.name not in names and group not in names:
             continue
-        for size in fmt.group_sizes or (fmt.group_size,):
+        for size in GROUP_SIZES.get(fmt.name) or fmt.group_sizes or (fmt.group_size,):
             for rotation in ROTATIONS if fmt.rotation is not None else (None,):
                 yield replace(fmt, group_size=size, rotation=rotation)
 
 
 def sizes_of(fmt: Format, quick: bool) -> Iterator[tuple[int, int]]:
     """[N, K] that the format can store; whether a kernel runs it is the question."""
-    free = replace(fmt, rotations=(), runtime=replace(fmt.runtime, limits=KernelLimits()))
+    free = replace(fmt, rotations=())
     for k in QUICK["widths"] if quick else WIDTHS:
         for n in (fmt.block_rows,) if fmt.block_rows > 1 else QUICK["outputs"] if quick else OUTPUTS:
-            if free.problem((n, k)) is None:
+            if free.misfit((n, k)) is None:
                 yield n, k
 
 
@@ -222,10 +223,28 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{len(rows)} rows, {len(failed)} failed, {sum(bool(r.get('offered')) for r in failed)} of them offered"
 
 
+def kinds_of(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the rows say, in one row for each variant, route and outcome: how many, of which sizes."""
+    same = ("machine", "torch", "kitchen", "format", "group_size", "rotation", "route", "ok", "error")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        what = {key: row.get(key) for key in same}
+        if what["error"]:
+            what["error"] = re.sub(r"\d+x\d+", "NxK", re.sub(r"but got.*", "but got another", what["error"]))
+        groups.setdefault(json.dumps(what), []).append(row)
+    for what, found in groups.items():
+        sizes = {
+            key: sorted({row[key] for row in found if row.get(key) is not None}) for key in ("N", "K", "M", "bias")
+        }
+        errors = [row["relative_error"] for row in found if row.get("relative_error") is not None]
+        yield {**json.loads(what), "rows": len(found), **sizes, "largest_error": max(errors, default=None)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=["stock"], help="names, or stock (the default), or ours")
     parser.add_argument("--out", type=Path, help="write the rows to this file, and print only a summary")
+    parser.add_argument("--kinds", action="store_true", help="one row for each variant, route and outcome")
     parser.add_argument("--quick", action="store_true", help="a few sizes, to try the script")
     parser.add_argument(
         "--every-route",
@@ -246,10 +265,11 @@ def main() -> None:
     with ThreadPoolExecutor(PROCESSES if CUDA else 1) as pool:
         found = pool.map(lambda one: start_variant(*one, arguments), list(enumerate(chosen)))
         rows = [{**common, **row} for part in found for row in part]
+    lines = [json.dumps(row) for row in (kinds_of(rows) if arguments.kinds else rows)]
     if arguments.out:
-        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
-        print("\n".join(json.dumps(row) for row in rows))
+        print("\n".join(lines))
     print(*summary(rows), sep="\n", file=sys.stderr)
 
 

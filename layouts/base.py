@@ -46,7 +46,7 @@ class QuantPressLayout(QuantizedLayout):
         """
         fmt = cls._format(group_size, codebook)
         shape = tuple(tensor.shape)
-        problem = fmt.problem(shape)
+        problem = fmt.misfit(shape)
         if problem:
             raise RequestError(f"a weight cannot be quantized: {problem}. Leave the layer unquantized.")
         work = fmt.prepare(tensor.detach().to(torch.float32).contiguous())

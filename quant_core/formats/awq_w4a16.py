@@ -13,7 +13,7 @@ from ..numerics.packing import pack_nibbles, unpack_nibbles
 from ..numerics.scale_dtypes import SCALE_BF16
 from ..numerics.scales import Granularity, QParams, divide, given
 from .base import Format
-from .records import ColumnGrid, Runtime, TensorSpec
+from .records import ColumnGrid, KernelLimits, Runtime, TensorSpec
 
 # value = (code - 8) * scale + zero
 UINT4 = CodebookElement("uint4", tuple(float(v) for v in range(-8, 8)))
@@ -114,9 +114,10 @@ FORMAT = AwqW4A16(
     element=UINT4,
     granularity=Granularity.GROUP,
     group_size=64,
-    group_sizes=(32, 64, 128),
+    group_sizes=(64,),
     scale_dtype=SCALE_BF16,
-    runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30"),
+    # comfy-kitchen 0.2.24 and 0.2.40: for 9 to 256 rows its kernel takes 64 for granted, others come out wrong
+    runtime=Runtime("TensorCoreAWQW4A16Layout", native_since="0.30", limits=KernelLimits(group_sizes=(64,))),
     # half a step (1/15 of a range of at most twice absmax), bf16's rounding of scale (8 steps) and zero point
     error_bound=1 / 15 + 8 * (2 / 15) * 2.0**-8 + 2.0**-8 * 1.1 + 1e-5,
     source="comfy-kitchen TensorCoreAWQW4A16Layout (decoder; it has no encoder)",

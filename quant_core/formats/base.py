@@ -52,15 +52,23 @@ class Format(ElementGrid):
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot take the format, as a phrase; None when it can, and then runs."""
         fmt = self.for_shape(shape) if len(shape) == 2 else self
-        return super().problem(shape) or fmt.refused_by_kernels(shape)
+        return self.misfit(shape) or fmt.refused_by_kernels(shape)
 
-    def refused_by_kernels(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight that is stored so stops when it runs on a GPU, as a phrase; None when it runs."""
+    def refused_by_kernels(self, shape: tuple[int, ...], config: Mapping[str, Any] | None = None) -> str | None:
+        """Why a weight that is stored so stops or goes wrong when it runs on a GPU, as a phrase; None when it runs.
+
+        config: its comfy_quant object.
+        """
         limits = self.runtime.limits
+        if limits.of_quantized_inputs and config is not None and config.get("full_precision_matrix_mult"):
+            return None
         where = f"the GPU kernels that run {self.name}"
         if self.rotation is not None and limits.rotations and self.rotation not in limits.rotations:
             groups = " or ".join(map(str, limits.rotations))
             return f"its rotation group is {self.rotation}, and {where} take only {groups}"
+        if limits.group_sizes and self.group_size not in limits.group_sizes:
+            groups = " or ".join(map(str, limits.group_sizes))
+            return f"its group_size is {self.group_size}, and {where} are right only for {groups}"
         for what, size, multiple in zip(
             ("out_features", "in_features"), shape, (limits.n_multiple, limits.k_multiple), strict=True
         ):

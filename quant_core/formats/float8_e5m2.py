@@ -4,7 +4,7 @@ from ..numerics.elements import E5M2
 from ..numerics.scales import Granularity
 from .families.plain import PlainFormat
 from .input_scale import Absent, InputScaleRule
-from .records import Runtime
+from .records import KernelLimits, Runtime
 
 FORMAT = PlainFormat(
     name="float8_e5m2",
@@ -21,6 +21,8 @@ FORMAT = PlainFormat(
         quantizes_input=True,
         input_scale=InputScaleRule(57344.0, Absent.ONE),
         kitchen_layout="TensorCoreFP8Layout",
+        # torch._scaled_mm: "must be divisible by 16"
+        limits=KernelLimits(n_multiple=16, k_multiple=16, of_quantized_inputs=True),
     ),
     error_bound=4096 / 57344 + 1e-5,  # half the largest gap, 8192 between 32768 and 57344
     source="OCP OFP8 v1.0; encoder: comfy-kitchen quantize_per_tensor_fp8 in float32",

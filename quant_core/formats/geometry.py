@@ -55,8 +55,8 @@ class BlockGeometry(ABC):
         fitting = [r for r in self.rotations if r < self.rotation and shape[1] % r == 0]
         return replace(self, rotation=max(fitting)) if fitting else self
 
-    def problem(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot take the format, as a phrase; None when it can."""
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot be stored so, as a phrase; None when it can."""
         if len(shape) != 2 or 0 in shape:
             return f"the weight has shape {list(shape)}, {self.name} needs two dimensions, none of them 0"
         n, k = shape

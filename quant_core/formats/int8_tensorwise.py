@@ -7,7 +7,7 @@ from torch import Tensor
 from ..numerics.elements import INT8
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams
 from .families.plain import PlainFormat
-from .records import Runtime
+from .records import KernelLimits, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,14 @@ class Int8TensorwiseFamily(PlainFormat):
         return QParams(effective.clamp(min=SCALE_FLOOR))
 
 
-INT8_RUNTIME = Runtime("TensorWiseINT8Layout", native_since="0.29", min_capability=(7, 5), quantizes_input=True)
+INT8_RUNTIME = Runtime(
+    "TensorWiseINT8Layout",
+    native_since="0.29",
+    min_capability=(7, 5),
+    quantizes_input=True,
+    # comfy-kitchen 0.2.40: "INT8 GEMM not supported on this GPU for these dimensions", whatever the number of rows
+    limits=KernelLimits(k_multiple=4),
+)
 INT8_SOURCE = "comfy-kitchen TensorWiseINT8Layout, eager encoders in float32"
 
 FORMAT = Int8TensorwiseFamily(

@@ -13,7 +13,7 @@ from ..numerics.packing import swizzle_scales, swizzled_shape, unswizzle_scales
 from ..numerics.scale_dtypes import SCALE_E8M0
 from ..numerics.scales import SCALE_FLOOR, Granularity, QParams
 from .families.padded import PaddedBlockFormat
-from .records import Runtime, TensorSpec
+from .records import KernelLimits, Runtime, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,14 @@ FORMAT = Mxfp8(
     group_size=32,
     scale_dtype=SCALE_E8M0,
     pad_to=32,
-    runtime=Runtime("TensorCoreMXFP8Layout", native_since="0.18", min_capability=(10, 0), quantizes_input=True),
+    runtime=Runtime(
+        "TensorCoreMXFP8Layout",
+        native_since="0.18",
+        min_capability=(10, 0),
+        quantizes_input=True,
+        # comfy-kitchen 0.2.40 pads N to 32, and then torch refuses the bias
+        limits=KernelLimits(n_multiple=32, of_quantized_inputs=True),
+    ),
     error_bound=2 * 16 / 448 + 1e-5,  # a scale rounded up to a power of two is at most twice the wished one
     source="OCP Microscaling v1.0; encoder: comfy-kitchen quantize_mxfp8",
 )

@@ -60,12 +60,15 @@ class TensorSpec:
 class KernelLimits:
     """What the kernels that run a format on a GPU take of what the format could store. Others stop when they run.
 
-    n_multiple, k_multiple: of which N and K have to be multiples. rotations: the rotation groups; empty: all.
+    n_multiple, k_multiple: of which N and K have to be multiples. rotations, group_sizes: those it runs; empty: all.
+    of_quantized_inputs: they hold where ComfyUI quantizes the inputs, which `full_precision_matrix_mult` turns off.
     """
 
     n_multiple: int = 1
     k_multiple: int = 1
     rotations: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
+    of_quantized_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

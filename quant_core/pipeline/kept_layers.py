@@ -70,7 +70,11 @@ def _becomes(stored: StoredLayer) -> str:
 
 
 def _is_odd(src: Source, layer: Kept) -> bool:
-    return layer.stored is not None and not (is_canonical(src, layer.stored) and _scales_are_sound(src, layer.stored))
+    stored = layer.stored
+    if stored is None:
+        return False
+    runs = stored.format.refused_by_kernels(stored.shape, stored.config) is None
+    return not (runs and is_canonical(src, stored) and _scales_are_sound(src, stored))
 
 
 def _rewritten(src: Source, layer: Kept, model: ModelRules) -> Rewritten:
@@ -109,7 +113,7 @@ def _unreadable(src: Source, stored: StoredLayer, model: ModelRules) -> str | No
     other = model.not_linear(stored.layer)
     if other is not None:
         return f"it is {other}"
-    misfit = stored.format.problem(stored.shape)
+    misfit = stored.format.misfit(stored.shape) or stored.format.refused_by_kernels(stored.shape, stored.config)
     if misfit is not None:
         return misfit
     if isinstance(stored, BitsAndBytesLayer) and stored.shape[1] % stored.state.block_size:

@@ -176,13 +176,13 @@ def check_layer(src: Source, layer: str, config: dict[str, Any], findings: list[
     except RequestError as err:
         problem("format", str(err))
         return None
-    refused = fmt.refused_by_kernels(shape)
-    misfit = fmt.problem(shape)
+    refused = fmt.refused_by_kernels(shape, config)
+    misfit = fmt.misfit(shape)
     if refused:
         problem(
             "kernel-refuses",
-            f"{layer}: {refused}. ComfyUI loads the layer, and stops when it runs. Quantize the source again, which "
-            "makes no such layer, or requantize this file to another format.",
+            f"{layer}: {refused}. ComfyUI loads the layer, and stops or draws noise when it runs. Quantize the source "
+            "again, which makes no such layer, or requantize this file to another format.",
         )
     elif misfit:
         problem("shape", f"{layer}: {misfit}.")

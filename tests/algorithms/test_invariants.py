@@ -161,7 +161,7 @@ def test_corner_cases_stay_finite_and_no_worse(fmt, rounding):
 def test_odd_shapes(shape, rounding):
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(shape, generator=generator), torch.randn(40, shape[1], generator=generator)
-    taken = [fmt for fmt in FORMATS if fmt.problem(shape) is None]
+    taken = [fmt for fmt in FORMATS if fmt.misfit(shape) is None]
     assert len(taken) >= 4
     for fmt in taken:
         result = quantize_layer("layer", w, parse_recipe(fmt, "search", rounding, options=QUICK), evidence(x))

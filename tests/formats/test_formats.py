@@ -53,11 +53,11 @@ def test_written_tensors_are_the_planned_ones(fmt):
 @every_format
 def test_the_smallest_shape_is_taken_and_no_smaller_one(fmt):
     rows, cols = shape = fmt.smallest_shape
-    assert fmt.problem(shape) is None
+    assert fmt.misfit(shape) is None
     assert tuple(fmt.quantize(normal(shape))) == fmt.suffixes
     exact = replace(fmt, rotations=())  # a smaller rotation group would fit a smaller weight
     for smaller in {(rows - 1, cols), (rows, cols - 1)}:
-        assert exact.problem(smaller) is not None
+        assert exact.misfit(smaller) is not None
 
 
 @every_format
@@ -245,7 +245,7 @@ def test_an_outlier_and_a_zero_block_do_not_spoil_the_rest(fmt):
 def test_any_shape_is_refused_with_a_reason_or_round_trips(data):
     fmt = data.draw(st.sampled_from(FORMATS))
     shape = (data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300)))
-    problem = fmt.problem(shape)
+    problem = fmt.misfit(shape)
     if problem:
         assert fmt.name in problem
         return
@@ -274,7 +274,9 @@ def test_rotation_falls_back_to_the_largest_group_that_divides():
 def test_nothing_is_offered_that_the_kernels_refuse(fmt):
     for rotation in fmt.rotations:
         variant = replace(fmt, rotation=rotation)
-        assert variant.refused_by_kernels(variant.smallest_shape) is None
+        assert variant.refused_by_kernels((128, 8 * variant.smallest_shape[1])) is None
+    for size in fmt.group_sizes:
+        assert replace(fmt, group_size=size).refused_by_kernels((256, 1024)) is None
     for k in (320, 640, 1152, 1408, 1920, 3360):
         for n in (320, 72, 8, 3, 1):
             if fmt.problem((n, k)) is None:
@@ -300,6 +302,41 @@ def test_the_limits_of_kernels_count_beside_those_of_the_format():
     )
     assert "in_features=24 is not a multiple of 16" in fmt.problem((8, 24))
     assert "[8]" in fmt.problem((8,))
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "taken"),
+    [  # as bench/results/odd_k_h200.jsonl has them
+        ("float8_e4m3fn", [(72, 320), (3, 1024), (1000, 640), (320, 102)], (320, 640)),
+        ("float8_e5m2", [(72, 320), (3, 1024), (1000, 640), (320, 102)], (320, 640)),
+        ("nvfp4", [(72, 320), (3, 1024), (1, 102)], (320, 102)),
+        ("mxfp8", [(72, 320), (3, 1024), (48, 1024)], (320, 102)),
+        ("int8_tensorwise", [(320, 102), (1000, 85), (72, 90)], (3, 100)),
+        ("int8_rowwise", [(320, 102), (1000, 85), (72, 90)], (3, 100)),
+        ("int8_convrot", [], (3, 640)),
+        ("convrot_w4a4", [], (3, 640)),
+    ],
+)
+def test_what_the_kernels_of_a_gpu_refused_is_not_written(name, refused, taken):
+    fmt = get_format(name)
+    assert fmt.problem(taken) is None
+    for shape in refused:
+        assert "as the GPU kernels that run" in fmt.problem(shape)
+        exact = {"full_precision_matrix_mult": True}
+        inputs_too = fmt.runtime.limits.of_quantized_inputs
+        assert (fmt.refused_by_kernels(shape, exact) is None) == inputs_too, "then ComfyUI decodes the weight"
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_awq_of_other_groups_is_read_and_not_written(size):
+    """comfy-kitchen's kernel for 9 to 256 rows multiplies with the scales of groups of 64."""
+    fmt = get_format("awq_w4a16")
+    with pytest.raises(RequestError, match="not offered by awq_w4a16. Choose one of 64"):
+        fmt.with_options(group_size=size)
+    stored = replace(fmt, group_size=size)
+    w = normal((8, 256))
+    assert stored.dequantize(stored.quantize(w), (8, 256)).shape == w.shape
+    assert f"group_size is {size}" in stored.refused_by_kernels((8, 256))
 
 
 def test_unknown_format_lists_the_known_ones():

@@ -25,9 +25,10 @@ class Corner:
 def variant(fmt: Format) -> Format:
     """The smallest options: the fewest bytes to read, and a rotation by 16, whose quarter steps are exact.
 
-    Files may hold a rotation that is not offered for new ones.
+    Files may hold a rotation or a group size that is not offered for new ones.
     """
-    small = fmt.with_options(min(fmt.group_sizes) if fmt.group_sizes else None)
+    size = 32 if fmt.group_size == 64 else min(fmt.group_sizes, default=fmt.group_size)
+    small = replace(fmt, group_size=size)
     return replace(small, rotation=16) if fmt.rotation is not None else small
 
 

@@ -116,7 +116,7 @@ def test_cause_7_handlers_are_keyed_by_the_very_class_that_the_name_finds(fmt):
 def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until_the_product(
     fmt, bias, rank, monkeypatch
 ):
-    from comfyui_quantpress.layouts import ops
+    from comfyui_quantpress.layouts import torch_ops
 
     qt = layer(fmt)
     x = torch.ones(40, SHAPE[1], dtype=torch.bfloat16, device=DEVICE)
@@ -125,8 +125,8 @@ def test_cause_8_linear_taken_apart_outside_inference_mode_stays_quantized_until
     flipped = qt.t()
     assert type(flipped) is type(qt) and flipped._params.transposed and flipped._layout_cls == qt._layout_cls
     reached = []
-    whole = ops.linear
-    monkeypatch.setattr(ops, "linear", lambda *args: reached.append(args[0]) or whole(*args))
+    whole = torch_ops.linear
+    monkeypatch.setattr(torch_ops, "linear", lambda *args: reached.append(args[0]) or whole(*args))
     with torch.no_grad():
         assert linear(x, qt, b).dtype is torch.bfloat16
     assert reached == [fmt.name]

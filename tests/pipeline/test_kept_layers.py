@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves the folder of the tests out
 from comfyui_quantpress.quant_core.checkpoint.source import open_source  # noqa: E402
-from comfyui_quantpress.quant_core.errors import PlanError  # noqa: E402
+from comfyui_quantpress.quant_core.errors import InputFileError, PlanError  # noqa: E402
 from comfyui_quantpress.quant_core.formats import get_format  # noqa: E402
 from comfyui_quantpress.quant_core.numerics.metrics import relative_error  # noqa: E402
 from comfyui_quantpress.quant_core.pipeline.compare import verify_file  # noqa: E402
@@ -175,16 +175,16 @@ def test_a_scale_beside_a_16_bit_weight_is_left_out_with_a_note(tmp_path, name, 
         ("lost.weight_scale", torch.tensor(1.0), "lost.weight_scale has no weight beside it"),
         ("img_in.pre_quant_scale", torch.full((256,), 2.0), "img_in.pre_quant_scale multiplies the inputs"),
         ("codes.weight_scale", torch.tensor(0.01), "codes.weight is BF16 and holds nothing but FP8 or INT8 codes"),
-        ("cast.weight_scale_2", torch.tensor(0.01), "cast.weight_scale_2 stands beside a U8 weight"),
+        ("cast.weight_scale_2", torch.tensor(0.01), "nothing in the file says what they stand for: cast.weight"),
     ],
 )
 def test_a_scale_that_may_serve_something_is_refused_before_any_work(tmp_path, name, tensor, words):
     codes = (torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * 100).to(torch.float8_e4m3fn)
     source = tmp_path / "stray.safetensors"
-    save_file(
-        truth() | {"codes.weight": codes.bfloat16(), "cast.weight": codes.view(torch.uint8), name: tensor}, source
-    )
-    with open_source(source) as src, pytest.raises(PlanError, match=words):
+    beside = {"codes": codes.bfloat16(), "cast": codes.view(torch.uint8)}.get(name.partition(".")[0])
+    weights = {} if beside is None else {f"{name.partition('.')[0]}.weight": beside}
+    save_file(truth() | weights | {name: tensor}, source)
+    with open_source(source) as src, pytest.raises((PlanError, InputFileError), match=words):
         make_plan(src, Request(source, tmp_path / "out.safetensors", INT8))
 
 
