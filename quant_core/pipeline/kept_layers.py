@@ -26,6 +26,10 @@ from .layer_plan import Kept, Quantized, Rewritten
 from .model_rules import ModelRules
 
 _DECODED = "BF16"
+_FORM_IN_WORDS = {
+    Form.COMFY_QUANT: "described in a way that ComfyUI does not read",
+    Form.OTHER_NAME: "quantized with scales under another name",
+}
 
 
 def in_one_form(src: Source, layers: Sequence[Kept | Quantized], model: ModelRules) -> tuple[Kept | Quantized, ...]:
@@ -61,8 +65,7 @@ def rewriting_notes(layers: Sequence[Kept | Quantized]) -> tuple[str, ...]:
 
 def _words(layer: Rewritten) -> str:
     assert layer.stored is not None
-    form = layer.stored.form
-    return "described in a way that ComfyUI does not read" if form is Form.COMFY_QUANT else f"in the {form.value} form"
+    return _FORM_IN_WORDS.get(layer.stored.form, f"in the {layer.stored.form.value} form")
 
 
 def _becomes(stored: StoredLayer) -> str:
