@@ -68,6 +68,7 @@ class MigrateFile(io.ComfyNode):
                 io.String.Input(
                     "scale_name",
                     default="",
+                    optional=True,  # workflows of before it have none
                     **rare(io.String.Input),
                     tooltip=(
                         "Only for FP8 and INT8 files whose scales have a name that this pack cannot be sure of: how "

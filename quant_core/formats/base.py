@@ -51,8 +51,11 @@ class Format(ElementGrid):
     # ---- shapes ------------------------------------------------------------------------------------------------
     def problem(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot take the format, as a phrase; None when it can, and then runs."""
-        fmt = self.for_shape(shape) if len(shape) == 2 else self
-        return self.misfit(shape) or fmt.refused_by_kernels(shape)
+        misfit = self.misfit(shape)
+        if misfit or len(shape) != 2:
+            return misfit
+        fmt, (n, k) = self.for_shape(shape), shape
+        return fmt.refused_by_kernels(shape, fmt.config((n, k), torch.bfloat16))
 
     def refused_by_kernels(self, shape: tuple[int, ...], config: Mapping[str, Any] | None = None) -> str | None:
         """Why a weight that is stored so stops or goes wrong when it runs on a GPU, as a phrase; None when it runs.
@@ -87,8 +90,12 @@ class Format(ElementGrid):
         return tuple(spec.suffix for spec in self.tensor_specs(self.smallest_shape))
 
     def config(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-        """The `comfy_quant` JSON object of a layer whose source weight had this shape and dtype."""
-        return {"format": self.on_disk}
+        """The `comfy_quant` JSON object of a layer whose source weight had this shape and dtype.
+
+        Where the kernels cannot multiply quantized inputs with it, it says that the weight is to be decoded instead.
+        """
+        decoded = self.runtime.limits.of_quantized_inputs and self.refused_by_kernels(shape) is not None
+        return {"format": self.on_disk} | ({"full_precision_matrix_mult": True} if decoded else {})
 
     def input_scale_rule(self, config: Mapping[str, Any]) -> InputScaleRule | None:
         """By what the inputs of a layer with this comfy_quant object are divided; None: its runtime ignores it."""

@@ -23,7 +23,7 @@ from ..stored.form import Form
 from ..stored.layers import BitsAndBytesLayer, StoredLayer, config_tensor_name
 from ..stored.legacy import marker_size
 from .layer_plan import Kept, Quantized, Rewritten
-from .model_rules import ModelRules
+from .model_rules import EMBEDDING_FORMATS, ModelRules
 
 _DECODED = "BF16"
 _FORM_IN_WORDS = {
@@ -35,7 +35,8 @@ _FORM_IN_WORDS = {
 def in_one_form(src: Source, layers: Sequence[Kept | Quantized], model: ModelRules) -> tuple[Kept | Quantized, ...]:
     """The layers, with every kept one that ComfyUI would not read as it is rewritten. Reads the kept ones' scales."""
     return tuple(
-        _rewritten(src, layer, model) if isinstance(layer, Kept) and _is_odd(src, layer) else layer for layer in layers
+        _rewritten(src, layer, model) if isinstance(layer, Kept) and _is_odd(src, layer, model) else layer
+        for layer in layers
     )
 
 
@@ -72,12 +73,19 @@ def _becomes(stored: StoredLayer) -> str:
     return "described anew" if stored.form is Form.COMFY_QUANT else f"{stored.form.value} form -> comfy_quant"
 
 
-def _is_odd(src: Source, layer: Kept) -> bool:
+def _is_odd(src: Source, layer: Kept, model: ModelRules) -> bool:
     stored = layer.stored
     if stored is None:
         return False
-    runs = stored.format.refused_by_kernels(stored.shape, stored.config) is None
-    return not (runs and is_canonical(src, stored) and _scales_are_sound(src, stored))
+    if not (_runs(stored) and is_canonical(src, stored)):
+        return True
+    if model.is_embedding(stored.layer) and stored.format.on_disk in EMBEDDING_FORMATS:
+        return not _scales_are_sound(src, stored)
+    return _unreadable(src, stored, model) is not None
+
+
+def _runs(stored: StoredLayer) -> bool:
+    return stored.format.refused_by_kernels(stored.shape, stored.config) is None
 
 
 def _rewritten(src: Source, layer: Kept, model: ModelRules) -> Rewritten:
@@ -90,7 +98,7 @@ def _rewritten(src: Source, layer: Kept, model: ModelRules) -> Rewritten:
         config, reason = None, f"{layer.reason}; decoded to bf16, as {unreadable}"
     else:
         from_marker = True if stored.form is Form.LEGACY and marker_size(src) == 2 else None
-        config = canonical_config(stored, from_marker, complete=not stored.form.described)
+        config = canonical_config(stored, from_marker, complete=not stored.form.described or not _runs(stored))
         text = OutputTensor(config_tensor_name(layer.layer), "U8", (encode_config(config).numel(),))
         outputs, reason = (*canonical_outputs(stored), text), f"{layer.reason}; {_becomes(stored)}"
     return Rewritten(
@@ -116,7 +124,7 @@ def _unreadable(src: Source, stored: StoredLayer, model: ModelRules) -> str | No
     other = model.not_linear(stored.layer)
     if other is not None:
         return f"it is {other}"
-    misfit = stored.format.misfit(stored.shape) or stored.format.refused_by_kernels(stored.shape, stored.config)
+    misfit = stored.format.problem(stored.shape)
     if misfit is not None:
         return misfit
     if isinstance(stored, BitsAndBytesLayer) and stored.shape[1] % stored.state.block_size:

@@ -71,7 +71,7 @@ def _nothing_under(src: Source, prefix: str, given: bool) -> RequestError:
     what = f"no tensor's name begins with {prefix!r}" if given else "it is not a full checkpoint of a known model"
     return RequestError(
         f"{src.path}: {what}; its tensors are called like {some_of([names[len(names) // 2], names[-1]])}. "
-        "A diffusion model alone is used as it is; for a checkpoint of another program give the prefix.",
+        "Use a diffusion model alone as it is.",
         "prefix",
         Remedy.PREFIX,
     )

@@ -24,7 +24,8 @@ from ..errors import Remedy, RequestError, VerificationError, counted, some_of
 from ..pipeline.verify import check_file
 from ..progress import Clock, Progress
 
-OF_THE_SHAPE = ("kernel-refuses",)  # findings that no rewriting can bring about or mend
+# Findings about which layers are quantized at all: rewriting neither brings them about nor mends them.
+OF_THE_LAYERS = ("kernel-refuses", "packed-shape", "not-linear", "not-for-comfyui")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +265,8 @@ def _write(sink: Sink, name: str, content: Copy | Made) -> None:
 
 
 def _require_no_new_errors(part: Path, known: Counter[str]) -> None:
-    """A layer that kernels refuse is no fault of the rewriting: it has the shape that it had under another name."""
-    errors = [finding for finding in check_file(part).errors if finding.code not in OF_THE_SHAPE]
+    """What the source has under other names is no fault of the rewriting."""
+    errors = [finding for finding in check_file(part).errors if finding.code not in OF_THE_LAYERS]
     new = Counter(finding.code for finding in errors) - known
     if new:
         messages = [f.message for f in errors if f.code in new]

@@ -4,17 +4,15 @@ The rarer settings of Quantize Model are here, too.
 """
 
 import json
+import re
 import time
 
 import pytest
 import torch
 from comfy_server import Graph, WorkflowError, relative_error
+from comfyui_quantpress.quant_core.checkpoint.metadata import encode_config
 from comfyui_quantpress.quant_core.checkpoint.source import open_source
 from comfyui_quantpress.quant_core.formats import get_format
-from comfyui_quantpress.quant_core.pipeline.request import Request
-from comfyui_quantpress.quant_core.pipeline.run import convert
-from comfyui_quantpress.quant_core.policy.general import Policy
-from comfyui_quantpress.quant_core.policy.recipe import Recipe
 from comfyui_quantpress.quant_core.tools.lora import bake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -110,15 +108,16 @@ def test_requantizing_what_is_not_quantized_says_so(server):
 @pytest.fixture(scope="module")
 def packed_flux(server):
     """A Flux with every matrix packed, those that ComfyUI looks at too, as other tools write them."""
-    target = folder(server) / "packed_flux.safetensors"
-    convert(
-        Request(
-            folder(server) / "random_flux.safetensors",
-            target,
-            Recipe(get_format("bnb_nf4")),
-            Policy(only=("blocks|_in",)),
-        )
-    )
+    target, fmt = folder(server) / "packed_flux.safetensors", get_format("bnb_nf4")
+    tensors = {}
+    for name, tensor in load_file(folder(server) / "random_flux.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if name == layer or tensor.dim() != 2 or not re.search("blocks|_in", name) or fmt.problem(tensor.shape):
+            tensors[name] = tensor
+            continue
+        tensors |= {f"{layer}.{suffix}": part for suffix, part in fmt.quantize(tensor.float()).items()}
+        tensors[f"{layer}.comfy_quant"] = encode_config(fmt.config(tuple(tensor.shape), torch.bfloat16))
+    save_file(tensors, target)
     return target.name
 
 
@@ -132,10 +131,12 @@ def test_a_file_that_comfyui_cannot_recognise_becomes_one_that_it_does(server, p
     )
 
 
-def test_packed_layers_that_comfyui_looks_at_need_a_fallback(server, packed_flux):
+def test_packed_layers_that_comfyui_looks_at_are_decoded_without_a_fallback(server, packed_flux):
     graph = Graph()
-    error = failure(server, graph, requantize(graph, open_file(graph, packed_flux), format="bnb_nf4"))
-    assert error.kind == "VerificationError" and "8-bit fallback" in error.message
+    node = requantize(graph, open_file(graph, packed_flux), format="bnb_nf4")
+    graph.sample(in_graph(graph, node), graph.unet("random_flux.safetensors"), "exchange/flux_decoded", steps=1)
+    text = server.run(graph)[node]["text"][0]
+    assert "decoded to bf16" in text and "FluxSchnell" in text
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -388,7 +389,7 @@ def test_what_is_no_checkpoint_and_what_is_another_model_is_said(server, checkpo
     error = failure(
         server, graph, graph.add("QuantPressExtractModel", source=(graph.source("trained_sd3"), 0), prefix="")
     )
-    assert error.node == "QuantPressExtractModel" and "ComfyUI finds no full checkpoint in it" in error.message
+    assert error.node == "QuantPressExtractModel" and "it is not a full checkpoint of a known model" in error.message
     graph = Graph()
     error = failure(
         server,

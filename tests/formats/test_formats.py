@@ -280,7 +280,8 @@ def test_nothing_is_offered_that_the_kernels_refuse(fmt):
     for k in (320, 640, 1152, 1408, 1920, 3360):
         for n in (320, 72, 8, 3, 1):
             if fmt.problem((n, k)) is None:
-                assert fmt.for_shape((n, k)).refused_by_kernels((n, k)) is None
+                stored = fmt.for_shape((n, k))
+                assert stored.refused_by_kernels((n, k), stored.config((n, k), torch.bfloat16)) is None
 
 
 @pytest.mark.parametrize("k", [320, 640, 1152, 1408, 1920, 3360])
@@ -317,14 +318,16 @@ def test_the_limits_of_kernels_count_beside_those_of_the_format():
         ("convrot_w4a4", [], (3, 640)),
     ],
 )
-def test_what_the_kernels_of_a_gpu_refused_is_not_written(name, refused, taken):
+def test_what_the_kernels_of_a_gpu_refused_is_not_written_or_is_decoded(name, refused, taken):
     fmt = get_format(name)
     assert fmt.problem(taken) is None
+    assert "full_precision_matrix_mult" not in fmt.config(taken, torch.bfloat16)
     for shape in refused:
-        assert "as the GPU kernels that run" in fmt.problem(shape)
-        exact = {"full_precision_matrix_mult": True}
-        inputs_too = fmt.runtime.limits.of_quantized_inputs
-        assert (fmt.refused_by_kernels(shape, exact) is None) == inputs_too, "then ComfyUI decodes the weight"
+        assert "as the GPU kernels that run" in fmt.refused_by_kernels(shape)
+        if fmt.runtime.limits.of_quantized_inputs:  # then ComfyUI is told to decode the weight
+            assert fmt.problem(shape) is None and fmt.config(shape, torch.bfloat16)["full_precision_matrix_mult"]
+        else:
+            assert "as the GPU kernels that run" in fmt.problem(shape)
 
 
 @pytest.mark.parametrize("size", [32, 128])
